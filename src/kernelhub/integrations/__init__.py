@@ -1,0 +1,1 @@
+"""Other libraries' models, made kernel-aware."""

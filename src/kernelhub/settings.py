@@ -1,0 +1,131 @@
+"""Settings: the only place that reads the environment, and only when asked.
+
+>>> Settings.from_env({"KERNELHUB_HUBS": "/srv/hub, https://kernels.example.org"}).hubs
+('/srv/hub', 'https://kernels.example.org')
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernelhub.core.refs import RepoId
+from kernelhub.core.trust import TrustPolicy
+from kernelhub.errors import InvalidReference
+
+_TRUE = frozenset({"1", "on", "yes", "true"})
+_FALSE = frozenset({"", "0", "off", "no", "false"})
+_NO_TELEMETRY = ("DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user configured; every field has the default of a machine with no environment variables set.
+
+    `ref_ttl` (seconds) is how long a version's commit is believed without asking the hub again. `cache` None is the
+    platform's cache folder.
+    """
+
+    hubs: tuple[str, ...] = ()
+    cache: Path | None = None
+    offline: bool = False
+    ref_ttl: float = 3600.0
+    verify_always: bool = False
+    build: str = "auto"
+    trust: tuple[str, ...] = ()
+    trusted_keys: tuple[str, ...] = ()
+    local_kernels: tuple[tuple[str, Path], ...] = ()
+    mapping_disabled: bool = False
+    hf_endpoint: str = "https://huggingface.co"
+    telemetry: bool = True
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """Read the environment. Raises `InvalidReference`, which names the variable and shows its value."""
+        env = os.environ if env is None else env
+        cache = env.get("KERNELS_CACHE") or env.get("KERNELHUB_CACHE")
+        return cls(
+            hubs=_listed(env.get("KERNELHUB_HUBS", "")),
+            cache=Path(cache).expanduser() if cache else None,
+            offline=_flag(env, "KERNELHUB_OFFLINE") or _flag(env, "HF_HUB_OFFLINE"),
+            ref_ttl=_seconds(env, "KERNELHUB_REF_TTL", cls.ref_ttl),
+            verify_always=_choice(env, "KERNELHUB_VERIFY", ("auto", "always")) == "always",
+            build=_choice(env, "KERNELHUB_BUILD", ("auto", "never", "always")),
+            trust=_trust(env),
+            trusted_keys=_listed(env.get("KERNELHUB_TRUSTED_KEYS", "")),
+            local_kernels=_local_kernels(env.get("LOCAL_KERNELS", "")),
+            mapping_disabled=_flag(env, "DISABLE_KERNEL_MAPPING"),
+            hf_endpoint=(env.get("HF_ENDPOINT") or cls.hf_endpoint).rstrip("/"),
+            telemetry=not any(_flag(env, name) for name in _NO_TELEMETRY),
+        )
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the local store lies."""
+        if self.cache is not None:
+            return self.cache
+        from platformdirs import user_cache_path  # here: the folder is known without it in most deployments
+
+        return user_cache_path("kernelhub")
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(item for item in (part.strip() for part in text.split(",")) if item)
+
+
+def _flag(env: Mapping[str, str], name: str) -> bool:
+    value = env.get(name, "").strip().lower()
+    if value in _TRUE or value in _FALSE:
+        return value in _TRUE
+    raise InvalidReference(
+        f"{name}={env[name]!r} is neither on nor off", hint="Expected 1, on, yes, true, or 0, off, no, false."
+    )
+
+
+def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
+    text = env.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise InvalidReference(f"{name}={text!r} is not a number of seconds", hint="Expected such as 3600.")
+    return value
+
+
+def _choice(env: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
+    value = env.get(name, "").strip().lower() or choices[0]
+    if value not in choices:
+        raise InvalidReference(f"{name}={env[name]!r}", hint=f"Expected one of {', '.join(choices)}.")
+    return value
+
+
+def _trust(env: Mapping[str, str]) -> tuple[str, ...]:
+    patterns = _listed(env.get("KERNELHUB_TRUST", ""))
+    TrustPolicy.of(patterns)
+    return patterns
+
+
+def _local_kernels(text: str) -> tuple[tuple[str, Path], ...]:
+    """`org/name=path` entries, separated as `PATH` is. A malformed one, or a path that is not there, is an error."""
+    found: list[tuple[str, Path]] = []
+    for entry in filter(None, (part.strip() for part in text.split(os.pathsep))):
+        name, equals, path_text = entry.partition("=")
+        try:
+            repo = RepoId.parse(name.strip())
+        except InvalidReference:
+            repo = None
+        if not equals or repo is None or not path_text.strip():
+            raise InvalidReference(
+                f"LOCAL_KERNELS: {entry!r} is malformed",
+                hint=f'Expected "org/name=path", several separated by {os.pathsep!r}.',
+            )
+        path = Path(path_text.strip()).expanduser().absolute()
+        if not path.is_dir():
+            raise InvalidReference(f"LOCAL_KERNELS: {entry!r}: {path} is not a folder")
+        found.append((str(repo), path))
+    return tuple(found)
