@@ -34,7 +34,7 @@ class Listing:
     variants: Mapping[str, Mapping[str, Any]] = field(hash=False)
 
 
-class Moved(Exception):  # noqa: N818 - not an error: the client goes on at the destination
+class Moved(Exception):
     """The repository lives at `destination` now; that one's trust counts."""
 
     def __init__(self, destination: KernelRef) -> None:
