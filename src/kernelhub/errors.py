@@ -67,12 +67,16 @@ class KernelHubError(Exception):
         return f"{text}\n  {self.hint}" if self.hint else text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.__dict__.copy())
+        return _rebuild, (type(self), self.args, self.__dict__.copy())
 
 
-def _rebuild(cls: type[KernelHubError], state: dict[str, Any]) -> KernelHubError:
-    """Make a pickled error again; its constructor's arguments are in its attributes."""
-    error = cls.__new__(cls)
+def _rebuild(cls: type[KernelHubError], args: tuple[Any, ...], state: dict[str, Any]) -> KernelHubError:
+    """Make a pickled error again, past its own constructor, whose arguments are in its attributes.
+
+    The builtin's constructor is called: it keeps what users of that builtin read (`args`, `ImportError.msg`).
+    """
+    error = cls.__new__(cls, *args)
+    super(KernelHubError, error).__init__(*args)
     error.__dict__.update(state)
     return error
 

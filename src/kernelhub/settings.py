@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kernelhub.core.refs import RepoId
 from kernelhub.core.trust import TrustPolicy
-from kernelhub.errors import InvalidReference
+from kernelhub.errors import InvalidReference, context
 
 _TRUE = frozenset({"1", "on", "yes", "true"})
 _FALSE = frozenset({"", "0", "off", "no", "false"})
@@ -48,7 +48,7 @@ class Settings:
         cache = env.get("KERNELS_CACHE") or env.get("KERNELHUB_CACHE")
         return cls(
             hubs=_listed(env.get("KERNELHUB_HUBS", "")),
-            cache=Path(cache).expanduser() if cache else None,
+            cache=_folder(cache, "KERNELS_CACHE" if env.get("KERNELS_CACHE") else "KERNELHUB_CACHE") if cache else None,
             offline=_flag(env, "KERNELHUB_OFFLINE") or _flag(env, "HF_HUB_OFFLINE"),
             ref_ttl=_seconds(env, "KERNELHUB_REF_TTL", cls.ref_ttl),
             verify_always=_choice(env, "KERNELHUB_VERIFY", ("auto", "always")) == "always",
@@ -106,8 +106,17 @@ def _choice(env: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
 
 def _trust(env: Mapping[str, str]) -> tuple[str, ...]:
     patterns = _listed(env.get("KERNELHUB_TRUST", ""))
-    TrustPolicy.of(patterns)
+    with context("KERNELHUB_TRUST"):
+        TrustPolicy.of(patterns)
     return patterns
+
+
+def _folder(text: str, where: str) -> Path:
+    """A folder that the user named. Absolute: a later change of the working directory does not move it."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:  # "~name" of nobody's
+        raise InvalidReference(f"{where}: {text!r}: {error}", hint="Expected a path; write it without `~`.") from error
 
 
 def _local_kernels(text: str) -> tuple[tuple[str, Path], ...]:
@@ -124,7 +133,7 @@ def _local_kernels(text: str) -> tuple[tuple[str, Path], ...]:
                 f"LOCAL_KERNELS: {entry!r} is malformed",
                 hint=f'Expected "org/name=path", several separated by {os.pathsep!r}.',
             )
-        path = Path(path_text.strip()).expanduser().absolute()
+        path = _folder(path_text.strip(), f"LOCAL_KERNELS: {entry!r}")
         if not path.is_dir():
             raise InvalidReference(f"LOCAL_KERNELS: {entry!r}: {path} is not a folder")
         found.append((str(repo), path))

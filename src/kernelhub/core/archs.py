@@ -18,9 +18,10 @@ def covers(archs: tuple[str, ...], device: str) -> bool:
 
     CUDA: binary code for `8.0` runs on 8.x with x not smaller; `9.0a` runs on 9.0 alone; `10.0f` on 10.x with x not
     smaller; `9.0+PTX` on everything from 9.0 on (it is compiled when loaded). Other names must be equal. A build that
-    names no architectures covers all.
+    names no architectures covers all. Raises `InvalidMetadata` for an unknown CUDA architecture, wherever it stands.
     """
-    return not archs or any(_covers(arch, device) for arch in archs)
+    answers = [_covers(arch, device) for arch in archs]
+    return not answers or any(answers)
 
 
 def _covers(arch: str, device: str) -> bool:

@@ -53,7 +53,8 @@ class Digest:
         if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
             raise InvalidMetadata(f"digest: expected algorithm {' or '.join(ALGORITHMS)}, got {algorithm!r}")
         for path, text in value["files"].items():
-            safe_path(path)
+            if safe_path(path).casefold() in NOT_COVERED:
+                raise InvalidMetadata(f"digest: {path}: no digest covers this file")
             if not isinstance(text, str) or _decoded_size(text) != ALGORITHMS[algorithm]:
                 raise InvalidMetadata(f"digest: {path}: not a base64 {algorithm} hash: {text!r}")
         folded = {path.casefold() for path in value["files"]}
@@ -72,7 +73,7 @@ class Digest:
     def violations(self, actual: Mapping[str, str]) -> list[Violation]:
         """What is wrong with files whose hashes are `actual`: missing, unknown, different, or bytecode."""
         found = [Violation("bytecode", path) for path in actual if is_bytecode(path)]
-        found += [Violation("missing", path) for path in self.files if path not in actual]
+        found += [Violation("missing", path) for path in self.files if path not in actual and path not in NOT_COVERED]
         for path, value in actual.items():
             if path in NOT_COVERED or is_bytecode(path):
                 continue
@@ -85,7 +86,9 @@ class Digest:
 
 
 def _decoded_size(text: str) -> int:
+    """How many bytes base64 stands for; -1 where it is none, or not the one spelling that hashes compare equal by."""
     try:
-        return len(base64.b64decode(text, validate=True))
+        data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         return -1
+    return len(data) if b64(data) == text else -1

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kernelhub.core.canonical import canonical_json
 from kernelhub.core.refs import RepoId, Version, is_commit
 from kernelhub.errors import InvalidMetadata, InvalidReference, KernelNotFound
 
@@ -40,7 +41,7 @@ class LockFile:
     kernels: tuple[LockedKernel, ...] = ()
 
     def find(self, repo: RepoId) -> LockedKernel:
-        """The kernel's entry. Raises `KernelNotFound`, which names those that there are."""
+        """The kernel's first entry. Raises `KernelNotFound`, which names those that there are."""
         for kernel in self.kernels:
             if kernel.repo == repo:
                 return kernel
@@ -52,18 +53,19 @@ class LockFile:
         """Read a lock file of any of the three formats. Raises `InvalidMetadata`."""
         try:
             raw = json.loads(data)
+            canonical_json(raw)  # refuses NaN and lone surrogates, which Python reads and JSON does not have
         except (ValueError, RecursionError) as error:
             raise InvalidMetadata(f"the lock file is not JSON: {error}") from error
         try:
             return cls(tuple(_kernel(item) for item in _entries(raw)))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidMetadata(f"the lock file is malformed: {type(error).__name__}: {error}") from error
+        except KeyError as error:
+            raise InvalidMetadata(f"the lock file is malformed: an entry has no {error}") from error
         except InvalidReference as error:
             raise InvalidMetadata(f"the lock file is malformed: {error.message}") from error
 
     def to_text(self) -> str:
         """The file's text, sorted: the same kernels always give the same bytes."""
-        kernels = [_to_json(kernel) for kernel in sorted(self.kernels, key=lambda kernel: kernel.repo)]
+        kernels = [_to_json(kernel) for kernel in sorted(self.kernels, key=_by_name)]
         return json.dumps({"lock": LAYOUT, "kernels": kernels}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -80,24 +82,32 @@ def _entries(raw: Any) -> list[Any]:
 
 
 def _kernel(item: Any) -> LockedKernel:
+    item = _object(item, "a kernel")
     if "repo" in item:
-        version = item.get("version")
+        hub, depends = item.get("hub"), item.get("depends") or []
+        if not isinstance(depends, list):
+            raise InvalidMetadata(f"the lock file is malformed: depends: expected a list, got {depends!r}")
         return LockedKernel(
-            RepoId.parse(item["repo"]),
+            _repo(item["repo"]),
             _commit(item["commit"]),
-            None if version is None else Version.parse(f"v{version}"),
-            item.get("hub"),
-            {name: _string(value["digest"]) for name, value in dict(item.get("variants") or {}).items()},
-            tuple(map(RepoId.parse, item.get("depends") or ())),
+            _version(item.get("version")),
+            None if hub is None else _string(hub, "a hub"),
+            {name: _string(value["digest"], "a digest") for name, value in _objects(item.get("variants"))},
+            tuple(map(_repo, depends)),
         )
     if "repo_id" in item:
-        variants = {name: f"{value['hash_type']}:{value['hash']}" for name, value in dict(item["variants"]).items()}
-        return LockedKernel(RepoId.parse(item["repo_id"]), _commit(item["sha"]), variants=variants)
-    dependency = item["dependency"]
+        variants = {
+            name: f"{_string(value['hash_type'], 'a type of hash')}:{_string(value['hash'], 'a hash')}"
+            for name, value in _objects(item["variants"])
+        }
+        return LockedKernel(_repo(item["repo_id"]), _commit(item["sha"]), variants=variants)
+    dependency, lock = _object(item["dependency"], "a dependency"), _object(item["lock"], "a lock")
     repo = dependency["repo_id" if "repo_id" in dependency else "repo-id"]
-    version = dependency.get("version")
-    pin = None if version is None else Version.parse(f"v{version}")
-    return LockedKernel(RepoId.parse(repo), _commit(item["lock"]["commit"]), pin)
+    return LockedKernel(_repo(repo), _commit(lock["commit"]), _version(dependency.get("version")))
+
+
+def _by_name(kernel: LockedKernel) -> tuple[RepoId, int, str]:
+    return kernel.repo, kernel.version.number if kernel.version else -1, kernel.commit
 
 
 def _to_json(kernel: LockedKernel) -> dict[str, Any]:
@@ -117,7 +127,31 @@ def _commit(value: Any) -> str:
     return value
 
 
-def _string(value: Any) -> str:
+def _version(value: Any) -> Version | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidMetadata(f"the lock file is malformed: {value!r} is not a version (a whole number)")
+    return Version.parse(f"v{value}")
+
+
+def _repo(value: Any) -> RepoId:
+    return RepoId.parse(_string(value, "a repository"))
+
+
+def _string(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise InvalidMetadata(f"the lock file is malformed: {value!r} is not a digest")
+        raise InvalidMetadata(f"the lock file is malformed: {value!r} is not {what}")
     return value
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidMetadata(f"the lock file is malformed: {value!r} is not {what} (an object)")
+    return value
+
+
+def _objects(value: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The variants of an entry, by name; none where it has none."""
+    entries = {} if value is None else _object(value, "a table of variants")
+    return [(name, _object(entry, "a variant")) for name, entry in entries.items()]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import keyword
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kernelhub.core.backends import BACKENDS, BY_NAME
+from kernelhub.core.canonical import canonical_json
 from kernelhub.core.digest import Digest
 from kernelhub.core.refs import Pin, RepoId, Revision, Version
 from kernelhub.errors import InvalidMetadata, InvalidReference
@@ -17,6 +19,9 @@ _NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]", re.ASCII)
 _LEVEL = re.compile(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})", re.ASCII)
 
 MAX_BYTES = 16 * 1024 * 1024
+
+# Whose commits `provenance` names: the tool that built the kernel, and the kernel's own source.
+PROVENANCE = ("kernel-builder", "kernel")
 
 # The features of the `kernels` package that this one has; compared with `kernels-minver`.
 KERNELS_LEVEL = (0, 17, 2)
@@ -105,6 +110,7 @@ class Metadata:
             if len(data) > MAX_BYTES:
                 raise InvalidMetadata(f"metadata.json has {len(data):,} bytes; the most is {MAX_BYTES:,}")
             raw = json.loads(data)
+            canonical_json(raw)  # refuses NaN and lone surrogates, which Python reads and JSON does not have
         except (ValueError, RecursionError) as error:
             if isinstance(error, InvalidMetadata):
                 raise
@@ -121,18 +127,19 @@ class Metadata:
             raise InvalidMetadata(
                 f"metadata.json: name: expected lower-case letters, digits and hyphens, starting with a letter, got {name!r}"
             )
-        if not (ident.isidentifier() and ident.isascii()):
+        if not (ident.isidentifier() and ident.isascii()) or keyword.iskeyword(ident):
             raise InvalidMetadata(f"metadata.json: id: expected a Python identifier, got {ident!r}")
         version = raw.get("version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 0:
             raise InvalidMetadata(f"metadata.json: version: expected a whole number, got {version!r}")
+        backend = _backend(raw.get("backend"))
         return cls(
             name=name,
             id=ident,
             version=version,
             license=_text(raw, "license"),
-            backend=_backend(raw.get("backend")),
-            python_depends=_strings(raw, "python-depends", required=True),
+            backend=backend,
+            python_depends=_python_depends(raw, backend),
             kernel_depends=tuple(_depend(item) for item in _list(raw, "kernel-depends")),
             upstream=_optional_text(raw, "upstream"),
             source=_optional_text(raw, "source"),
@@ -143,14 +150,25 @@ class Metadata:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The object that a metadata.json holds: every key it was read with, over those of the fields."""
+        """The object that a metadata.json holds: what was read stays as it was, but for the fields that were changed."""
+        try:
+            before = Metadata.from_raw(self.raw)._of_fields()
+        except InvalidMetadata:  # made here and never read: `raw` has at most keys of another tool
+            before = {}
+        value = self._of_fields()
+        known = before.keys() | value.keys()
+        kept = {key: item for key, item in self.raw.items() if key not in known or before.get(key) == value.get(key)}
+        return {**value, **kept}
+
+    def _of_fields(self) -> dict[str, Any]:
+        """The object that the fields alone stand for."""
         value: dict[str, Any] = {
             "name": self.name,
             "id": self.id,
             "version": self.version,
             "license": self.license,
             "python-depends": list(self.python_depends),
-            "backend": {**self.raw.get("backend", {}), "type": self.backend.type},
+            "backend": {"type": self.backend.type},
         }
         if self.backend.archs:
             value["backend"]["archs"] = list(self.backend.archs)
@@ -170,7 +188,7 @@ class Metadata:
             value["provenance"] = {
                 key: {"commit": item.commit, "dirty": item.dirty} for key, item in sorted(self.provenance.items())
             }
-        return {**self.raw, **value}
+        return value
 
     def to_text(self) -> str:
         """The text of the metadata.json: sorted, so that a rebuild gives the same bytes."""
@@ -213,6 +231,18 @@ def _backend(value: Any) -> BackendInfo:
     return BackendInfo(value["type"], _strings(value, "archs"))
 
 
+def _python_depends(raw: Mapping[str, Any], backend: BackendInfo) -> tuple[str, ...]:
+    names = _strings(raw, "python-depends", required=True)
+    known = sorted(name for name, row in PYTHON_DEPENDS.items() if backend.type in row.backends)
+    for name in names:
+        if name not in known:
+            raise InvalidMetadata(
+                f"metadata.json: python-depends: kernels for {BY_NAME[backend.type].title} may depend on "
+                f"{', '.join(known)}, got {name!r}"
+            )
+    return names
+
+
 def _depend(value: Any) -> KernelDepend:
     if not isinstance(value, dict) or not isinstance(value.get("repo-id"), str):
         raise InvalidMetadata(
@@ -223,8 +253,13 @@ def _depend(value: Any) -> KernelDepend:
         raise InvalidMetadata(
             f"metadata.json: kernel-depends: {value['repo-id']}: expected one of version and revision"
         )
+    if not (isinstance(revision, str) if version is None else type(version) is int):
+        raise InvalidMetadata(
+            f"metadata.json: kernel-depends: {value['repo-id']}: expected a whole number as version or text as "
+            f"revision, got {revision if version is None else version!r}"
+        )
     try:
-        pin = Version.parse(f"v{version}") if revision is None else Revision.parse(str(revision))
+        pin: Pin = Version.parse(f"v{version}") if revision is None else Revision.parse(revision)
         return KernelDepend(RepoId.parse(value["repo-id"]), pin)
     except InvalidReference as error:
         raise InvalidMetadata(f"metadata.json: kernel-depends: {error.message}") from error
@@ -250,6 +285,8 @@ def _provenance(value: Any) -> dict[str, Provenance]:
         raise InvalidMetadata(f"metadata.json: provenance: expected an object, got {value!r}")
     found = {}
     for key, item in value.items():
+        if key not in PROVENANCE:
+            continue  # another tool's, kept in `raw`
         commit = item.get("commit", item.get("sha")) if isinstance(item, dict) else None
         if not isinstance(commit, str) or not isinstance(item.get("dirty", False), bool):
             raise InvalidMetadata(

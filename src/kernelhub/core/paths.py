@@ -6,8 +6,10 @@ import re
 
 from kernelhub.errors import InvalidMetadata
 
-_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
-_RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
+# Lone surrogates are among them: JSON can hold them, no file's name and no UTF-8 can.
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|\ud800-\udfff]')
+# The names that Windows keeps for devices, with any ending and with spaces before it: `ntpath.isreserved` of 3.13.
+_RESERVED = re.compile(r"(?:con|conin\$|conout\$|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]) *(?:\..*)?", re.IGNORECASE)
 _BYTECODE = (".pyc", ".pyo")
 
 

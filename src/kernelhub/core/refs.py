@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 from kernelhub.errors import InvalidReference
 
-# One path segment of a repository's name. Names become folders in the store, so what is special to a file system is
-# out: a leading or trailing dot or hyphen, "..", and "--", which stands between organisation and name there.
-_SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_]|[.-](?![.-])){0,94}(?<![.-])", re.ASCII)
+# One path segment of a repository's name, up to 96 characters as on the Hugging Face Hub. Names become folders in the
+# store, so what is special to a file system is out: a leading or trailing dot or hyphen, "..", and "--", which stands
+# between organisation and name there.
+_SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_]|-(?!-)|\.(?!\.)){0,95}(?<![.-])", re.ASCII)
 _VERSION = re.compile(r"v(0|[1-9][0-9]{0,8})", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_+/-]|\.(?!\.)){0,199}", re.ASCII)
