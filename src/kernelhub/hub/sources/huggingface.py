@@ -1,0 +1,448 @@
+"""The Hugging Face Hub, and servers that speak its protocol.
+
+A cold load of a variant with N files sends: the refs, the tree of `build`, the tree of the one variant (more pages for
+every 1,000 entries), and N bodies, each checked against the size and hash that the tree gave. Trust asks for the
+organisation's overview. Nothing asks HEAD, lists the whole repository, or uses an ETag.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from kernelhub.core.paths import is_bytecode, safe_path
+from kernelhub.core.refs import KernelRef, Pin, RepoId, Revision, Version, is_commit, parse_pin
+from kernelhub.core.trust import Origin
+from kernelhub.errors import (
+    HubUnavailable,
+    IntegrityError,
+    InvalidMetadata,
+    InvalidReference,
+    KernelHubError,
+    KernelNotFound,
+    RepositoryNotFound,
+    StoreError,
+    Violation,
+)
+from kernelhub.hub.http import Budget, EntryNotFound, Headers, HttpClient, Interrupted, Patience
+from kernelhub.hub.sources.base import Listing, Moved, Progress
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# More files than any kernel has; a hub that lists more is broken or hostile.
+MAX_ENTRIES = 100_000
+
+# Bodies in flight. On loopback more than 4 gain nothing (the interpreter is busy); over a network waiting dominates.
+CONNECTIONS = 8
+
+_REDIRECT_FILE = "kernel-status.toml"
+_REDIRECT_LIMIT = 64 * 1024
+_HASHES = {"sha1": re.compile(r"[0-9a-f]{40}", re.ASCII), "sha256": re.compile(r"[0-9a-f]{64}", re.ASCII)}
+
+
+def _token() -> str | None:
+    """The token that huggingface_hub has: of the environment, or of `hf auth login`."""
+    from huggingface_hub import get_token
+
+    token: str | None = get_token()
+    return token
+
+
+@dataclass(frozen=True)
+class HuggingFaceSource:
+    """The hub at `endpoint`, such as `https://huggingface.co`.
+
+    `user_agent` and `token` (default: huggingface_hub's own) are asked when requests are sent.
+    """
+
+    endpoint: str
+    user_agent: Callable[[], str]
+    token: Callable[[], str | None] | None = None
+    patience: Patience = field(default_factory=Patience)
+    connections: int = CONNECTIONS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "endpoint", self.endpoint.rstrip("/"))
+        parts = urlsplit(self.endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidReference(
+                f"{self.endpoint!r} is not the address of a hub", hint="Expected such as https://huggingface.co."
+            )
+
+    @property
+    def name(self) -> str:
+        return self.endpoint
+
+    @property
+    def key(self) -> str:
+        """`huggingface.co`, or the host with a hash of the whole endpoint, so that no two share a folder."""
+        if self.endpoint == "https://huggingface.co":
+            return "huggingface.co"
+        host = re.sub(r"[^a-z0-9.-]", "_", urlsplit(self.endpoint).netloc.lower().rpartition("@")[2]).strip(".")
+        return f"{host[:80]}-{hashlib.sha256(self.endpoint.encode()).hexdigest()[:8]}"
+
+    @property
+    def origin(self) -> Origin:
+        return Origin.REMOTE
+
+    @property
+    def _http(self) -> HttpClient:
+        return HttpClient(self.name, self.endpoint, self.user_agent, self.token or _token, self.patience)
+
+    def resolve(self, repo: RepoId, pin: Pin) -> str:
+        """The commit of a version or revision; a full commit is not asked for.
+
+        A repository without the version may say on `main` where it went: then `Moved`, with the pin that was asked for,
+        because a version is a promise about the API that the new place's other branches do not make.
+        """
+        if isinstance(pin, Revision) and pin.commit:
+            return pin.commit
+        refs = self.refs(repo)
+        if pin.ref in refs:
+            return refs[pin.ref]
+        if isinstance(pin, Revision):
+            try:
+                return self._revision(repo, pin)
+            except RepositoryNotFound:
+                raise
+            except KernelNotFound:
+                pass  # the error below says which refs there are
+        if "main" in refs and (destination := self._redirect(repo, refs["main"])):
+            raise Moved(KernelRef(destination.repo, pin))
+        kind = "version" if isinstance(pin, Version) else "revision"
+        have = sorted(name for name in refs if isinstance(pin, Revision) or name != "main")
+        raise KernelNotFound(
+            f"{repo} has no {kind} {pin} on {self.name}", hint=f"It has {', '.join(have[:30]) or 'none'}."
+        )
+
+    def refs(self, repo: RepoId) -> Mapping[str, str]:
+        """Branches and tags with their commits; of a branch and a tag of one name, the branch."""
+        target = f"{_api(repo)}/refs"
+        value, _ = self._http.get_json(target, absent=RepositoryNotFound)
+        found: dict[str, str] = {}
+        for kind in ("tags", "branches"):
+            rows = value.get(kind) if isinstance(value, dict) else None
+            if not isinstance(rows, list):
+                raise self._malformed(target, f"expected a list of {kind}")
+            for row in rows:
+                name = row.get("name") if isinstance(row, dict) else None
+                if not isinstance(name, str):
+                    raise self._malformed(target, f"expected a name and a targetCommit in {kind}")
+                if _is_revision(name):
+                    found[name] = self._commit(row.get("targetCommit"), target)
+        return found
+
+    def listing(self, repo: RepoId, commit: str) -> Listing:
+        """The folders under `build`. Raises `Moved` where there are none and the repository says where it went.
+
+        The redirect's own `revision` is followed as it is written; where it has none, `Moved` has no pin and the
+        caller keeps the one it was asked for.
+        """
+        variants: dict[str, Mapping[str, Any]] = {}
+        try:
+            for entry in self._tree(f"{_api(repo)}/tree/{quote(commit, safe='')}/build?recursive=false&expand=false"):
+                if entry.kind == "directory":
+                    name = _below(entry.path, "build/")
+                    variants[name] = {"oid": entry.oid} if entry.oid else {}
+        except EntryNotFound:
+            variants = {}
+        if not variants and (destination := self._redirect(repo, commit)):
+            raise Moved(destination)
+        return Listing(variants)
+
+    def publisher_trusted(self, repo: RepoId) -> bool | None:
+        """The hub's mark for the organisation; False for a user's account, which hubs do not mark."""
+        target = f"/api/organizations/{repo.org}/overview"
+        try:
+            value, _ = self._http.get_json(target)
+        except KernelNotFound:
+            return False
+        mark = value.get("trustedKernelPublisher") if isinstance(value, dict) else None
+        if mark is not None and not isinstance(mark, bool):
+            raise self._malformed(target, "expected trustedKernelPublisher to be true or false")
+        return mark
+
+    def fetch(
+        self,
+        repo: RepoId,
+        commit: str,
+        variant: str,
+        details: Mapping[str, Any],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        """Write the variant's files, several at once. Its whole tree is checked before the first is asked for."""
+        prefix = f"build/{variant}/"
+        tree = f"{_api(repo)}/tree/{quote(commit, safe='')}/{quote(prefix[:-1], safe='')}?recursive=true"
+        files = _plan(self._tree(tree), prefix)
+        progress.expect(sum(file.size for file in files))
+        http = self._http
+        headers, report = http.headers(), _locked(progress.advance)
+        base = f"/kernels/{repo}/resolve/{quote(commit, safe='')}/"
+        with _writing(folder):
+            for parent in {(folder / file.path).parent for file in files}:
+                parent.mkdir(parents=True, exist_ok=True)
+        downloads = [
+            _Download(http, base + quote(prefix + file.path), headers, file, folder / file.path, report)
+            for file in sorted(files, key=lambda file: -file.size)  # the largest decides how long all take
+        ]
+        http.run_all([download.run for download in downloads], workers=self.connections)
+
+    def locate(self, repo: RepoId, variant: str) -> Path | None:
+        return None
+
+    def _revision(self, repo: RepoId, revision: Revision) -> str:
+        """What the hub makes of a revision that is no branch or tag: part of a commit, a pull request's ref."""
+        target = f"{_api(repo)}/revision/{quote(revision.ref, safe='')}"
+        value, _ = self._http.get_json(target)
+        return self._commit(value.get("sha") if isinstance(value, dict) else None, target)
+
+    def _redirect(self, repo: RepoId, commit: str) -> KernelRef | None:
+        """Where the repository says at this commit that it went, if it does."""
+        try:
+            answer = self._http.get(f"/kernels/{repo}/resolve/{commit}/{_REDIRECT_FILE}", limit=_REDIRECT_LIMIT)
+        except KernelNotFound:
+            return None
+        return read_redirect(answer.body)
+
+    def _tree(self, target: str) -> Iterator[_Entry]:
+        """The entries of a tree, over all pages."""
+        http, page, count = self._http, target, 0
+        while True:
+            value, next_page = http.get_json(page)
+            if not isinstance(value, list):
+                raise self._malformed(target, f"expected a list, got {type(value).__name__}")
+            count += len(value)
+            if count > MAX_ENTRIES or (next_page and not value):
+                raise self._malformed(target, f"more than {MAX_ENTRIES:,} entries" if value else "an empty page")
+            for item in value:
+                yield self._entry(item, target)
+            if not next_page:
+                return
+            page = next_page
+
+    def _entry(self, item: Any, target: str) -> _Entry:
+        if not isinstance(item, dict) or not isinstance(item.get("path"), str):
+            raise self._malformed(target, "an entry without a path")
+        kind, oid, size = item.get("type"), item.get("oid"), item.get("size")
+        algorithm = "sha1"
+        if isinstance(lfs := item.get("lfs"), dict):
+            algorithm, oid, size = "sha256", lfs.get("oid"), lfs.get("size")
+        if kind == "directory":
+            return _Entry("directory", item["path"], oid if isinstance(oid, str) else "")
+        if kind != "file":
+            raise self._malformed(target, f"{item['path']!r} is neither a file nor a directory")
+        if not isinstance(oid, str) or not _HASHES[algorithm].fullmatch(oid):
+            raise self._malformed(target, f"{item['path']!r}: expected a {algorithm} hash, got {oid!r}")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise self._malformed(target, f"{item['path']!r}: expected a size, got {size!r}")
+        return _Entry("file", item["path"], oid, size, algorithm)
+
+    def _commit(self, value: Any, target: str) -> str:
+        if not isinstance(value, str) or not is_commit(value):
+            raise self._malformed(target, f"expected a commit of 40 hex digits, got {value!r:.100}")
+        return value
+
+    def _malformed(self, target: str, fact: str) -> InvalidMetadata:
+        return InvalidMetadata(f"{self.name}: GET {target}: {fact}", hint="Is the address that of a hub?")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A row of a tree: `size` and `oid` (the hash that `algorithm` gives) are those of the file's content."""
+
+    kind: str
+    path: str
+    oid: str
+    size: int = 0
+    algorithm: str = ""
+
+
+def read_redirect(data: bytes) -> KernelRef | None:
+    """Where a `kernel-status.toml` sends its readers; None where it says something else. Raises `InvalidMetadata`."""
+    try:
+        value = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise InvalidMetadata(f"{_REDIRECT_FILE} is not TOML: {error}") from error
+    if value.get("kind") != "redirect":
+        return None
+    destination, revision = value.get("destination"), value.get("revision")
+    try:
+        pin = None if revision is None else parse_pin(str(revision))
+        return KernelRef(RepoId.parse(str(destination)), pin)
+    except InvalidReference as error:
+        raise InvalidMetadata(f"{_REDIRECT_FILE}: {error.message}") from error
+
+
+def _plan(entries: Iterator[_Entry], prefix: str) -> list[_Entry]:
+    """The files to fetch, with paths relative to the variant. Raises for a tree of which any entry is unfit."""
+    files: list[_Entry] = []
+    spelt: dict[str, str] = {}
+    kinds: dict[str, str] = {}
+    violations = []
+    for entry in entries:
+        if entry.kind == "directory" and entry.path == prefix[:-1]:
+            continue
+        path = safe_path(_below(entry.path, prefix))
+        if is_bytecode(path):
+            violations.append(Violation("bytecode", path))
+        parts = path.split("/")
+        for depth in range(1, len(parts) + 1):
+            place = "/".join(parts[:depth])
+            kind = entry.kind if depth == len(parts) else "directory"
+            # Two names that one file system keeps apart are one file on another, where the second would win.
+            first = spelt.setdefault(_folded(place), place)
+            if first != place or kinds.setdefault(place, kind) != kind:
+                raise InvalidMetadata(f"{prefix[:-1]}: {path!r} and {first!r} cannot both be there")
+        if entry.kind == "file":
+            files.append(_Entry("file", path, entry.oid, entry.size, entry.algorithm))
+    if violations:
+        raise IntegrityError(
+            f"{prefix[:-1]} contains compiled Python, which nobody can read",
+            violations,
+            hint="The kernel's publisher has to remove it.",
+        )
+    if len({file.path for file in files}) != len(files):
+        raise InvalidMetadata(f"{prefix[:-1]}: a path is listed twice")
+    return files
+
+
+class _Download:
+    """One file on its way to disk: what is there of it, and its hash so far. Used by one thread."""
+
+    def __init__(
+        self,
+        http: HttpClient,
+        target: str,
+        headers: Headers,
+        file: _Entry,
+        path: Path,
+        report: Callable[[int], None],
+    ) -> None:
+        self._http, self._target, self._headers = http, target, headers
+        self._file, self._path, self._report = file, path, report
+        self._received = self._reported = 0
+        self._hash = _content_hash(file)
+
+    def run(self, budget: Budget) -> None:
+        """Fetch the file. Raises `IntegrityError` where its bytes are wrong twice, each time from the beginning."""
+        with _writing(self._path):
+            if self._file.size == 0:
+                self._path.touch()  # its hash says all there is to know
+            elif not self._attempt(budget):
+                self._restart()
+                self._attempt(budget)
+        if not self._right:
+            raise IntegrityError(
+                f"{self._http.hub_name} sent other bytes for {self._file.path} than its listing says",
+                [Violation("different", self._file.path)],
+                hint="Something between here and the hub alters files, or the hub is broken.",
+            )
+
+    @property
+    def _right(self) -> bool:
+        return self._received == self._file.size and self._hash.hexdigest() == self._file.oid
+
+    def _attempt(self, budget: Budget) -> bool:
+        try:
+            self._http.send(self._target, self._write, budget, self._headers, more_headers=self._range)
+        except HubUnavailable as error:
+            if error.status != 416:
+                raise
+            self._received = -1  # the hub has a shorter file than it listed
+        return self._right
+
+    def _restart(self) -> None:
+        self._received, self._hash = 0, _content_hash(self._file)
+
+    def _range(self) -> Headers:
+        return {"range": f"bytes={self._received}-"} if self._received else {}
+
+    def _write(self, response: Any, budget: Budget) -> None:
+        """Append the response's body; from the beginning where the hub does not resume."""
+        if self._received and not (
+            response.status_code == 206
+            and response.headers.get("content-range", "").startswith(f"bytes {self._received}-")
+        ):
+            self._restart()
+        with self._path.open("r+b" if self._received else "wb") as stream:
+            stream.seek(self._received)
+            stream.truncate()
+            for chunk in response.iter_raw():
+                budget.received(len(chunk))
+                if self._received + len(chunk) > self._file.size:
+                    self._received = self._file.size + 1  # more than was listed: wrong, whatever else comes
+                    return
+                stream.write(chunk)
+                self._hash.update(chunk)
+                self._received += len(chunk)
+                if self._received > self._reported:
+                    self._report(self._received - self._reported)
+                    self._reported = self._received
+        if self._received < self._file.size:
+            raise Interrupted(f"{self._received:,} of {self._file.size:,} bytes came")
+
+
+def _content_hash(file: _Entry) -> hashlib._Hash:
+    """The hash that the tree states: sha256 for LFS files, else git's, of a header and the content."""
+    if file.algorithm == "sha256":
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the disk refuses, as the store's error. A hub's errors pass, though they are `OSError`s too."""
+    try:
+        yield
+    except KernelHubError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror or error}", hint="Is the disk full, or the folder read-only?"
+        ) from error
+
+
+def _api(repo: RepoId) -> str:
+    return f"/api/kernels/{repo}"
+
+
+def _below(path: str, prefix: str) -> str:
+    if not path.startswith(prefix):
+        raise InvalidMetadata(f"the hub lists {path!r} under {prefix[:-1]!r}")
+    return path[len(prefix) :]
+
+
+def _folded(path: str) -> str:
+    return unicodedata.normalize("NFC", path).casefold()
+
+
+def _is_revision(name: str) -> bool:
+    try:
+        Revision.parse(name)
+    except InvalidReference:
+        return False
+    return True
+
+
+def _locked(report: Callable[[int], None]) -> Callable[[int], None]:
+    """`report`, called by one thread at a time."""
+    lock = threading.Lock()
+
+    def locked(size: int) -> None:
+        with lock:
+            report(size)
+
+    return locked
