@@ -1,0 +1,81 @@
+"""Swap faster compute kernels into PyTorch models, prove each swap, and undo it.
+
+The public names are imported when they are first used, so that `import kernelhub` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "kernelhub.errors": (
+        "CompatibilityWarning HubUnavailable IncompatibleDevice IntegrityError InvalidMetadata InvalidReference KernelCycle "
+        "KernelHubError KernelHubWarning KernelNotFound LayerContractError MissingDependency NoCompatibleVariant "
+        "PublishConflict StoreError UntrustedKernel"
+    ),
+    "kernelhub.core.metadata": "Metadata",
+    "kernelhub.core.trust": "TrustPolicy",
+    "kernelhub.core.variants": "VariantAccepted VariantRejected",
+    "kernelhub.hub.api": (
+        "get_kernel get_kernel_dep get_kernel_variants get_loaded_kernels get_local_kernel get_locked_kernel has_kernel "
+        "install_kernel load_kernel"
+    ),
+    "kernelhub.hub.client": "Hub default_hub",
+    "kernelhub.hub.importer": "LoadedKernel RepoInfo",
+    "kernelhub.settings": "Settings",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+if TYPE_CHECKING:
+    from kernelhub.core.metadata import Metadata
+    from kernelhub.core.trust import TrustPolicy
+    from kernelhub.core.variants import VariantAccepted, VariantRejected
+    from kernelhub.errors import (
+        CompatibilityWarning,
+        HubUnavailable,
+        IncompatibleDevice,
+        IntegrityError,
+        InvalidMetadata,
+        InvalidReference,
+        KernelCycle,
+        KernelHubError,
+        KernelHubWarning,
+        KernelNotFound,
+        LayerContractError,
+        MissingDependency,
+        NoCompatibleVariant,
+        PublishConflict,
+        StoreError,
+        UntrustedKernel,
+    )
+    from kernelhub.hub.api import (
+        get_kernel,
+        get_kernel_dep,
+        get_kernel_variants,
+        get_loaded_kernels,
+        get_local_kernel,
+        get_locked_kernel,
+        has_kernel,
+        install_kernel,
+        load_kernel,
+    )
+    from kernelhub.hub.client import Hub, default_hub
+    from kernelhub.hub.importer import LoadedKernel, RepoInfo
+    from kernelhub.settings import Settings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kernelhub' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

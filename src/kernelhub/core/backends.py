@@ -24,10 +24,8 @@ class Fit(Enum):
 class Backend:
     """A row: what the backend is called, and how its version is spelt in a variant's name.
 
-    `tag` is the spelling in compiled variants (`cu` in `cu128`), `major_digits` how many digits of it are the major
-    version (None: no version), `noarch` the spelling in noarch variants, `device` torch's device type, `title` what a
-    reader calls it.
-    """
+        `tag` is the spelling in compiled variants (`cu` in `cu128`), `major_digits` how many digits of it are the major
+    X"""
 
     name: str
     title: str
@@ -37,6 +35,8 @@ class Backend:
     major_digits: int | None = None
     fit: Fit = Fit.EQUAL
     min_macos: int | None = None
+    torch_version: str | None = None
+    torch_package: str | None = None
 
     def version_text(self, version: VersionPair) -> str:
         return f"{self.tag}{version[0]}{version[1]}"
@@ -44,13 +44,13 @@ class Backend:
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", "the CPU", "cpu", "cpu", "cpu"),
-    Backend("cuda", "CUDA", "cuda", "cu", "cuda", major_digits=2, fit=Fit.SAME_MAJOR),
-    Backend("rocm", "ROCm", "cuda", "rocm", "rocm", major_digits=1),
-    Backend("xpu", "XPU", "xpu", "xpu", "xpu", major_digits=4),
-    Backend("cann", "CANN", "npu", "cann", "npu", major_digits=1),
+    Backend("cuda", "CUDA", "cuda", "cu", "cuda", major_digits=2, fit=Fit.SAME_MAJOR, torch_version="cuda"),
+    Backend("rocm", "ROCm", "cuda", "rocm", "rocm", major_digits=1, torch_version="hip"),
+    Backend("xpu", "XPU", "xpu", "xpu", "xpu", major_digits=4, torch_version="xpu"),
+    Backend("cann", "CANN", "npu", "cann", "npu", major_digits=1, torch_package="torch_npu"),
     Backend("metal", "Metal", "mps", "metal", "metal", min_macos=26),
-    Backend("neuron", "Neuron", "neuron", "neuron", "neuron"),
-    Backend("tpu", "TPU", "tpu", "tpu", "tpu"),
+    Backend("neuron", "Neuron", "neuron", "neuron", "neuron", torch_package="torch_neuronx"),
+    Backend("tpu", "TPU", "tpu", "tpu", "tpu", torch_package="torch_tpu"),
 )
 
 BY_NAME = {row.name: row for row in BACKENDS}

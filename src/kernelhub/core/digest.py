@@ -15,7 +15,7 @@ from typing import Any
 
 from kernelhub.core.canonical import b64, canonical_json
 from kernelhub.core.paths import is_bytecode, safe_path
-from kernelhub.errors import InvalidMetadata, Violation
+from kernelhub.errors import InvalidMetadata, Violation, context
 
 ALGORITHMS = {"sha256": 32, "sha512": 64}
 
@@ -52,14 +52,8 @@ class Digest:
         algorithm = value.get("algorithm")
         if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
             raise InvalidMetadata(f"digest: expected algorithm {' or '.join(ALGORITHMS)}, got {algorithm!r}")
-        for path, text in value["files"].items():
-            if safe_path(path).casefold() in NOT_COVERED:
-                raise InvalidMetadata(f"digest: {path}: no digest covers this file")
-            if not isinstance(text, str) or _decoded_size(text) != ALGORITHMS[algorithm]:
-                raise InvalidMetadata(f"digest: {path}: not a base64 {algorithm} hash: {text!r}")
-        folded = {path.casefold() for path in value["files"]}
-        if len(folded) != len(value["files"]):
-            raise InvalidMetadata("digest: two paths differ only in upper and lower case")
+        with context("digest"):
+            _check(value["files"], algorithm)
         return cls(algorithm, dict(sorted(value["files"].items())))
 
     def to_json(self) -> dict[str, Any]:
@@ -83,6 +77,16 @@ class Digest:
             elif expected != value:
                 found.append(Violation("different", path))
         return sorted(found, key=lambda violation: (violation.path, violation.kind))
+
+
+def _check(files: dict[str, Any], algorithm: str) -> None:
+    for path, text in files.items():
+        if safe_path(path).casefold() in NOT_COVERED:
+            raise InvalidMetadata(f"{path}: no digest covers this file")
+        if not isinstance(text, str) or _decoded_size(text) != ALGORITHMS[algorithm]:
+            raise InvalidMetadata(f"{path}: not a base64 {algorithm} hash: {text!r}")
+    if len({path.casefold() for path in files}) != len(files):
+        raise InvalidMetadata("two paths differ only in upper and lower case")
 
 
 def _decoded_size(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernelhub.core.backends import BY_NAME, Backend, VersionPair, backend
+from kernelhub.core.backends import BY_NAME, Backend, VersionPair
 from kernelhub.errors import InvalidReference
 
 
@@ -12,9 +12,7 @@ from kernelhub.errors import InvalidReference
 class Host:
     """A machine as the selection sees it.
 
-    `backend` is what torch was built for (`cpu` where it was built for nothing else), `backend_version` the version of
-    it, `archs` the architectures of the visible devices by index (`"9.0"`, `"gfx942"`), `kernels_level` the version of
-    the `kernels` package whose features this package has.
+    `backend` is what torch was built for (`cpu` where it was built for nothing else), `backend_version` the version of it.
     """
 
     python: VersionPair
@@ -27,7 +25,6 @@ class Host:
     tvm_ffi: VersionPair | None = None
     free_threaded: bool = False
     macos: int | None = None
-    archs: tuple[str, ...] = ()
 
     def choose_backend(self, name: str | None) -> Backend:
         """The backend to select for: the one asked for, or what torch was built for.
@@ -38,7 +35,6 @@ class Host:
         if name is None:
             return BY_NAME[self.backend]
         if name not in supported:
-            backend(name)
             raise InvalidReference(
                 f"backend {name!r} is not supported on this machine",
                 hint=f"Expected {' or '.join(repr(item) for item in supported)}: torch here was built for "

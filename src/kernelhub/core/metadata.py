@@ -13,7 +13,7 @@ from kernelhub.core.backends import BACKENDS, BY_NAME
 from kernelhub.core.canonical import canonical_json
 from kernelhub.core.digest import Digest
 from kernelhub.core.refs import Pin, RepoId, Revision, Version
-from kernelhub.errors import InvalidMetadata, InvalidReference
+from kernelhub.errors import InvalidMetadata, InvalidReference, context
 
 _NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]", re.ASCII)
 _LEVEL = re.compile(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})", re.ASCII)
@@ -144,7 +144,7 @@ class Metadata:
             upstream=_optional_text(raw, "upstream"),
             source=_optional_text(raw, "source"),
             kernels_minver=_level(raw.get("kernels-minver")),
-            digest=Digest.parse(raw["digest"]) if raw.get("digest") is not None else None,
+            digest=_digest(raw.get("digest")),
             provenance=_provenance(raw.get("provenance")),
             raw=dict(raw),
         )
@@ -267,6 +267,11 @@ def _depend(value: Any) -> KernelDepend:
 
 def _pin_json(pin: Pin) -> dict[str, Any]:
     return {"version": pin.number} if isinstance(pin, Version) else {"revision": pin.ref}
+
+
+def _digest(value: Any) -> Digest | None:
+    with context("metadata.json"):
+        return None if value is None else Digest.parse(value)
 
 
 def _level(value: Any) -> tuple[int, int, int] | None:

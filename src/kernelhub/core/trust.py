@@ -14,11 +14,15 @@ from kernelhub.errors import InvalidReference, UntrustedKernel
 
 
 class Origin(Enum):
-    """What kind of place a kernel comes from."""
+    """What kind of place a kernel comes from; only a `REMOTE` one needs the network.
+
+    A `CACHE` is what another tool fetched from a remote hub: it lies on this disk, and is not the user's own.
+    """
 
     EMBEDDED = "embedded"
     FOLDER = "folder"
     REMOTE = "remote"
+    CACHE = "cache"
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,16 @@ class TrustPolicy:
 
     def decide(self, published: Published) -> str:
         """The reason why the kernel may run. Raises `UntrustedKernel` where there is none."""
+        reason = self.reason(published)
+        if reason is None:
+            raise UntrustedKernel(
+                f"{published.repo} would run code published by {published.repo.org!r}, whom {_not_trusted(published)}",
+                hint=f'If you trust it, pass trust_remote_code=["{published.repo}"] (True trusts every repository).',
+            )
+        return reason
+
+    def reason(self, published: Published) -> str | None:
+        """Why the kernel may run; None where it may not."""
         repo = published.repo
         if published.origin is Origin.EMBEDDED:
             return "it is part of kernelhub"
@@ -71,10 +85,7 @@ class TrustPolicy:
                 return f"the user trusts {pattern}"
         if published.publisher_trusted:
             return f"{published.hub} marks {repo.org} as a trusted publisher"
-        raise UntrustedKernel(
-            f"{repo} would run code published by {repo.org!r}, whom {_not_trusted(published)}",
-            hint=f'If you trust it, pass trust_remote_code=["{repo}"] (True trusts every repository).',
-        )
+        return None
 
 
 def _not_trusted(published: Published) -> str:

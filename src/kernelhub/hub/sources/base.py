@@ -22,6 +22,9 @@ from typing import Any, Protocol
 from kernelhub.core.refs import KernelRef, Pin, RepoId
 from kernelhub.core.trust import Origin
 
+# The commit of what lies in the user's own folder now: it names no content, so nothing of it is kept in the store.
+LOCAL = "0" * 40
+
 
 @dataclass(frozen=True)
 class Listing:

@@ -1,0 +1,126 @@
+"""`kernelhub doctor`: this machine as the selection sees it, and what would keep a kernel from loading."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+
+from kernelhub.cli.options import Json
+from kernelhub.cli.render import show_json, show_table, size
+
+COMPILERS = ("g++", "clang++", "nvcc", "hipcc", "ninja")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact; `ok` is False where it keeps some kernel from loading, None where it only informs."""
+
+    topic: str
+    name: str
+    value: str
+    ok: bool | None = None
+
+
+def doctor(as_json: Json = False) -> int:
+    """Show this machine as kernels see it: torch, devices, compilers, hubs, store. Ends with 1 if something is in the way."""
+    findings = [*_machine(), *_compilers(), *_hubs(), *_store()]
+    if as_json:
+        show_json([asdict(finding) for finding in findings])
+    else:
+        marks = {True: "ok", False: "IN THE WAY", None: ""}
+        show_table(
+            "kernelhub doctor",
+            ("", "", "", ""),
+            [(item.topic, item.name, item.value, marks[item.ok]) for item in findings],
+        )
+    return 1 if any(finding.ok is False for finding in findings) else 0
+
+
+def _machine() -> list[Finding]:
+    from kernelhub import __version__
+    from kernelhub.core.backends import BY_NAME
+    from kernelhub.core.metadata import KERNELS_LEVEL
+    from kernelhub.hub.probe import detect_host, torch_versions, visible_archs
+
+    host = detect_host()
+    torch = torch_versions().get("__version__")
+    found = [
+        Finding(
+            "machine", "kernelhub", f"{__version__} (level of the kernels package: {'.'.join(map(str, KERNELS_LEVEL))})"
+        ),
+        Finding("machine", "selection sees", str(host)),
+        Finding("machine", "torch", torch or "not installed; pip install 'kernelhub[torch]'", bool(torch)),
+    ]
+    if host.free_threaded and host.python < (3, 15):
+        found.append(Finding("machine", "python", "free-threaded: compiled kernels need Python 3.15 there", False))
+    if host.backend != "cpu":
+        archs = visible_archs(BY_NAME[host.backend])
+        text = (
+            ", ".join(f"{index}: {arch}" for index, arch in enumerate(archs))
+            or f"torch is built for {host.backend}, and no device is visible"
+        )
+        found.append(Finding("machine", "devices", text))
+    return found
+
+
+def _compilers() -> list[Finding]:
+    found = []
+    for name in COMPILERS:
+        path = shutil.which(name)
+        found.append(Finding("compilers", name, f"{_first_line(path)} ({path})" if path else "not found"))
+    return found
+
+
+def _first_line(path: str) -> str:
+    try:
+        result = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not run: {error}"
+    lines = (result.stdout or result.stderr).strip().splitlines()
+    return lines[-1 if "nvcc" in path and lines else 0] if lines else "says nothing"
+
+
+def _hubs() -> list[Finding]:
+    """Ask each source for a kernel that it does not have: an answer, whichever, means that it is there."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from kernelhub.hub.client import Hub
+
+    hub = Hub()
+    sources = hub.sources()
+    with ThreadPoolExecutor(max_workers=len(sources)) as pool:
+        answers = list(pool.map(lambda source: _reach(source, hub.settings.offline), sources))
+    return [Finding("hubs", source.name, text, ok) for source, (text, ok) in zip(sources, answers, strict=True)]
+
+
+def _reach(source: object, offline: bool) -> tuple[str, bool | None]:
+    from kernelhub.core.refs import RepoId
+    from kernelhub.core.trust import Origin
+    from kernelhub.errors import KernelHubError, KernelNotFound
+
+    origin: Origin = source.origin  # type: ignore[attr-defined]
+    if offline and origin is Origin.REMOTE:
+        return "not asked: offline", None
+    try:
+        source.refs(RepoId("kernelhub-doctor", "asks"))  # type: ignore[attr-defined]
+    except KernelNotFound:
+        pass
+    except KernelHubError as error:
+        return str(error), False
+    return f"answers ({origin.value})", True
+
+
+def _store() -> list[Finding]:
+    import os
+
+    from kernelhub.hub.client import open_store
+
+    root = open_store().root
+    there = next(folder for folder in (root, *root.parents) if folder.exists())
+    writable = os.access(there, os.W_OK)
+    return [
+        Finding("store", "folder", f"{root}{'' if root.exists() else ' (not made yet)'}"),
+        Finding("store", "writable", "yes" if writable else f"no: {there} cannot be written", writable),
+        Finding("store", "free", size(shutil.disk_usage(there).free)),
+    ]

@@ -1,0 +1,69 @@
+"""`kernelhub`: the commands, and what the process ends with."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from click.exceptions import ClickException
+
+from kernelhub import __version__
+from kernelhub.cli import cache, doctor, get, info, publish, serve, variants, versions
+from kernelhub.cli.render import show_error
+from kernelhub.errors import KernelHubError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="kernelhub",
+    help="Swap faster compute kernels into PyTorch models, prove each swap, and undo it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (get.get, info.info, versions.versions, variants.variants, publish.publish, doctor.doctor, serve.serve):
+    app.command()(command)
+app.add_typer(cache.app, name="cache")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kernelhub {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Swap faster compute kernels into PyTorch models, prove each swap, and undo it."""
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command; what the process should end with: 0 done, 1 no, 2 wrong use, 3 the hub, 4 integrity or trust."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        result = app(arguments, standalone_mode=False)
+    except KernelHubError as error:
+        show_error(error, as_json="--json" in arguments)
+        return error.exit_code
+    except ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails flushing at exit
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run())

@@ -1,0 +1,32 @@
+"""`kernelhub publish`: a kernel repository's folder into a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kernelhub.cli.options import Json
+from kernelhub.cli.render import show_json, show_line
+
+
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The kernel: a folder with build/<variant>/, or a source tree.")
+    ],
+    hub: Annotated[str, typer.Argument(metavar="HUB", help="The hub: a folder, or a bucket (s3://...).")],
+    repo_id: Annotated[str, typer.Option("--repo-id", metavar="ORG/NAME", help="What to publish it as.")],
+    as_json: Json = False,
+) -> None:
+    """Publish a kernel into a hub, under the version that its metadata names. The same content again changes nothing."""
+    from kernelhub.core.refs import RepoId
+    from kernelhub.hub.publish import publish as publish_folder
+
+    done = publish_folder(folder, hub, RepoId.parse(repo_id))
+    if as_json:
+        show_json({"kernel": repo_id, "hub": hub, "ref": done.ref, "commit": done.commit, "changed": done.changed})
+    elif done.changed:
+        show_line(f"published {repo_id}@{done.ref} as {done.commit} in {hub}")
+    else:
+        show_line(f"{repo_id}@{done.ref} in {hub} is this already ({done.commit})")

@@ -1,0 +1,94 @@
+"""What the commands print: tables and JSON on standard output, errors and progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from kernelhub.errors import KernelHubError
+from kernelhub.hub.sources.base import NoProgress, Progress
+
+
+def show_json(value: Any) -> None:
+    """Print a value as JSON, sorted."""
+    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str))
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under a title; cells are shown as they are, whatever markup they seem to have."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    _console().print(table)
+
+
+def show_line(text: str = "") -> None:
+    """Print a line."""
+    print(text)
+
+
+def show_error(error: KernelHubError, *, as_json: bool = False) -> None:
+    """Print an error, and where it was asked for the same as JSON on standard output."""
+    if as_json:
+        show_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
+    print(f"error: {error}", file=sys.stderr)
+
+
+def size(count: int) -> str:
+    """Bytes as a reader wants them: `1536` -> "1.5 KiB"."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Progress]:
+    """A progress bar for a transfer, where standard error is a terminal."""
+    if not sys.stderr.isatty():
+        yield NoProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield _Bar(bars, label)
+
+
+class _Bar:
+    """Progress on one bar; it appears with the first bytes that are expected."""
+
+    def __init__(self, bars: Any, label: str) -> None:
+        self._bars, self._label = bars, label
+        self._task: Any = None
+        self._total = 0
+
+    def expect(self, size: int) -> None:
+        self._total += size
+        if self._task is None:
+            self._task = self._bars.add_task(self._label, total=self._total)
+        else:
+            self._bars.update(self._task, total=self._total)
+
+    def advance(self, size: int) -> None:
+        if self._task is not None:
+            self._bars.advance(self._task, size)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Away from a terminal there is no width to keep to, and a wrapped table is hard to search.
+    return Console() if sys.stdout.isatty() else Console(width=220)

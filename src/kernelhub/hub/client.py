@@ -1,0 +1,574 @@
+"""The client: from a reference to a module, step by step.
+
+    find     which source has it, at which commit          -> Found
+    trust    may it run?                                      (before a byte of it is fetched)
+    select   which of its builds runs here                 -> BuildVariant
+    fetch    a folder that is verified                     -> Verified
+    check    what must hold before its code is imported
+    load     a module                                      -> LoadedKernel
+
+`has_kernel` stops after select, `install_kernel` after fetch: they are prefixes of `get_kernel` and cannot disagree with
+it. Offline, locked, local and overridden kernels are other sources and other pins, on the same path.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from kernelhub.core.archs import covers
+from kernelhub.core.backends import BY_NAME, Backend
+from kernelhub.core.host import Host
+from kernelhub.core.lockfile import LockedKernel, LockFile
+from kernelhub.core.metadata import KERNELS_LEVEL, PYTHON_DEPENDS, Metadata
+from kernelhub.core.refs import KernelRef, Pin, RepoId, Revision
+from kernelhub.core.select import rank
+from kernelhub.core.trust import Origin, Published, TrustPolicy
+from kernelhub.core.variants import BuildVariant, VariantAccepted, VariantRejected
+from kernelhub.errors import (
+    CompatibilityWarning,
+    HubUnavailable,
+    IncompatibleDevice,
+    IntegrityError,
+    InvalidMetadata,
+    InvalidReference,
+    KernelCycle,
+    KernelHubWarning,
+    KernelNotFound,
+    MissingDependency,
+    NoCompatibleVariant,
+    RepositoryNotFound,
+    context,
+)
+from kernelhub.hub.importer import Importer, LoadedKernel, RepoInfo
+from kernelhub.hub.probe import current_device, detect_host, visible_archs
+from kernelhub.hub.sources.base import LOCAL, Listing, Moved, NoProgress, Progress, Source
+from kernelhub.hub.sources.local import LocalSource, local_source
+from kernelhub.hub.sources.project import EMBEDDED_ORG, ProjectSource
+from kernelhub.hub.store import Place, RefRecord, Store
+from kernelhub.hub.telemetry import UserAgent, user_agent
+from kernelhub.hub.verify import Verified, verify
+from kernelhub.settings import Settings
+
+Trust = bool | Sequence[str]
+_Answer = TypeVar("_Answer")
+
+_MAX_REDIRECTS = 4
+_importer = Importer()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A repository at a commit, in the source that has it, with its variants."""
+
+    ref: KernelRef
+    source: Source
+    commit: str
+    listing: Listing
+
+    @property
+    def repo(self) -> RepoId:
+        return self.ref.repo
+
+    @property
+    def pinned(self) -> KernelRef:
+        """The reference that names this very content."""
+        return self.ref if self.commit == LOCAL else replace(self.ref, pin=Revision(self.commit))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one call wants it: what it trusts, for which backend, and what it expects.
+
+    `expected` maps variants to the digest that a lock names for them. `above` are the kernels that led here, for cycles.
+    """
+
+    policy: TrustPolicy = field(default_factory=TrustPolicy)
+    backend: str | None = None
+    check_arch: bool = True
+    refresh: bool = False
+    offline: bool = False
+    expected: Mapping[str, str] = field(default_factory=dict)
+    above: tuple[str, ...] = ()
+
+
+class Hub:
+    """A client with its settings, sources and store. The functions of `kernelhub` use one of these, `default_hub()`."""
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        sources: Sequence[Source] | None = None,
+        host: Host | None = None,
+        progress: Progress | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = Settings.from_env() if settings is None else settings
+        self.store = Store(self.settings.cache_folder, self.settings.verify_always)
+        self.progress: Progress = progress or NoProgress()
+        self._sources = None if sources is None else tuple(sources)
+        self._by_agent: dict[object, tuple[Source, ...]] = {}
+        self._host = host
+        self._clock = clock
+        self._memo: dict[tuple[Any, ...], LoadedKernel] = {}
+        self._warned: set[str] = set()
+
+    @property
+    def host(self) -> Host:
+        """The facts about this machine."""
+        return self._host or detect_host()
+
+    # What callers ask for
+
+    def load(
+        self,
+        ref: KernelRef,
+        *,
+        backend: str | None = None,
+        trust_remote_code: Trust = False,
+        user_agent: UserAgent = None,
+        check_arch: bool = True,
+        refresh: bool = False,
+    ) -> LoadedKernel:
+        """The kernel, imported. The second time in a process it is found in a table, and nothing is asked or read."""
+        key = (ref, backend, _hashable(trust_remote_code), check_arch)
+        if not refresh and key in self._memo:
+            return self._memo[key]
+        options = Options(self._policy(trust_remote_code), backend, check_arch, refresh, self.settings.offline)
+        loaded = self._memo[key] = self._load(ref, self.sources(user_agent), options)
+        return loaded
+
+    def install(
+        self,
+        ref: KernelRef,
+        *,
+        backend: str | None = None,
+        trust_remote_code: Trust = False,
+        user_agent: UserAgent = None,
+        local_files_only: bool = False,
+        refresh: bool = False,
+    ) -> Path:
+        """The verified folder of the variant for this machine; the kernels that it depends on are fetched too."""
+        offline = self.settings.offline or local_files_only
+        options = Options(self._policy(trust_remote_code), backend, False, refresh, offline)
+        return self._install(ref, self.sources(user_agent), options).path
+
+    def has(
+        self, ref: KernelRef, *, backend: str | None = None, trust_remote_code: Trust = False, check_arch: bool = True
+    ) -> bool:
+        """Whether `load` would find a build for this machine. What it does not trust, or cannot reach, is an error."""
+        options = Options(self._policy(trust_remote_code), backend, check_arch, offline=self.settings.offline)
+        sources = self.sources()
+        try:
+            with context(f"while looking for {ref}"):
+                found = self._trusted(self.find(ref, sources, options), options)
+                variant = self._select(found, options)
+                if check_arch and self.host.choose_backend(backend).name in ("cuda", "rocm"):
+                    self._check_archs(self._fetch(found, variant, options).metadata, options)
+        except (KernelNotFound, NoCompatibleVariant, IncompatibleDevice):
+            return False
+        return True
+
+    def variants(self, ref: KernelRef, *, backend: str | None = None) -> list[VariantAccepted | VariantRejected]:
+        """All builds of the kernel: those that run here, best first, then the others with the reason."""
+        with context(f"while looking for {ref}"):
+            found = self.find(ref, self.sources(), Options(backend=backend, offline=self.settings.offline))
+            return rank(found.listing.variants, self.host, self.host.choose_backend(backend))
+
+    def describe(
+        self, ref: KernelRef, *, backend: str | None = None, trust_remote_code: Trust = False
+    ) -> dict[str, Any]:
+        """What the kernel is and what this machine would run of it, as plain values; none of its code is imported."""
+        options = Options(self._policy(trust_remote_code), backend, offline=self.settings.offline)
+        with context(f"while looking for {ref}"):
+            found, variant, verified = self._obtain(ref, self.sources(), options)
+        metadata = verified.metadata
+        return {
+            "kernel": str(found.repo),
+            "version": metadata.version,
+            "hub": found.source.name,
+            "commit": None if found.commit == LOCAL else found.commit,
+            "variant": str(variant),
+            "digest": verified.digest.text,
+            "files": len(verified.digest.files),
+            "license": metadata.license,
+            "upstream": metadata.upstream,
+            "source": metadata.source,
+            "architectures": list(metadata.backend.archs),
+            "python_depends": list(metadata.python_depends),
+            "kernel_depends": [str(item) for item in metadata.kernel_depends],
+            "trusted": options.policy.reason(self._published(found, options)),
+            "path": str(verified.path),
+        }
+
+    def versions(self, repo: RepoId) -> tuple[Source, Mapping[str, str]]:
+        """The refs that the first source which has the repository names, with their commits."""
+        for source in self._order(KernelRef(repo), self.sources(), self.settings.offline):
+            try:
+                return source, source.refs(repo)
+            except RepositoryNotFound:
+                continue
+        raise self._nowhere(KernelRef(repo), self.sources())
+
+    def load_local(
+        self,
+        path: Path,
+        *,
+        backend: str | None = None,
+        trust_remote_code: Trust = False,
+        user_agent: UserAgent = None,
+    ) -> LoadedKernel:
+        """The kernel in a folder of the user's. Trust is for the kernels that it depends on."""
+        source, repo = local_source(path)
+        options = Options(self._policy(trust_remote_code), backend, offline=self.settings.offline)
+        return self._load(KernelRef(repo, Revision("main")), (source, *self.sources(user_agent)), options)
+
+    def load_locked(
+        self,
+        repo: RepoId,
+        *,
+        lockfile: Path,
+        backend: str | None = None,
+        trust_remote_code: Trust = False,
+        user_agent: UserAgent = None,
+        local_files_only: bool = False,
+    ) -> LoadedKernel:
+        """The kernel at the commit, and with the digest, that a lock file names."""
+        locked = read_lock(lockfile).find(repo)
+        offline = self.settings.offline or local_files_only
+        options = Options(self._policy(trust_remote_code), backend, offline=offline, expected=_own_digests(locked))
+        return self._load(KernelRef(repo, Revision(locked.commit)), self.sources(user_agent), options)
+
+    def sources(self, agent: UserAgent = None) -> tuple[Source, ...]:
+        """Where kernels come from, in the order in which they are asked."""
+        if self._sources is not None:
+            return self._sources
+        key = agent if agent is None or isinstance(agent, str) else tuple(sorted(agent.items()))
+        if key not in self._by_agent:
+            self._by_agent[key] = tuple(default_sources(self.settings, agent))
+        return self._by_agent[key]
+
+    # The steps
+
+    def find(self, ref: KernelRef, sources: Sequence[Source], options: Options) -> Found:
+        """The first source that has the repository, its commit for the pin, and the variants there."""
+        for _ in range(_MAX_REDIRECTS):
+            try:
+                return self._find(ref, sources, options)
+            except Moved as moved:
+                ref = replace(moved.destination, pin=moved.destination.pin or ref.pin)
+        raise KernelNotFound(f"{ref} is the last of {_MAX_REDIRECTS} redirects in a row")
+
+    def _find(self, ref: KernelRef, sources: Sequence[Source], options: Options) -> Found:
+        assert ref.pin is not None
+        for source in self._order(ref, sources, options.offline):
+            try:
+                commit = self._commit(source, ref.repo, ref.pin, options)
+                return Found(ref, source, commit, self._listing(source, ref.repo, commit, options))
+            except RepositoryNotFound:
+                continue
+        raise self._nowhere(ref, sources)
+
+    def _commit(self, source: Source, repo: RepoId, pin: Pin, options: Options) -> str:
+        """The commit: from the pin itself, from the store where the hub was asked not long ago, or from the hub."""
+        if isinstance(pin, Revision) and pin.commit:
+            known = self.store.listing(source.key, repo, pin.commit)
+            return pin.commit if known else self._ask(source, options, lambda: source.resolve(repo, pin))
+        record = self.store.ref(source.key, repo, str(pin))
+        if record and self._fresh(record, source, options):
+            if record.commit is None:
+                raise RepositoryNotFound(f"{source.name} has no {repo}")
+            return record.commit
+        try:
+            commit = self._ask(source, options, lambda: source.resolve(repo, pin))
+        except HubUnavailable as error:
+            if record is None or record.commit is None:
+                raise
+            self._warn(
+                f"{error}\n  Using {repo}@{pin} as it was known before ({record.commit[:12]}).", KernelHubWarning
+            )
+            return record.commit
+        except RepositoryNotFound:
+            self._remember(source, repo, pin, None)
+            raise
+        if commit != LOCAL:
+            self._remember(source, repo, pin, commit)
+        return commit
+
+    def _fresh(self, record: RefRecord, source: Source, options: Options) -> bool:
+        if source.origin is not Origin.REMOTE:  # a look into a folder costs less than being out of date
+            return False
+        if options.offline:
+            return True
+        return not options.refresh and 0 <= self._clock() - record.time < self.settings.ref_ttl
+
+    def _remember(self, source: Source, repo: RepoId, pin: Pin, commit: str | None) -> None:
+        self.store.set_ref(source.key, repo, str(pin), RefRecord(commit, self._clock()))
+
+    def _listing(self, source: Source, repo: RepoId, commit: str, options: Options) -> Listing:
+        known = self.store.listing(source.key, repo, commit).get("variants")
+        if isinstance(known, dict):
+            return Listing(known)
+        listing = self._ask(source, options, lambda: source.listing(repo, commit))
+        if commit != LOCAL:
+            self.store.set_listing(source.key, repo, commit, {"variants": listing.variants})
+        return listing
+
+    def _trusted(self, found: Found, options: Options) -> Found:
+        """The gate. The hub is asked for its mark of the publisher only where nothing else decides."""
+        options.policy.decide(self._published(found, options))
+        return found
+
+    def _published(self, found: Found, options: Options) -> Published:
+        published = Published(found.repo, found.source.origin, found.source.name)
+        if options.policy.reason(published) is not None:
+            return published
+        return replace(published, publisher_trusted=self._publisher_trusted(found, options))
+
+    def _publisher_trusted(self, found: Found, options: Options) -> bool | None:
+        source, repo, commit = found.source, found.repo, found.commit
+        record = self.store.listing(source.key, repo, commit)
+        if "publisher_trusted" not in record:
+            if options.offline and source.origin is Origin.REMOTE:
+                return None
+            trusted = source.publisher_trusted(repo)
+            record = {**record, "variants": found.listing.variants, "publisher_trusted": trusted}
+            self.store.set_listing(source.key, repo, commit, record)
+        trusted = record["publisher_trusted"]
+        return trusted if isinstance(trusted, bool) else None
+
+    def _select(self, found: Found, options: Options) -> BuildVariant:
+        backend = self.host.choose_backend(options.backend)
+        ranked = rank(found.listing.variants, self.host, backend)
+        if ranked and isinstance(best := ranked[0], VariantAccepted):
+            return best.variant
+        rejected = [(item.variant.variant_str, item.reason) for item in ranked if isinstance(item, VariantRejected)]
+        raise NoCompatibleVariant(str(found.ref), str(self.host), rejected)
+
+    def _fetch(self, found: Found, variant: BuildVariant, options: Options) -> Verified:
+        """The variant's folder, verified now: where the user has it, from the store, or from the hub into the store."""
+        name = str(variant)
+        if (folder := found.source.locate(found.repo, name)) is not None:
+            return self._expected(verify(folder), name, options)
+        place = Place(found.source.key, found.repo, found.commit, variant)
+        try:
+            verified = self.store.find(place)
+        except (IntegrityError, InvalidMetadata) as error:
+            if options.offline and found.source.origin is Origin.REMOTE:
+                error.hint = "It cannot be fetched again offline."
+                raise
+            self._warn(f"{error}\n  It is set aside and fetched again.", KernelHubWarning)
+            self.store.set_aside(place)
+            verified = None
+        if verified is None:
+            details = found.listing.variants[name]
+            verified = self._ask(
+                found.source,
+                options,
+                lambda: self.store.add(
+                    place,
+                    lambda into: found.source.fetch(found.repo, found.commit, name, details, into, self.progress),
+                ),
+            )
+        return self._expected(verified, name, options)
+
+    def _expected(self, verified: Verified, variant: str, options: Options) -> Verified:
+        expected = options.expected.get(variant)
+        if expected is not None and expected != verified.digest.text:
+            raise IntegrityError(f"{variant} has the digest {verified.digest.text}, the lock file says {expected}")
+        return verified
+
+    def _install(self, ref: KernelRef, sources: Sequence[Source], options: Options) -> Verified:
+        with context(f"while fetching {ref}"):
+            verified = self._obtain(ref, sources, options)[2]
+        for item in verified.metadata.kernel_depends:
+            self._install(KernelRef(item.repo, item.pin), sources, _below(options, str(ref.repo), item.repo))
+        return verified
+
+    def _obtain(
+        self, ref: KernelRef, sources: Sequence[Source], options: Options
+    ) -> tuple[Found, BuildVariant, Verified]:
+        found = self._trusted(self.find(ref, sources, options), options)
+        variant = self._select(found, options)
+        return found, variant, self._fetch(found, variant, options)
+
+    def _load(self, ref: KernelRef, sources: Sequence[Source], options: Options) -> LoadedKernel:
+        with context(f"while loading {ref}"):
+            found, variant, verified = self._obtain(ref, sources, options)
+            self._check(verified.metadata, options)
+        modules: dict[RepoId, ModuleType] = {}
+        for item in verified.metadata.kernel_depends:
+            below = _below(options, str(ref.repo), item.repo)
+            modules[item.repo] = self._load(KernelRef(item.repo, item.pin), sources, below).module
+        info = None if found.commit == LOCAL else RepoInfo(str(found.repo), found.commit)
+        with context(f"while loading {ref}"):
+            return _importer.load(verified, variant, info, modules)
+
+    def _check(self, metadata: Metadata, options: Options) -> None:
+        """What must hold before any of the kernel's code is imported."""
+        if metadata.kernels_minver and metadata.kernels_minver > KERNELS_LEVEL:
+            need, have = (".".join(map(str, level)) for level in (metadata.kernels_minver, KERNELS_LEVEL))
+            raise InvalidReference(
+                f"{metadata.name} needs what the kernels package has from {need} on; this one has the level {have}",
+                hint="pip install --upgrade kernelhub",
+            )
+        check_python_depends(metadata)
+        if options.check_arch:
+            self._check_archs(metadata, options)
+
+    def _check_archs(self, metadata: Metadata, options: Options) -> None:
+        backend: Backend = self.host.choose_backend(options.backend)
+        if not metadata.backend.archs or metadata.backend.type != backend.name:
+            return
+        archs, devices = metadata.backend.archs, visible_archs(backend)
+        uncovered = [index for index, arch in enumerate(devices) if not covers(archs, arch)]
+        built = f"{metadata.name} is built for {', '.join(archs)}"
+        if uncovered and current_device() in uncovered:
+            raise IncompatibleDevice(
+                f"{built}; the current device {current_device()} has {devices[current_device()]}",
+                hint="Build it for this device, or pass check_arch=False if another device will run it.",
+            )
+        for index in uncovered:
+            self._warn(f"{built}; device {index} has {devices[index]} and cannot run it", CompatibilityWarning)
+
+    # Inside
+
+    def _ask(self, source: Source, options: Options, question: Callable[[], _Answer]) -> _Answer:
+        """Ask a source, unless that would need the network and there is to be none."""
+        if options.offline and source.origin is Origin.REMOTE:
+            raise RepositoryNotFound(f"it is not in the store, and {source.name} is not asked offline")
+        return question()
+
+    def _order(self, ref: KernelRef, sources: Sequence[Source], offline: bool) -> list[Source]:
+        """The sources to ask.
+
+        For the organisation of the embedded hub only that one, and what the user put over it. A commit names its content,
+        so where a source's is in the store already, no other is asked. Offline, what other tools fetched comes last.
+        """
+        order = [*sources, *self._caches()] if offline else list(sources)
+        if ref.repo.org == EMBEDDED_ORG:
+            return [
+                source
+                for source in order
+                if source.origin in (Origin.EMBEDDED, Origin.FOLDER)
+                and isinstance(source, (ProjectSource, LocalSource))
+            ]
+        if isinstance(ref.pin, Revision) and (commit := ref.pin.commit):
+            order.sort(key=lambda source: not self.store.listing(source.key, ref.repo, commit))
+        return order
+
+    def _caches(self) -> list[Source]:
+        from kernelhub.hub.sources.huggingface import HuggingFaceCacheSource
+
+        return [HuggingFaceCacheSource()] if self._sources is None else []
+
+    def _nowhere(self, ref: KernelRef, sources: Sequence[Source]) -> KernelNotFound:
+        names = ", ".join(dict.fromkeys(source.name for source in sources)) or "no source at all"
+        hint = "It is not in the store, and hubs are not asked offline." if self.settings.offline else None
+        return KernelNotFound(f"{ref} was not found (looked in {names})", hint=hint)
+
+    def _policy(self, trust_remote_code: Trust) -> TrustPolicy:
+        return TrustPolicy.of(trust_remote_code, self.settings.trust)
+
+    def _warn(self, text: str, category: type[Warning]) -> None:
+        """Warn once a process and text, at the caller's own line."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, category, stacklevel=2)
+
+
+def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]:
+    """Local overrides, the embedded hub, the hubs of the settings, the Hugging Face Hub."""
+    from kernelhub.hub.sources.huggingface import HuggingFaceSource
+    from kernelhub.hub.sources.layout import LayoutSource
+
+    def header() -> str:
+        return user_agent(enabled=settings.telemetry, caller=agent)
+
+    found: list[Source] = [local_source(path, RepoId.parse(name))[0] for name, path in settings.local_kernels]
+    found.append(ProjectSource.embedded())
+    found += [LayoutSource(url, header) for url in settings.hubs]
+    found.append(HuggingFaceSource(settings.hf_endpoint, header))
+    return found
+
+
+def check_python_depends(metadata: Metadata) -> None:
+    """Raises `MissingDependency` for packages that are not installed, `InvalidMetadata` for names that are not known."""
+    missing = []
+    for name in metadata.python_depends:
+        row = PYTHON_DEPENDS.get(name)
+        if row is None or metadata.backend.type not in row.backends:
+            known = ", ".join(key for key, item in PYTHON_DEPENDS.items() if metadata.backend.type in item.backends)
+            raise InvalidMetadata(
+                f"python-depends: {name!r} is not a package that kernels for {BY_NAME[metadata.backend.type].title} may "
+                f"depend on; known: {known}"
+            )
+        if importlib.util.find_spec(row.module) is None:
+            missing.append(row.package)
+    if missing:
+        raise MissingDependency(f"{metadata.name} needs {', '.join(missing)}", packages=missing)
+
+
+def read_lock(lockfile: Path) -> LockFile:
+    """A lock file's value. Raises `InvalidReference` where there is none, `InvalidMetadata` where it is malformed."""
+    try:
+        data = lockfile.read_bytes()
+    except OSError as error:
+        raise InvalidReference(f"cannot read the lock file {lockfile}: {error.strerror}") from error
+    with context(str(lockfile)):
+        return LockFile.parse(data)
+
+
+def open_store() -> Store:
+    """The local store that the environment names."""
+    settings = Settings.from_env()
+    return Store(settings.cache_folder, settings.verify_always)
+
+
+def loaded_kernels() -> list[LoadedKernel]:
+    """The kernels that were loaded in this process, in order."""
+    return _importer.loaded()
+
+
+def _own_digests(locked: LockedKernel) -> dict[str, str]:
+    """The digests that can be compared here; other packages' locks name hashes of other things."""
+    return {name: digest for name, digest in locked.variants.items() if digest.startswith("sha256-")}
+
+
+def _below(options: Options, repo: str, dependency: RepoId) -> Options:
+    above = (*options.above, repo)
+    if str(dependency) in above:
+        raise KernelCycle((*above[above.index(str(dependency)) :], str(dependency)))
+    return replace(options, above=above, expected={})
+
+
+def _hashable(trust: Trust) -> Trust:
+    return trust if isinstance(trust, (bool, str)) else tuple(trust)
+
+
+_default: Hub | None = None
+_default_lock = threading.Lock()
+
+
+def default_hub() -> Hub:
+    """The client that the module's functions use: made from the environment when it is first needed."""
+    global _default
+    if _default is None:
+        with _default_lock:
+            if _default is None:
+                _default = Hub()
+    return _default
+
+
+def set_default_hub(hub: Hub | None) -> None:
+    """Use another client from now on; None makes a new one from the environment when it is next needed."""
+    global _default
+    _default = hub

@@ -1,0 +1,277 @@
+"""The local store: verified kernels, shared by processes, read-only once written.
+
+```
+<root>/kernels/<hub>/<org>--<name>/refs/<ref>                    what a hub said of a version, and when
+                                  /<commit>/listing.json         what it has at a commit, and who published it
+                                           /<variant>/           the files, read-only
+                                           /<variant>.json       what was learnt of them when they arrived
+<root>/locks/                                                    one lock per folder being written
+```
+
+A variant is written beside its place, verified there, and appears by one rename; readers take no lock. What a killed
+process leaves behind begins with a dot, is never read, and goes with `prune`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from kernelhub.core.canonical import canonical_json
+from kernelhub.core.refs import RepoId, is_commit
+from kernelhub.core.variants import BuildVariant
+from kernelhub.errors import IntegrityError, InvalidMetadata, KernelHubError, StoreError
+from kernelhub.hub.verify import Known, Verified, learn, verify
+
+# How long to wait for another process that is fetching the same variant, in seconds.
+LOCK_TIMEOUT = 1800.0
+
+
+@dataclass(frozen=True)
+class RefRecord:
+    """What a hub said of a ref: its commit, or that it does not have the repository (None), and when (seconds)."""
+
+    commit: str | None
+    time: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a variant lies in the store. `hub` is the source's key."""
+
+    hub: str
+    repo: RepoId
+    commit: str
+    variant: BuildVariant
+
+    def __str__(self) -> str:
+        return f"{self.repo} {self.commit[:12]} {self.variant}"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The store in the folder `root`; `verify_always` hashes large files each time, whatever their stamps say."""
+
+    root: Path
+    verify_always: bool = False
+
+    # What hubs said
+
+    def ref(self, hub: str, repo: RepoId, ref: str) -> RefRecord | None:
+        """What the hub said of the ref, when it was last asked."""
+        raw = self._read_json(self._repo(hub, repo) / "refs" / quote(ref, safe=""))
+        commit, time = raw.get("commit"), raw.get("time")
+        if not isinstance(time, (int, float)) or not (
+            commit is None or (isinstance(commit, str) and is_commit(commit))
+        ):
+            return None
+        return RefRecord(commit, float(time))
+
+    def set_ref(self, hub: str, repo: RepoId, ref: str, record: RefRecord) -> None:
+        """Remember what the hub said. A store that cannot be written does not, and the hub is asked again."""
+        path = self._repo(hub, repo) / "refs" / quote(ref, safe="")
+        self._write_json(path, {"commit": record.commit, "time": record.time})
+
+    def listing(self, hub: str, repo: RepoId, commit: str) -> dict[str, Any]:
+        """What was kept of a commit; empty where nothing was."""
+        return self._read_json(self._commit(hub, repo, commit) / "listing.json")
+
+    def set_listing(self, hub: str, repo: RepoId, commit: str, value: Mapping[str, Any]) -> None:
+        self._write_json(self._commit(hub, repo, commit) / "listing.json", value)
+
+    # Variants
+
+    def find(self, place: Place) -> Verified | None:
+        """The verified folder of a variant, or None where it is not here. Raises `IntegrityError` where it is altered."""
+        folder = self.path(place)
+        if not folder.is_dir():
+            return None
+        return verify(folder, self._known(place), rehash=self.verify_always)
+
+    def add(self, place: Place, write: Callable[[Path], None]) -> Verified:
+        """The variant's folder, written by `write` into an empty folder unless another process was first.
+
+        What was written is verified before it appears. Raises what `write` raises, `IntegrityError`, or `StoreError`
+        where the store cannot be written; in each case nothing is left.
+        """
+        with self._writing(place):
+            if found := self._find_again(place):
+                return found
+            folder = self.path(place)
+            beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+            try:
+                beside.mkdir(parents=True)
+                write(beside)
+                verify(beside)
+                known = learn(beside)
+                self._write_json(self._record(place), {"files": known.files, "stamps": known.stamps}, must=True)
+                make_read_only(beside)
+                beside.rename(folder)
+            finally:
+                remove_tree(beside)
+            return self._found(place)
+
+    def set_aside(self, place: Place) -> None:
+        """Take a folder that does not verify out of the way; `prune` removes it."""
+        folder = self.path(place)
+        with self._writing(place):
+            if folder.is_dir():
+                folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.bad"))
+
+    def path(self, place: Place) -> Path:
+        return self._commit(place.hub, place.repo, place.commit) / str(place.variant)
+
+    def size(self, place: Place) -> int:
+        """The bytes of a variant's files."""
+        return sum(path.stat().st_size for path in self.path(place).rglob("*") if path.is_file())
+
+    # Keeping house
+
+    def places(self) -> Iterator[Place]:
+        """Every variant in the store."""
+        for folder in sorted((self.root / "kernels").glob("*/*--*/*/*/")):
+            hub, name, commit, variant = folder.parts[-4:]
+            org, _, repo = name.partition("--")
+            if is_commit(commit) and not variant.startswith("."):
+                try:
+                    yield Place(hub, RepoId.parse(f"{org}/{repo}"), commit, BuildVariant.parse(variant))
+                except KernelHubError:
+                    continue
+
+    def verify_all(self) -> Iterator[tuple[Place, KernelHubError | None]]:
+        """Each variant with what is wrong with it, every byte hashed."""
+        for place in self.places():
+            try:
+                verify(self.path(place), self._known(place), rehash=True)
+                yield place, None
+            except KernelHubError as error:
+                yield place, error
+
+    def prune(self, selected: Callable[[Place], bool]) -> Iterator[tuple[Path, int]]:
+        """Remove what was left behind, and the variants that are `selected`; yields each folder and its bytes."""
+        for folder in sorted((self.root / "kernels").glob("*/*--*/*/.*")):
+            yield folder, remove_tree(folder)
+        for place in list(self.places()):
+            if selected(place):
+                with self._writing(place):
+                    yield self.path(place), remove_tree(self.path(place))
+                    self._record(place).unlink(missing_ok=True)
+
+    def refs(self) -> Iterator[tuple[str, RepoId, str, RefRecord]]:
+        """Every ref that is remembered: hub, repository, ref, record."""
+        for path in sorted((self.root / "kernels").glob("*/*--*/refs/*")):
+            hub, name = path.parts[-4:-2]
+            org, _, repo = name.partition("--")
+            record = self.ref(hub, RepoId.parse(f"{org}/{repo}"), unquote(path.name))
+            if record:
+                yield hub, RepoId.parse(f"{org}/{repo}"), unquote(path.name), record
+
+    # Inside
+
+    def _repo(self, hub: str, repo: RepoId) -> Path:
+        return self.root / "kernels" / hub / f"{repo.org}--{repo.name}"
+
+    def _commit(self, hub: str, repo: RepoId, commit: str) -> Path:
+        return self._repo(hub, repo) / commit
+
+    def _record(self, place: Place) -> Path:
+        folder = self.path(place)
+        return folder.with_name(f"{folder.name}.json")
+
+    def _known(self, place: Place) -> Known:
+        raw = self._read_json(self._record(place))
+        files, stamps = raw.get("files"), raw.get("stamps")
+        if not isinstance(files, dict) or not isinstance(stamps, dict):
+            raise IntegrityError(f"{self.path(place)} has no record of what was fetched")
+        return Known(files, {path: tuple(value) for path, value in stamps.items()})
+
+    def _find_again(self, place: Place) -> Verified | None:
+        try:
+            return self.find(place)
+        except (IntegrityError, InvalidMetadata):
+            folder = self.path(place)
+            folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.bad"))
+            return None
+
+    def _found(self, place: Place) -> Verified:
+        found = self.find(place)
+        if found is None:
+            raise StoreError(
+                f"{self.path(place)} vanished while it was written", hint="Is another process pruning the store?"
+            )
+        return found
+
+    @contextmanager
+    def _writing(self, place: Place) -> Iterator[None]:
+        """The lock of a variant's folder; errors of the file system become `StoreError`."""
+        from filelock import FileLock, Timeout  # 20 ms, and needed only where something is written
+
+        key = hashlib.sha256(str(self.path(place)).encode()).hexdigest()[:32]
+        try:
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / "locks" / f"{key}.lock", timeout=LOCK_TIMEOUT):
+                yield
+        except Timeout:
+            raise StoreError(f"another process has been fetching {place} for {LOCK_TIMEOUT / 60:.0f} minutes") from None
+        except OSError as error:
+            if isinstance(error, KernelHubError):
+                raise
+            raise StoreError(
+                f"cannot write to the store {self.root}: {error.strerror or error}",
+                hint="KERNELHUB_CACHE names another folder; `kernelhub cache prune` frees what is not needed.",
+            ) from error
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        """A small file of ours; one that is not there or not readable counts as not written."""
+        try:
+            raw = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return raw if isinstance(raw, dict) else {}
+
+    def _write_json(self, path: Path, value: Mapping[str, Any], *, must: bool = False) -> None:
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(canonical_json(value))
+            beside.replace(path)
+        except OSError:
+            beside.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
+            if must:
+                raise
+
+
+def make_read_only(folder: Path) -> None:
+    """Take write permission from everything in a folder, and from the folder."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            Path(parent, name).chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
+        Path(parent).chmod(0o555)
+
+
+def remove_tree(folder: Path) -> int:
+    """Remove a folder, read-only or not, or a file; the bytes that it held. Nothing there is nothing to do."""
+    if not folder.is_symlink() and not folder.is_dir():
+        size = folder.stat().st_size if folder.exists() else 0
+        folder.unlink(missing_ok=True)
+        return size
+    size = 0
+    for parent, _, files in os.walk(folder):
+        Path(parent).chmod(0o755)
+        for name in files:
+            path = Path(parent, name)
+            size += path.lstat().st_size
+            if os.name == "nt":
+                path.chmod(stat.S_IWRITE)
+    shutil.rmtree(folder)
+    return size
