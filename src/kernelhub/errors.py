@@ -25,11 +25,13 @@ __all__ = [
     "LayerContractError",
     "MissingDependency",
     "NoCompatibleVariant",
+    "NoKernelForLayer",
     "PublishConflict",
     "RepositoryNotFound",
     "StoreError",
     "UntrustedKernel",
     "Violation",
+    "Yanked",
     "context",
 ]
 
@@ -109,6 +111,14 @@ class KernelNotFound(KernelHubError, FileNotFoundError):
 
 class RepositoryNotFound(KernelNotFound):
     """This source does not have the repository: the next one is asked."""
+
+
+class Yanked(KernelNotFound):
+    """The version was withdrawn: nobody new gets it. Who has `commit` locked may go on, with a warning."""
+
+    def __init__(self, message: str, *, commit: str, reason: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.commit, self.reason = commit, reason
 
 
 class NoCompatibleVariant(KernelHubError, FileNotFoundError):
@@ -204,3 +214,7 @@ class LayerContractError(KernelHubError, TypeError):
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__("\n".join([message, *(f"    {problem}" for problem in problems)]))
         self.problems = tuple(problems)
+
+
+class NoKernelForLayer(KernelHubError, ValueError):
+    """A layer that was to be kernelized has no kernel, and `use_fallback` does not let it keep its forward."""

@@ -1,0 +1,218 @@
+"""A hub in a folder: on this machine, on a web host or in an object store, the same bytes everywhere.
+
+A cold load asks for three files, however many the kernel has: the ref, the manifest, the archive. `hub.json` is not
+among them: `LayoutSource.check_layout` asks for it, and the client calls that once a day for each hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, cast
+
+from kernelhub.core.canonical import sha256_hex
+from kernelhub.core.manifest import MAX_BYTES, Manifest, ManifestDocument, ManifestVariant, RefFile, parse_hub_file
+from kernelhub.core.refs import Pin, RepoId, Revision, is_commit
+from kernelhub.core.trust import Origin
+from kernelhub.errors import (
+    HubUnavailable,
+    IntegrityError,
+    InvalidReference,
+    KernelNotFound,
+    RepositoryNotFound,
+    Violation,
+    Yanked,
+    context,
+)
+from kernelhub.hub.files import Files, local_path, open_files, shown
+from kernelhub.hub.sources.base import Listing, Progress
+
+_SMALL = 64 * 1024  # bytes of a ref or a hub.json, which have a hundred
+_IN_MEMORY = 32 * 1024 * 1024  # larger archives wait on disk while they are checked
+
+
+@dataclass(frozen=True)
+class LayoutSource:
+    """The hub at a path, `file://`, `http(s)://`, `s3://` or another address that fsspec knows.
+
+    `user_agent` is asked before each request over HTTP, and sent exactly. Nothing is imported, read or asked until a
+    method needs it; then `InvalidReference` is raised for what is no address, and `MissingDependency` where a package
+    for it is not installed.
+    """
+
+    url: str
+    user_agent: Callable[[], str]
+
+    @cached_property
+    def files(self) -> Files:
+        return open_files(self.url, self.user_agent)
+
+    @cached_property
+    def name(self) -> str:
+        return shown(self.url)
+
+    @cached_property
+    def key(self) -> str:
+        words = re.sub(r"[^A-Za-z0-9]+", "-", self.name).strip("-")[-48:].strip("-")
+        return f"{words or 'hub'}-{sha256_hex(self.name.encode())[:12]}"
+
+    @cached_property
+    def origin(self) -> Origin:
+        return Origin.REMOTE if local_path(self.url) is None else Origin.FOLDER
+
+    def check_layout(self) -> None:
+        """Look whether this is a hub at all, of a layout that is known here: one small file.
+
+        Raises `HubUnavailable` where there is no `hub.json`, `InvalidMetadata` where it is another layout's.
+        """
+        self.files.check_root()
+        data = self.files.read("hub.json", _SMALL)
+        if data is None:
+            raise HubUnavailable(
+                f"{self.name} is not a hub: it has no hub.json",
+                hub=self.name,
+                request="GET hub.json",
+                hint="Is the address right? `kernelhub publish` makes a hub in an empty folder or bucket.",
+            )
+        with context(self.name):
+            parse_hub_file(data)
+
+    def resolve(self, repo: RepoId, pin: Pin) -> str:
+        """The commit of a version or revision.
+
+        Raises `Yanked`, a `KernelNotFound` with the commit and the reason, for a version that was withdrawn; what names
+        the commit itself is still answered.
+        """
+        if isinstance(pin, Revision) and pin.commit:
+            if self._manifest_or_none(repo, pin.commit) is None:
+                self._not_found(repo, pin.ref)
+            return pin.commit
+        ref = self.ref(repo, pin.ref)
+        if ref.yanked is not None:
+            raise Yanked(
+                f"{repo}@{pin} was withdrawn from {self.name}: {ref.yanked or 'no reason given'}",
+                commit=ref.commit,
+                reason=ref.yanked,
+                hint=f'Take another version, or this commit by its name: "{repo}@{ref.commit}".',
+            )
+        return ref.commit
+
+    def ref(self, repo: RepoId, name: str) -> RefFile:
+        """A ref as it is, yanked or not. Raises `KernelNotFound`, or `RepositoryNotFound`."""
+        data = self.files.read(f"{repo}/refs/{name}", _SMALL)
+        if data is None:
+            self._not_found(repo, name)
+        with context(f"{self.name}: {repo}/refs/{name}"):
+            return RefFile.parse(data)
+
+    def refs(self, repo: RepoId) -> Mapping[str, str]:
+        """The refs with their commits, the yanked ones too; on a web host that shows its folders' contents only."""
+        names = self._ref_names(repo)
+        if not names:
+            self._not_found(repo, None)
+        return {name: self.ref(repo, name).commit for name in names}
+
+    def listing(self, repo: RepoId, commit: str) -> Listing:
+        """The variants, with all that `fetch` needs: archive, size, metadata's text, layers."""
+        variants = self.manifest(repo, commit).variants
+        return Listing({name: variant.to_json() for name, variant in variants.items()})
+
+    def manifest(self, repo: RepoId, commit: str) -> Manifest:
+        """The commit's manifest, checked: it has this hash and answers for this repository, else `IntegrityError`."""
+        manifest = self._manifest_or_none(repo, commit)
+        if manifest is None:
+            path = f"{repo}/commits/{commit}.json"
+            raise HubUnavailable(
+                f"{self.name} lacks {path}, so it is not a whole copy of a hub", hub=self.name, request=f"GET {path}"
+            )
+        return manifest
+
+    def publisher_trusted(self, repo: RepoId) -> bool | None:
+        return None
+
+    def fetch(
+        self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    ) -> None:
+        wanted = ManifestVariant.parse(details, f"{repo} at {commit}: {variant}")
+        path = blob_path(wanted.archive)
+        progress.expect(wanted.size)
+        # In the folder, where a name is needed for it at all, so that nothing is ever left anywhere else.
+        with (
+            tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, dir=str(folder)) as spooled,
+            context(f"{self.name}: {path}"),
+        ):
+            file = cast("BinaryIO", spooled)
+            if not self.files.download(path, wanted.size, file, progress):
+                raise HubUnavailable(
+                    "the archive is not there, so this is not a whole copy of a hub",
+                    hub=self.name,
+                    request=f"GET {path}",
+                    status=404,
+                )
+            _check_archive(file, wanted)
+            from kernelhub.hub.archive import unpack  # here: a kernel that is in the store needs no zstandard
+
+            file.seek(0)
+            unpack(file, folder)
+            _check_metadata(folder, wanted)
+
+    def locate(self, repo: RepoId, variant: str) -> Path | None:
+        return None
+
+    def _manifest_or_none(self, repo: RepoId, commit: str) -> Manifest | None:
+        if not is_commit(commit):
+            raise InvalidReference(f"{commit!r} is not a commit", hint="Expected 40 hex digits.")
+        data = self.files.read(f"{repo}/commits/{commit}.json", MAX_BYTES)
+        if data is None:
+            return None
+        with context(f"{self.name}: {repo}/commits/{commit}.json"):
+            return ManifestDocument.parse(data).checked(repo, commit).manifest
+
+    def _ref_names(self, repo: RepoId) -> list[str] | None:
+        return self.files.names(f"{repo}/refs")
+
+    def _not_found(self, repo: RepoId, ref: str | None) -> NoReturn:
+        """Say what it is that is not there: the version, the repository, or the hub."""
+        names = self._ref_names(repo)
+        if names and ref is not None:
+            raise KernelNotFound(f"{self.name} has {repo}, and not {ref}", hint=f"It has {', '.join(names)}.")
+        self.check_layout()
+        if names is None and ref is None:
+            raise RepositoryNotFound(
+                f"{self.name} shows no versions of {repo}",
+                hint="A web host that does not list its folders cannot say which versions it has: ask for one.",
+            )
+        raise RepositoryNotFound(f"{self.name} does not have {repo}" + (f"@{ref}" if names is None else ""))
+
+
+def blob_path(sha256: str) -> str:
+    """Where the blob of this hash lies in a hub."""
+    return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def _check_archive(file: BinaryIO, wanted: ManifestVariant) -> None:
+    """Whether these are the bytes that the manifest names, before anything is made of them."""
+    size, sha256 = file.seek(0, 2), hashlib.sha256()
+    if size != wanted.size:
+        found = f"more than {wanted.size:,}" if size > wanted.size else f"{size:,}"
+        raise IntegrityError(f"the archive has {found} bytes; its manifest says {wanted.size:,}")
+    file.seek(0)
+    while data := file.read(1024 * 1024):
+        sha256.update(data)
+    if sha256.hexdigest() != wanted.archive:
+        raise IntegrityError(f"the archive is not what its manifest names: its SHA-256 is {sha256.hexdigest()}")
+
+
+def _check_metadata(folder: Path, wanted: ManifestVariant) -> None:
+    path = folder / "metadata.json"
+    if not path.is_file():
+        raise IntegrityError("the archive has no metadata.json", [Violation("missing", "metadata.json")])
+    if path.read_bytes() != wanted.metadata.encode():
+        raise IntegrityError(
+            "the archive's metadata.json is not the one in the manifest", [Violation("different", "metadata.json")]
+        )
