@@ -7,7 +7,6 @@ import sys
 from typing import Annotated
 
 import typer
-from click.exceptions import ClickException
 
 from kernelhub import __version__
 from kernelhub.cli import cache, doctor, get, info, publish, serve, variants, versions
@@ -15,6 +14,9 @@ from kernelhub.cli.render import show_error
 from kernelhub.errors import KernelHubError
 
 INTERRUPTED = 130
+
+# Wrong use. Typer brings its own click from 0.29 on, and before that took the installed one: this finds either's.
+_WrongUse: type = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="kernelhub",
@@ -52,9 +54,9 @@ def run(arguments: list[str] | None = None) -> int:
     except KernelHubError as error:
         show_error(error, as_json="--json" in arguments)
         return error.exit_code
-    except ClickException as error:
-        error.show()
-        return error.exit_code
+    except _WrongUse as error:
+        error.show()  # type: ignore[attr-defined]
+        return int(error.exit_code)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         return INTERRUPTED

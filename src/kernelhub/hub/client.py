@@ -453,14 +453,9 @@ class Hub:
         For the organisation of the embedded hub only that one, and what the user put over it. A commit names its content,
         so where a source's is in the store already, no other is asked. Offline, what other tools fetched comes last.
         """
-        order = [*sources, *self._caches()] if offline else list(sources)
         if ref.repo.org == EMBEDDED_ORG:
-            return [
-                source
-                for source in order
-                if source.origin in (Origin.EMBEDDED, Origin.FOLDER)
-                and isinstance(source, (ProjectSource, LocalSource))
-            ]
+            return [source for source in sources if isinstance(source, (ProjectSource, LocalSource))]
+        order = [*sources, *self._caches()] if offline else list(sources)
         if isinstance(ref.pin, Revision) and (commit := ref.pin.commit):
             order.sort(key=lambda source: not self.store.listing(source.key, ref.repo, commit))
         return order

@@ -1,0 +1,48 @@
+# make demo    kernelize two real models with the embedded kernels; prints the report and the comparison
+# make test    every test
+# make lint    ruff, mypy, import-linter
+# make bench   the library beside its peer, in one run
+#
+# Each makes .venv and installs what it needs. PYTHON chooses the interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format bench clean
+
+demo: .venv/installed
+	$(BIN)/kernelhub demo
+
+test: .venv/installed .peers/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/installed
+	$(BIN)/ruff check src kernels tests benchmarks
+	$(BIN)/ruff format --check src kernels tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed
+	$(BIN)/ruff check --fix src kernels tests benchmarks
+	$(BIN)/ruff format src kernels tests benchmarks
+
+bench: .venv/installed .peers/installed
+	$(BIN)/python benchmarks/library.py
+	$(BIN)/python benchmarks/kernelize.py
+
+clean:
+	rm -rf .venv .peers dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch first and alone: a later release may not be taken for another package's sake
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,http,s3,server,demo,benchmark]' --group test --group lint
+	touch $@
+
+# The package that kernelhub is measured against and served to, in a folder of its own
+.peers/installed: constraints.txt .venv/installed
+	rm -rf .peers
+	$(BIN)/python -m pip install --quiet --no-deps --target .peers --constraint constraints.txt kernels tomlkit
+	touch $@
