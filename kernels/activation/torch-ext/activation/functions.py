@@ -1,0 +1,109 @@
+"""Activations in plain PyTorch: one pass where the usual formulas take several.
+
+Every function takes any shape, any strides, and float16, bfloat16, float32 or float64, and returns the input's dtype.
+Gradients, `torch.compile`, export, vmap and forward-mode AD are PyTorch's own: nothing here is a custom operator.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "gelu",
+    "gelu_and_mul",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_quick",
+    "gelu_tanh",
+    "gelu_tanh_and_mul",
+    "mish",
+    "relu_squared",
+    "silu",
+    "silu_and_mul",
+    "tanh",
+]
+
+
+def silu(x: Tensor) -> Tensor:
+    """`x * sigmoid(x)`."""
+    return F.silu(x)
+
+
+def mish(x: Tensor) -> Tensor:
+    """`x * tanh(softplus(x))`."""
+    return F.mish(x)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """`tanh(x)`."""
+    return torch.tanh(x)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """`max(x, 0)**2`."""
+    y = F.relu(x)
+    return y.square() if torch.is_grad_enabled() else y.mul_(y)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`x * Phi(x)`, with the normal distribution's exact Phi."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """`x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))`."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """The formula of `gelu_tanh`, which models write out in seven passes; here one, rounded once."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_fast(x: Tensor) -> Tensor:
+    """`gelu_tanh` with sqrt(2 / pi) cut after ten digits, which only float64 can tell from the whole number."""
+    if x.dtype != torch.float64:
+        return F.gelu(x, approximate="tanh")
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def gelu_quick(x: Tensor) -> Tensor:
+    """`x * sigmoid(1.702 * x)`."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return x * torch.sigmoid(1.702 * x)
+    return (x * 1.702).sigmoid_().mul_(x)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """`silu(a) * b` for the halves a and b of the last dimension: (..., 2 * hidden) -> (..., hidden)."""
+    gate, up = _halves("silu_and_mul", x)
+    return _times(F.silu(gate), up)
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """`gelu(a) * b` for the halves a and b of the last dimension: (..., 2 * hidden) -> (..., hidden)."""
+    gate, up = _halves("gelu_and_mul", x)
+    return _times(F.gelu(gate), up)
+
+
+def gelu_tanh_and_mul(x: Tensor) -> Tensor:
+    """`gelu_tanh(a) * b` for the halves a and b of the last dimension: (..., 2 * hidden) -> (..., hidden)."""
+    gate, up = _halves("gelu_tanh_and_mul", x)
+    return _times(F.gelu(gate, approximate="tanh"), up)
+
+
+def _times(y: Tensor, other: Tensor) -> Tensor:
+    """`y * other`; y is nobody else's, so without a graph to keep it for its memory is used again.
+
+    By the mode and not by `requires_grad`, which says False of a tensor that `vmap` batches inside a gradient.
+    """
+    return y * other if torch.is_grad_enabled() else y.mul_(other)
+
+
+def _halves(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.dim() == 0 or x.shape[-1] % 2:
+        raise ValueError(f"{name}: the input has shape {tuple(x.shape)}; expected an even last dimension")
+    gate, up = x.chunk(2, dim=-1)
+    return gate, up
