@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tarfile
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -58,11 +58,18 @@ def pack(files: Mapping[str, bytes]) -> bytes:
     return compressor.compress(pack_tar(files))
 
 
+def check_paths(paths: Iterable[str]) -> None:
+    """Raise what `pack` raises for files of these paths."""
+    seen = _Seen()
+    for path in paths:
+        seen.add(path)
+
+
 def pack_tar(files: Mapping[str, bytes]) -> bytes:
     """The tar inside the archive: its bytes depend on paths and contents alone."""
-    seen, parts = _Seen(), []
+    check_paths(files)
+    parts = []
     for path, data in sorted(files.items()):
-        seen.add(path)
         info = tarfile.TarInfo(path)
         info.size, info.mode = len(data), 0o644
         parts += [info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"), data, b"\0" * (-len(data) % _BLOCK)]

@@ -72,7 +72,8 @@ class LocalFiles:
         if file is None:
             return None
         with file:
-            data = file.read(limit + 1)
+            # no more than is there: reading allocates what it is asked for
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
         if len(data) > limit:
             raise too_large(self.name, path, limit)
         return data

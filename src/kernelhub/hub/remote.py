@@ -7,7 +7,6 @@ environment). Object stores retry and time out by themselves; for the web this m
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +29,8 @@ _PART = 16 * 1024 * 1024  # of an object: each costs a request
 _HREF = re.compile(r"""href\s*=\s*["']([^"'?#]+)["']""", re.IGNORECASE)
 _MISSING = frozenset({404, 410})
 _RETRIED = frozenset({408, 429, *range(500, 600)})
+# S3's answers to an exclusive write: it is there, and somebody is writing it just now, so ask again.
+_THERE, _BEING_WRITTEN, _TRIES = 412, 409, 8
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3"}
 
 # Protocols whose exclusive writes are known to be exclusive.
@@ -281,10 +282,19 @@ class ExclusiveObjectFiles(ObjectFiles):
     """Files in an object store that writes an object only if it is not there, when asked to (S3's `If-None-Match`)."""
 
     def create(self, path: str, data: bytes) -> bool:
-        with contextlib.suppress(FileExistsError):
-            self._ask("PUT", path, lambda fs, key: fs.pipe_file(key, data, mode="create"))
-            return True
-        return False
+        for _ in range(_TRIES):
+            try:
+                self._ask("PUT", path, lambda fs, key: fs.pipe_file(key, data, mode="create"))
+            except FileExistsError:
+                return False
+            except HubUnavailable as error:
+                if error.status == _THERE:  # as older s3fs tells it
+                    return False
+                if error.status != _BEING_WRITTEN:
+                    raise
+            else:
+                return True
+        raise HubUnavailable(f"{self.name}: {path} is being written all the time", hub=self.name, status=_BEING_WRITTEN)
 
     def replace(self, path: str, data: bytes) -> None:
         self._ask("PUT", path, lambda fs, key: fs.pipe_file(key, data))

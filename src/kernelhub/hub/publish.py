@@ -1,0 +1,419 @@
+"""Publish a kernel repository's folder into a hub in a folder or bucket, so that no reader sees half of it.
+
+The commits of a ref are a chain, and a place in it is claimed: `commits/<parent>.next.<ref>` is created exclusively and
+holds the whole manifest document, so whoever finds a claim can finish it. A publisher
+
+1. writes `hub.json` where there is none, and its blobs, which nobody sees yet;
+2. walks from the ref along the claims that are there, finishing each: it writes the claim's manifest, then moves the ref;
+3. claims the place after the last. Who loses that race finishes the winner's publish and is told who won;
+4. finishes its own claim, and walks on along claims made since, so that of two who move the ref at once the slower one
+   does not leave it behind.
+
+A publisher that is killed before 3 has published nothing; after it, the next one finishes its work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernelhub.core.canonical import sha256_hex
+from kernelhub.core.digest import Digest
+from kernelhub.core.manifest import (
+    MAX_BYTES,
+    Manifest,
+    ManifestDocument,
+    ManifestVariant,
+    RefFile,
+    hub_file,
+    parse_hub_file,
+)
+from kernelhub.core.metadata import Metadata
+from kernelhub.core.paths import is_bytecode, safe_path
+from kernelhub.core.refs import RepoId, is_commit, parse_pin
+from kernelhub.core.variants import BuildVariant
+from kernelhub.errors import (
+    HubUnavailable,
+    IntegrityError,
+    InvalidMetadata,
+    InvalidReference,
+    KernelNotFound,
+    PublishConflict,
+    Violation,
+    context,
+)
+from kernelhub.hub.archive import check_paths, pack, same_files
+from kernelhub.hub.declared import declared_layers
+from kernelhub.hub.files import WritableFiles, open_files, shown
+from kernelhub.hub.sources.layout import blob_path
+
+_SMALL = 64 * 1024
+_MAX_BLOB = 16 * 1024**3
+_CARDS = ("CARD.md", "README.md")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What came of a publish: the commit that the ref is now, and whether it is a new one."""
+
+    repo: RepoId
+    ref: str
+    commit: str
+    changed: bool
+
+
+def publish(folder: Path, hub_url: str, repo: RepoId, *, epoch: int, ref: str | None = None) -> Published:
+    """Publish what lies in `folder` (`build/<variant>/...`) as the next commit of `ref` (None: `v<version>`).
+
+    `epoch` is the manifest's time in seconds since 1970: the clock's, or `SOURCE_DATE_EPOCH`. Beside the variants go the
+    card (`CARD.md` or `README.md`), `benchmarks/`, and where there is a `build.toml` the source. A variant without a
+    digest is given one. Publishing what the ref has already changes nothing, and does not take back a yank either.
+
+    Raises `InvalidMetadata` or `IntegrityError` for a folder that is not fit to be published, before anything is
+    written; `PublishConflict` where somebody else was faster; `InvalidReference` for a hub that cannot be written;
+    `HubUnavailable`.
+    """
+    with context(f"publishing {folder} to {shown(hub_url)}"):
+        version = check_repository(folder)
+        chain = _Chain(_writable(hub_url), repo, _ref_name(ref or f"v{version}"))
+        return _publish(chain, folder, version, _time(epoch))
+
+
+def yank(hub_url: str, repo: RepoId, ref: str, reason: str | None) -> RefFile:
+    """Withdraw what `ref` is now: nobody new gets it, and who has it locked is warned. `reason` None takes it back.
+
+    Raises `KernelNotFound` where there is no such ref, `PublishConflict` where something was published meanwhile.
+    """
+    with context(f"withdrawing {repo}@{ref} from {shown(hub_url)}"):
+        chain = _Chain(_writable(hub_url), repo, _ref_name(ref))
+        tip = chain.settle()
+        if tip is None:
+            raise KernelNotFound(f"{repo} has no {ref}")
+        yanked = RefFile(tip.commit, reason)
+        chain.files.replace(chain.ref_path, yanked.to_bytes())
+        now = chain.settle(tip)
+        if now is not None and now.commit != tip.commit:
+            raise PublishConflict(f"{ref} is a newer commit by now: {now.commit}", winner=now.commit)
+        return yanked
+
+
+def check_repository(folder: Path) -> int:
+    """Look whether a kernel repository's folder is fit to be published; the version that all of its variants name.
+
+    Raises `InvalidReference`, `InvalidMetadata` or `IntegrityError`, which name the variant and the file.
+    """
+    names: dict[str, tuple[str, int]] = {}
+    for path in _variant_folders(folder):
+        metadata, _ = _read_variant(path)
+        names[path.name] = (metadata.name, metadata.version)
+    if len(set(names.values())) != 1:
+        told = ", ".join(f"{variant} is {name} version {version}" for variant, (name, version) in names.items())
+        raise InvalidMetadata(f"the variants are not of one kernel: {told}")
+    return next(iter(names.values()))[1]
+
+
+def _publish(chain: _Chain, folder: Path, version: int, time: str) -> Published:
+    files, repo, ref = chain.files, chain.repo, chain.ref
+    _ensure_hub(files)
+    draft = _draft(chain, folder, version, time)
+    tip = chain.settle()
+    if tip is not None and _same(files, draft, tip):
+        return Published(repo, ref, tip.commit, changed=False)
+    ours = dataclasses.replace(draft, parent=tip.commit if tip else None)
+    winner = chain.claim(ManifestDocument(ours))
+    chain.settle(tip)
+    if winner.commit == ours.commit:
+        return Published(repo, ref, ours.commit, changed=True)
+    if _same(files, draft, winner):
+        return Published(repo, ref, winner.commit, changed=False)
+    raise PublishConflict(
+        f"{repo}@{ref}: somebody else published {winner.commit} first",
+        winner=winner.commit,
+        hint="Look at what they published; publishing again puts yours after theirs.",
+    )
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """The commits of a ref, one after the other."""
+
+    files: WritableFiles
+    repo: RepoId
+    ref: str
+
+    @property
+    def ref_path(self) -> str:
+        return f"{self.repo}/refs/{self.ref}"
+
+    def settle(self, known: Manifest | None = None) -> Manifest | None:
+        """Finish every claim there is after the ref (after `known`, where that is later); the last commit, if any.
+
+        Manifests first, then the ref, once; and again for what was claimed until then.
+        """
+        tip = moved = known or self._tip()
+        while True:
+            while (claimed := self._claimed_after(tip.commit if tip else None)) is not None:
+                tip = claimed.manifest
+                self.files.create(self._manifest_path(tip.commit), claimed.to_bytes())
+            if tip is None or tip is moved:
+                return tip
+            if self._ref() != tip.commit:
+                self.files.replace(self.ref_path, RefFile(tip.commit).to_bytes())
+            moved = tip
+
+    def claim(self, document: ManifestDocument) -> Manifest:
+        """Take the place after the manifest's parent; who has it: this manifest, or another that was faster."""
+        if self.files.create(self._claim_path(document.manifest.parent), document.to_bytes()):
+            return document.manifest
+        winner = self._claimed_after(document.manifest.parent)
+        if winner is None:
+            raise HubUnavailable(
+                f"{self.files.name} says that a file is there, and that it is not", hub=self.files.name
+            )
+        return winner.manifest
+
+    def _ref(self) -> str | None:
+        data = self.files.read(self.ref_path, _SMALL)
+        if data is None:
+            return None
+        with context(self.ref_path):
+            return RefFile.parse(data).commit
+
+    def _tip(self) -> Manifest | None:
+        commit = self._ref()
+        if commit is None:
+            return None
+        path = self._manifest_path(commit)
+        data = self.files.read(path, MAX_BYTES)
+        if data is None:
+            raise HubUnavailable(
+                f"{self.ref_path} names a commit whose manifest is not there: {path}", hub=self.files.name
+            )
+        with context(path):
+            return ManifestDocument.parse(data).checked(self.repo, commit).manifest
+
+    def _claimed_after(self, parent: str | None) -> ManifestDocument | None:
+        path = self._claim_path(parent)
+        data = self.files.read(path, MAX_BYTES)
+        if data is None:
+            return None
+        with context(path):
+            document = ManifestDocument.parse(data)
+            manifest = document.manifest
+            if manifest.repo != self.repo or manifest.parent != parent:
+                raise IntegrityError(f"the claim is one of {manifest.repo} after {manifest.parent or 'nothing'}")
+            return document
+
+    def _manifest_path(self, commit: str) -> str:
+        return f"{self.repo}/commits/{commit}.json"
+
+    def _claim_path(self, parent: str | None) -> str:
+        return f"{self.repo}/commits/{parent or 'null'}.next.{self.ref}"
+
+
+def _same(files: WritableFiles, draft: Manifest, manifest: Manifest) -> bool:
+    """Whether the manifest has the draft's content already. An archive may differ in how it is compressed only."""
+    if (draft.version, draft.card, draft.variants.keys()) != (
+        manifest.version,
+        manifest.card,
+        manifest.variants.keys(),
+    ):
+        return False
+    pairs = [(draft.source, manifest.source), (draft.benchmarks, manifest.benchmarks)]
+    for name, variant in draft.variants.items():
+        theirs = manifest.variants[name]
+        if variant.metadata != theirs.metadata:
+            return False
+        pairs.append((variant.archive, theirs.archive))
+    return all(_same_archive(files, ours, theirs) for ours, theirs in pairs)
+
+
+def _same_archive(files: WritableFiles, ours: str | None, theirs: str | None) -> bool:
+    if ours is None or theirs is None or ours == theirs:
+        return ours == theirs
+    blobs = [files.read(blob_path(sha256), _MAX_BLOB) for sha256 in (ours, theirs)]
+    return all(blobs) and same_files(blobs[0] or b"", blobs[1] or b"")
+
+
+def _draft(chain: _Chain, folder: Path, version: int, time: str) -> Manifest:
+    """The manifest without its parent; the blobs that it names are written, one variant in memory at a time."""
+    files, variants = chain.files, {}
+    for path in _variant_folders(folder):
+        _, contents = _read_variant(path)
+        archive = pack(contents)
+        variants[path.name] = ManifestVariant(
+            archive=_write_blob(files, archive),
+            size=len(archive),
+            metadata=contents["metadata.json"].decode(),
+            layers=declared_layers(contents),
+        )
+    card = next((folder / name for name in _CARDS if (folder / name).is_file()), None)
+    benchmarks = _read_folder(folder / "benchmarks", bytecode=False) if (folder / "benchmarks").is_dir() else {}
+    source = _read_source(folder) if (folder / "build.toml").is_file() else {}
+    return Manifest(
+        repo=chain.repo,
+        version=version,
+        parent=None,
+        time=time,
+        variants=variants,
+        card=_write_blob(files, card.read_bytes()) if card else None,
+        source=_write_blob(files, pack(source)) if source else None,
+        benchmarks=_write_blob(files, pack(benchmarks)) if benchmarks else None,
+    )
+
+
+def _variant_folders(folder: Path) -> list[Path]:
+    """The variants' folders, by name; what else lies in `build/` is no variant only if its name is hidden."""
+    build = folder / "build"
+    if not build.is_dir():
+        raise InvalidReference(f"{folder} is no kernel repository", hint="Expected a folder with build/<variant>/.")
+    found = sorted(path for path in build.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not found:
+        raise InvalidReference(f"{build} has no variants", hint="`kernelhub build` makes them.")
+    for path in found:
+        BuildVariant.parse(path.name)
+        _check_kind(path)
+    return found
+
+
+def _read_variant(path: Path) -> tuple[Metadata, dict[str, bytes]]:
+    """A variant's files, fit to be published: with metadata that holds their digest."""
+    with context(path.name):
+        contents = _read_folder(path)
+        for name in ("metadata.json", "__init__.py"):
+            if name not in contents:
+                raise InvalidMetadata(f"{name} is not there")
+        try:
+            metadata = Metadata.parse(contents["metadata.json"].decode())
+        except UnicodeDecodeError as error:
+            raise InvalidMetadata(f"metadata.json is not UTF-8: {error}") from error
+        if metadata.digest is None:
+            if "metadata.json.sigstore" in contents:
+                raise InvalidMetadata("metadata.json is signed and has no digest, and adding one breaks the signature")
+            metadata = dataclasses.replace(metadata, digest=Digest.of(contents))
+            contents["metadata.json"] = metadata.to_text().encode()
+        check_paths(contents)
+        violations = _violations(metadata.digest or Digest.of(contents), contents)
+        if violations:
+            raise IntegrityError(
+                "the files are not those of the digest in metadata.json", violations, hint="Build the kernel again."
+            )
+        return metadata, contents
+
+
+def _violations(digest: Digest, contents: Mapping[str, bytes]) -> list[Violation]:
+    return digest.violations(Digest.of(contents, digest.algorithm).files)
+
+
+def _read_source(folder: Path) -> dict[str, bytes]:
+    """The project's own files: not what was built, is published beside them, is hidden, or bytecode."""
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name in ("build", "benchmarks", "__pycache__", *_CARDS):
+            continue
+        if path.is_dir():
+            found |= {f"{path.name}/{name}": data for name, data in _read_folder(path, bytecode=False).items()}
+        else:
+            _check_kind(path)
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def _read_folder(top: Path, *, bytecode: bool = True) -> dict[str, bytes]:
+    """The files of a folder, by their paths in it.
+
+    Raises `IntegrityError` for a link, a device or the like. Bytecode is an error too, or passed over where `bytecode`
+    is False (importing a benchmark leaves some behind).
+    """
+    found: dict[str, bytes] = {}
+    compiled: list[Violation] = []
+    _check_kind(top)
+    for path in sorted(_walk(top)):
+        name = path.relative_to(top).as_posix()
+        if is_bytecode(name):
+            compiled.append(Violation("bytecode", name))
+        else:
+            found[name] = path.read_bytes()
+    if compiled and bytecode:
+        raise IntegrityError("there is bytecode, which is never published", compiled, hint="Delete it.")
+    return found
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    for path in top.iterdir():
+        _check_kind(path)
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def _check_kind(path: Path) -> None:
+    mode = path.lstat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "a link" if stat.S_ISLNK(mode) else "no regular file"
+        raise IntegrityError(f"{path} is {kind}, which is never published", hint="Put the file itself there.")
+
+
+def _writable(hub_url: str) -> WritableFiles:
+    files = open_files(hub_url, _no_user_agent)
+    if not isinstance(files, WritableFiles):
+        raise InvalidReference(
+            f"{files.name} cannot be published to: it is read only, or does not write exclusively",
+            hint="Publish to a folder or to s3://; a web host serves that.",
+        )
+    return files
+
+
+def _no_user_agent() -> str:
+    return ""  # folders and object stores are sent none
+
+
+def _ensure_hub(files: WritableFiles) -> None:
+    """Make an empty place a hub. Raises `InvalidReference` for one that is neither empty nor a hub."""
+    data = files.read("hub.json", _SMALL)
+    if data is None and files.names("") and files.read("hub.json", _SMALL) is None:  # it may be there by now
+        raise InvalidReference(
+            f"{files.name} is not a hub: it is not empty and has no hub.json", hint="Is the address right?"
+        )
+    if data is None:
+        files.create("hub.json", hub_file())
+        data = files.read("hub.json", _SMALL) or b""
+    with context("hub.json"):
+        parse_hub_file(data)
+
+
+def _write_blob(files: WritableFiles, data: bytes) -> str:
+    """Write a blob under its hash, which is returned; one that is there and has other bytes is mended."""
+    sha256 = sha256_hex(data)
+    path = blob_path(sha256)
+    if not files.create(path, data) and not _holds(files, path, data):
+        files.replace(path, data)
+    return sha256
+
+
+def _holds(files: WritableFiles, path: str, data: bytes) -> bool:
+    try:
+        return files.read(path, len(data)) == data
+    except InvalidMetadata:  # it is longer
+        return False
+
+
+def _ref_name(text: str) -> str:
+    ref = str(parse_pin(text))
+    if is_commit(ref):
+        raise InvalidReference(f"{text!r} would be taken for a commit", hint="Expected such as v1 or main.")
+    return safe_path(ref)
+
+
+def _time(epoch: int) -> str:
+    try:
+        if epoch < 0:
+            raise ValueError(epoch)
+        return datetime.datetime.fromtimestamp(epoch, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError) as error:
+        raise InvalidReference(f"{epoch} is not a time in seconds since 1970") from error
