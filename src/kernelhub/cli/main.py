@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from kernelhub.errors import KernelHubError
 INTERRUPTED = 130
 
 # Wrong use. Typer brings its own click from 0.29 on, and before that took the installed one: this finds either's.
-_WrongUse: type = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_WrongUse: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="kernelhub",
@@ -55,8 +55,8 @@ def run(arguments: list[str] | None = None) -> int:
         show_error(error, as_json="--json" in arguments)
         return error.exit_code
     except _WrongUse as error:
-        error.show()  # type: ignore[attr-defined]
-        return int(error.exit_code)  # type: ignore[attr-defined]
+        error.show()
+        return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         return INTERRUPTED

@@ -120,11 +120,23 @@ class Hub:
         self._clock = clock
         self._memo: dict[tuple[Any, ...], LoadedKernel] = {}
         self._warned: set[str] = set()
+        self._offline: Hub | None = None
 
     @property
     def host(self) -> Host:
         """The facts about this machine."""
         return self._host or detect_host()
+
+    def without_network(self) -> Hub:
+        """This client as it is offline: what is in the store, and what the user has in folders."""
+        if self.settings.offline:
+            return self
+        if self._offline is None:
+            settings = replace(self.settings, offline=True)
+            self._offline = Hub(
+                settings, sources=self._sources, host=self._host, progress=self.progress, clock=self._clock
+            )
+        return self._offline
 
     # What callers ask for
 
@@ -461,9 +473,12 @@ class Hub:
         return order
 
     def _caches(self) -> list[Source]:
+        """What other tools fetched from the hubs that are not asked now."""
+        if self._sources is not None:
+            return []
         from kernelhub.hub.sources.huggingface import HuggingFaceCacheSource
 
-        return [HuggingFaceCacheSource()] if self._sources is None else []
+        return [HuggingFaceCacheSource()]
 
     def _nowhere(self, ref: KernelRef, sources: Sequence[Source]) -> KernelNotFound:
         names = ", ".join(dict.fromkeys(source.name for source in sources)) or "no source at all"

@@ -9,6 +9,7 @@ compiled, also when that is long after the kernel was verified.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import os
 import sys
@@ -149,20 +150,9 @@ def _module_name(verified: Verified) -> str:
 
 
 def _import(name: str, verified: Verified) -> ModuleType:
-    root = _package_folder(verified)
-    spec = importlib.util.spec_from_file_location(
-        name,
-        root / "__init__.py",
-        loader=_VerifiedLoader(name, str(root / "__init__.py"), folder=str(verified.path), digest=verified.digest),
-        submodule_search_locations=[str(root)],
-    )
-    if spec is None or spec.loader is None:
-        raise InvalidMetadata(f"{root} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    _finder.add(name, str(verified.path), verified.digest)
-    sys.modules[name] = module
+    _finder.add(name, verified)
     try:
-        spec.loader.exec_module(module)
+        return importlib.import_module(name)
     except BaseException as error:
         _finder.forget(name)
         for key in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
@@ -173,7 +163,6 @@ def _import(name: str, verified: Verified) -> ModuleType:
                 f"{verified.metadata.name}: its code imports {error.name}, which is not installed", packages=[package]
             ) from error
         raise
-    return module
 
 
 def _package_folder(verified: Verified) -> Path:
@@ -203,15 +192,15 @@ class _VerifiedLoader(SourceFileLoader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the submodules of loaded kernels, and answers for nothing else."""
+    """Finds loaded kernels and their submodules, and answers for nothing else."""
 
     def __init__(self) -> None:
-        self._roots: dict[str, tuple[str, Digest]] = {}
+        self._roots: dict[str, Verified] = {}
 
-    def add(self, root: str, folder: str, digest: Digest) -> None:
+    def add(self, root: str, verified: Verified) -> None:
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
-        self._roots[root] = (folder, digest)
+        self._roots[root] = verified
 
     def forget(self, root: str) -> None:
         self._roots.pop(root, None)
@@ -222,16 +211,21 @@ class _Finder(MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,  # noqa: ARG002 - the protocol's
     ) -> ModuleSpec | None:
-        if not fullname.startswith(_PREFIX) or path is None:
+        if not fullname.startswith(_PREFIX):
             return None
-        known = self._roots.get(fullname.partition(".")[0])
-        if known is None:
+        verified = self._roots.get(fullname.partition(".")[0])
+        if verified is None:
             return None
-        source = partial(_VerifiedLoader, folder=known[0], digest=known[1])
+        source: Any = partial(_VerifiedLoader, folder=str(verified.path), digest=verified.digest)
+        if path is None:
+            folder = str(_package_folder(verified))
+            init = os.path.join(folder, "__init__.py")  # noqa: PTH118 - what the loader wants is text
+            return importlib.util.spec_from_file_location(
+                fullname, init, loader=source(fullname, init), submodule_search_locations=[folder]
+            )
+        loaders: Any = ((ExtensionFileLoader, EXTENSION_SUFFIXES), (source, [".py"]))
         for entry in path:
-            loaders: Any = ((ExtensionFileLoader, EXTENSION_SUFFIXES), (source, [".py"]))
-            finder = FileFinder(entry, *loaders)
-            if spec := finder.find_spec(fullname):
+            if spec := FileFinder(entry, *loaders).find_spec(fullname):
                 return spec
         return None
 

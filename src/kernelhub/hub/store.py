@@ -113,9 +113,9 @@ class Store:
                 beside.mkdir(parents=True)
                 write(beside)
                 verify(beside)
-                known = learn(beside)
-                self._write_json(self._record(place), {"files": known.files, "stamps": known.stamps}, must=True)
                 make_read_only(beside)
+                known = learn(beside)  # after the modes are set: that changes the times which stamps hold
+                self._write_json(self._record(place), {"files": known.files, "stamps": known.stamps}, must=True)
                 beside.rename(folder)
             finally:
                 remove_tree(beside)

@@ -1,0 +1,223 @@
+"""The store: atomic, shared by processes, and an error rather than a half-written folder."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+from kernelfiles import kernel_files, write_files
+
+from kernelhub.core.refs import RepoId
+from kernelhub.core.variants import BuildVariant
+from kernelhub.errors import IntegrityError, StoreError
+from kernelhub.hub import verify as verify_module
+from kernelhub.hub.store import Place, RefRecord, Store, remove_tree
+
+PLACE = Place("hub", RepoId("org", "small"), "a" * 40, BuildVariant.parse("torch-cpu"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def write(folder: Path) -> None:
+    write_files(folder, kernel_files())
+
+
+def visible(store: Store) -> list[str]:
+    """What a reader could find in place of a variant."""
+    return [path.name for path in store.path(PLACE).parent.glob("*") if path.suffix != ".json"]
+
+
+def test_a_variant_appears_whole_and_read_only(store):
+    verified = store.add(PLACE, write)
+    assert verified.path == store.root / "kernels/hub/org--small" / ("a" * 40) / "torch-cpu"
+    assert store.find(PLACE) == verified
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (verified.path, *verified.path.rglob("*"))]
+    assert not any(mode & 0o222 for mode in modes)
+    assert visible(store) == ["torch-cpu"]
+
+
+def test_writing_twice_writes_once(store):
+    store.add(PLACE, write)
+    store.add(PLACE, lambda folder: pytest.fail("written again"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(errno.EACCES, "no")]
+)
+def test_a_disk_that_cannot_be_written_is_an_error_that_leaves_nothing(store, error):
+    def fail(folder: Path) -> None:
+        write(folder)
+        raise error
+
+    with pytest.raises(StoreError, match="cannot write to the store") as caught:
+        store.add(PLACE, fail)
+    assert isinstance(caught.value, OSError)
+    assert visible(store) == []
+    assert store.find(PLACE) is None
+    store.add(PLACE, write)
+
+
+def test_what_does_not_verify_never_appears(store):
+    def wrong(folder: Path) -> None:
+        write(folder)
+        (folder / "__init__.py").write_text("other")
+
+    with pytest.raises(IntegrityError):
+        store.add(PLACE, wrong)
+    assert visible(store) == []
+    assert not list(store.root.rglob("*.tmp"))
+
+
+def test_an_interrupt_leaves_nothing(store):
+    def interrupted(folder: Path) -> None:
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.add(PLACE, interrupted)
+    assert not list(store.root.rglob("*.tmp"))
+
+
+def test_a_store_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="KERNELHUB_CACHE"):
+        Store(tmp_path / "file" / "store").add(PLACE, write)
+
+
+def test_a_read_only_store_serves_what_it_has(store):
+    store.add(PLACE, write)
+    for folder in [store.root, *store.root.rglob("*/")]:
+        folder.chmod(0o555)
+    try:
+        assert store.find(PLACE)
+        store.set_ref("hub", PLACE.repo, "v1", RefRecord("a" * 40, 1.0))  # nothing to say: the hub is asked again
+    finally:
+        for folder in [store.root, *store.root.rglob("*/")]:
+            folder.chmod(0o755)
+
+
+def _add(root: Path, count: Path, start: object) -> None:
+    def write_and_count(folder: Path) -> None:
+        with count.open("a") as file:
+            file.write("x")
+        write(folder)
+
+    start.wait()  # type: ignore[attr-defined]
+    Store(root).add(PLACE, write_and_count)
+
+
+def test_processes_that_want_the_same_write_it_once(store, tmp_path):
+    """needs 24: races in caches"""
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(4)
+    workers = [context.Process(target=_add, args=(store.root, tmp_path / "count", start)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def _die_while_writing(root: Path) -> None:
+    def die(folder: Path) -> None:
+        write(folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Store(root).add(PLACE, die)
+
+
+def test_a_killed_process_leaves_what_prune_removes_and_no_lock(store):
+    worker = multiprocessing.get_context("fork").Process(target=_die_while_writing, args=(store.root,))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+    assert store.find(PLACE) is None
+    store.add(PLACE, write)
+    removed = [path for path, _ in store.prune(lambda place: False)]
+    assert [path.suffix for path in removed] == [".tmp"]
+    assert store.find(PLACE)
+
+
+def test_prune_removes_what_is_selected(store):
+    other = Place("hub", RepoId("org", "other"), "b" * 40, PLACE.variant)
+    store.add(PLACE, write)
+    store.add(other, write)
+    freed = dict(store.prune(lambda place: place.repo.name == "other"))
+    assert list(freed) == [store.path(other)]
+    assert freed[store.path(other)] > 100
+    assert list(store.places()) == [PLACE]
+
+
+def test_verify_all_hashes_every_byte_and_names_what_is_wrong(store, monkeypatch):
+    store.add(PLACE, write)
+    assert [error for _, error in store.verify_all()] == [None]
+    init = store.path(PLACE) / "__init__.py"
+    init.chmod(0o644)
+    init.write_text("other")
+    ((place, error),) = store.verify_all()
+    assert place == PLACE
+    assert "different: __init__.py" in str(error)
+
+
+def large(folder: Path) -> None:
+    write_files(folder, kernel_files(code={"__init__.py": "", "big.bin": "x" * verify_module.LARGE}))
+
+
+def test_a_large_file_that_was_not_written_since_is_not_hashed_again(store, monkeypatch):
+    store.add(PLACE, large)
+    hashed: list[str] = []
+    real = verify_module._hash
+    monkeypatch.setattr(verify_module, "_hash", lambda path, name: hashed.append(path.name) or real(path, name))
+    store.find(PLACE)
+    assert hashed == ["__init__.py"]
+    hashed.clear()
+    Store(store.root, verify_always=True).find(PLACE)
+    assert sorted(hashed) == ["__init__.py", "big.bin"]
+
+
+def test_a_large_file_that_was_written_is_hashed_also_where_its_mtime_says_otherwise(store):
+    store.add(PLACE, large)
+    big = store.path(PLACE) / "big.bin"
+    before = big.stat()
+    big.chmod(0o644)
+    with big.open("r+b") as file:
+        file.write(b"y")
+    os.utime(big, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(IntegrityError, match=r"different: big.bin"):
+        store.find(PLACE)
+
+
+def test_refs_are_remembered_with_odd_names(store):
+    record = RefRecord("c" * 40, 12.5)
+    store.set_ref("hub", PLACE.repo, "feature/x", record)
+    assert store.ref("hub", PLACE.repo, "feature/x") == record
+    assert [item[2:] for item in store.refs()] == [("feature/x", record)]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"commit": "../x", "time": 1}', '{"commit": null, "time": "x"}'])
+def test_a_damaged_record_counts_as_none(store, text):
+    store.set_ref("hub", PLACE.repo, "v1", RefRecord("c" * 40, 1.0))
+    (store.root / "kernels/hub/org--small/refs/v1").write_text(text)
+    assert store.ref("hub", PLACE.repo, "v1") is None
+
+
+def test_remove_tree_removes_read_only_folders_and_links_not_their_targets(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "keep").write_text("x")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "link").symlink_to(target, target_is_directory=True)
+    tree.chmod(0o555)
+    remove_tree(tree)
+    assert not tree.exists()
+    assert (target / "keep").exists()
