@@ -377,9 +377,7 @@ class _Download:
             and response.headers.get("content-range", "").startswith(f"bytes {self._received}-")
         ):
             self._restart()
-        with self._path.open("r+b" if self._received else "wb") as stream:
-            stream.seek(self._received)
-            stream.truncate()
+        with self._path.open("ab" if self._received else "wb") as stream:
             for chunk in response.iter_raw():
                 budget.received(len(chunk))
                 if self._received + len(chunk) > self._file.size:
