@@ -44,7 +44,7 @@ def tanh(x: Tensor) -> Tensor:
 def relu_squared(x: Tensor) -> Tensor:
     """`max(x, 0)**2`."""
     y = F.relu(x)
-    return y.square() if torch.is_grad_enabled() else y.mul_(y)
+    return y.square() if torch.is_grad_enabled() else y.pow_(2)
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
     if x.numel() < _HUGE:
         scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         return wide * scale if wide is x else wide.mul_(scale)
-    y = wide.square() if wide is x else wide.square_()
+    y = wide.square() if wide is x else wide.pow_(2)
     scale = y.mean(-1, keepdim=True).add_(eps).rsqrt_()
     return y.copy_(x).mul_(scale)
 
