@@ -29,6 +29,11 @@ Trust = bool | list[str] | tuple[str, ...]
 class Repository:
     """What every kind of repository does: find the kernel, then the one layer in it."""
 
+    @property
+    def name(self) -> str:
+        """The layer's or function's name in the kernel."""
+        raise NotImplementedError
+
     def kernel(self, hub: Hub, *, backend: str | None = None) -> LoadedKernel:
         """The kernel, fetched where it is not here yet, verified and imported. Raises what `Hub.load` raises."""
         raise NotImplementedError
@@ -87,7 +92,7 @@ class _Func(Repository):
 
 
 @dataclass(frozen=True)
-class _Remote(Repository):
+class RemoteRepository(Repository):
     """A kernel by name: exactly one of `version` and `revision`, or `"org/name@v1"`."""
 
     repo_id: str
@@ -106,10 +111,6 @@ class _Remote(Repository):
     def ref(self) -> KernelRef:
         return KernelRef.of(self.repo_id, version=self.version, revision=self.revision)
 
-    @property
-    def name(self) -> str:
-        raise NotImplementedError
-
     def kernel(self, hub: Hub, *, backend: str | None = None) -> LoadedKernel:
         agent = dict(self.user_agent) if isinstance(self.user_agent, tuple) else self.user_agent
         # Each layer's own device is checked by kernelize; the process's current device need not be one of them.
@@ -126,17 +127,13 @@ class _Remote(Repository):
 
 
 @dataclass(frozen=True)
-class _Local(Repository):
+class LocalRepository(Repository):
     """A kernel in a folder of the user's own, which the user trusts by naming it."""
 
     repo_path: Path
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "repo_path", Path(self.repo_path).expanduser().absolute())
-
-    @property
-    def name(self) -> str:
-        raise NotImplementedError
 
     def kernel(self, hub: Hub, *, backend: str | None = None) -> LoadedKernel:
         return hub.load_local(self.repo_path, backend=backend)
@@ -146,7 +143,7 @@ class _Local(Repository):
 
 
 @dataclass(frozen=True)
-class _Locked(Repository):
+class LockedRepository(Repository):
     """A kernel at the commit that a lock file names; None is `kernels.lock` in the current folder when it is loaded."""
 
     repo_id: str
@@ -158,10 +155,6 @@ class _Locked(Repository):
         if self.lockfile is not None:
             object.__setattr__(self, "lockfile", Path(self.lockfile).expanduser().absolute())
         RepoId.parse(self.repo_id)
-
-    @property
-    def name(self) -> str:
-        raise NotImplementedError
 
     def kernel(self, hub: Hub, *, backend: str | None = None) -> LoadedKernel:
         return hub.load_locked(
@@ -176,45 +169,45 @@ class _Locked(Repository):
 
 
 @dataclass(frozen=True)
-class LayerRepository(_Layer, _Remote):
+class LayerRepository(_Layer, RemoteRepository):
     """A layer of a kernel on a hub: `LayerRepository("org/name", layer_name="RMSNorm", version=1)`."""
 
-    __str__ = _Remote.__str__
+    __str__ = RemoteRepository.__str__
 
 
 @dataclass(frozen=True)
-class FuncRepository(_Func, _Remote):
+class FuncRepository(_Func, RemoteRepository):
     """A function of a kernel on a hub, used as a layer."""
 
-    __str__ = _Remote.__str__
+    __str__ = RemoteRepository.__str__
 
 
 @dataclass(frozen=True)
-class LocalLayerRepository(_Layer, _Local):
+class LocalLayerRepository(_Layer, LocalRepository):
     """A layer of a kernel in a folder (a repository, its `build`, or one variant)."""
 
-    __str__ = _Local.__str__
+    __str__ = LocalRepository.__str__
 
 
 @dataclass(frozen=True)
-class LocalFuncRepository(_Func, _Local):
+class LocalFuncRepository(_Func, LocalRepository):
     """A function of a kernel in a folder, used as a layer."""
 
-    __str__ = _Local.__str__
+    __str__ = LocalRepository.__str__
 
 
 @dataclass(frozen=True)
-class LockedLayerRepository(_Layer, _Locked):
+class LockedLayerRepository(_Layer, LockedRepository):
     """A layer of a kernel at the commit in `kernels.lock`."""
 
-    __str__ = _Locked.__str__
+    __str__ = LockedRepository.__str__
 
 
 @dataclass(frozen=True)
-class LockedFuncRepository(_Func, _Locked):
+class LockedFuncRepository(_Func, LockedRepository):
     """A function of a kernel at the commit in `kernels.lock`, used as a layer."""
 
-    __str__ = _Locked.__str__
+    __str__ = LockedRepository.__str__
 
 
 @functools.cache

@@ -1,0 +1,370 @@
+"""plan -> load -> contract -> swap -> report: kernels under a model's layers, all or none of them; and the way back.
+
+Why only `forward`, and ahead of time: a forward that chooses by device or training mode breaks `torch.compile`; another
+module in place of the layer has other members, and the original is lost; a wrapper around it changes every path in the
+model. A forward on the instance changes none of these, and the class still has the original.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from kernelhub.core.archs import covers
+from kernelhub.core.backends import BY_NAME
+from kernelhub.errors import (
+    IncompatibleDevice,
+    IntegrityError,
+    InvalidReference,
+    KernelHubError,
+    KernelHubWarning,
+    LayerContractError,
+    NoKernelForLayer,
+    UntrustedKernel,
+)
+from kernelhub.hub.probe import visible_archs
+from kernelhub.layers import contract
+from kernelhub.layers.device import DEVICE_BACKENDS
+from kernelhub.layers.kernel import LayerKernel, Swap, load_layer
+from kernelhub.layers.mapping import Row
+from kernelhub.layers.mode import KernelizeFallback, Mode
+from kernelhub.layers.plan import (
+    Decision,
+    DeviceLike,
+    Request,
+    Selection,
+    Selector,
+    Site,
+    class_name,
+    decide,
+    device_type,
+    reasons,
+    survey,
+)
+from kernelhub.layers.report import Run, forget, remember
+from kernelhub.layers.swap import USES, Transaction, functions_lock, has_users, in_effect
+from kernelhub.settings import Settings
+
+if TYPE_CHECKING:
+    from kernelhub.hub.client import Hub
+
+_log = logging.getLogger("kernelhub")
+
+
+def kernelize(
+    model: nn.Module,
+    *,
+    mode: Mode,
+    device: DeviceLike = None,
+    use_fallback: bool | KernelizeFallback = True,
+    include: Selection = None,
+    exclude: Selection = None,
+) -> nn.Module:
+    """Let the kernel-aware layers of `model` run the kernels that are registered for them; returns the same model.
+
+    Only `forward` is set, on instances: modules, names, parameters, hooks and the state dict stay as they are. A model that
+    is kernelized already starts from its originals. If anything fails, the model is as it was before the call.
+
+    `mode` is what the model will be used for, `device` where (None: each layer's own device). `use_fallback` names the
+    cases in which a layer may keep its forward; in the others an error is raised. `include` and `exclude` are module
+    paths (`*` is one segment, `**` any number) or classes.
+
+    Raises `InvalidReference` [ValueError] for arguments that cannot be, `NoKernelForLayer` [ValueError] and
+    `LayerContractError` [TypeError] where a layer must not keep its forward, what loading raises where CANNOT_LOAD is not
+    allowed, and `UntrustedKernel` and `IntegrityError` always.
+    """
+    request = Request.of(mode, device, include, exclude)
+    fallback = KernelizeFallback.of(use_fallback)
+    if Settings.from_env().mapping_disabled:
+        unkernelize(model)
+        remember(model, Run(mode, "kernels are switched off (DISABLE_KERNEL_MAPPING)", {}))
+        _log.info("%s keeps its forwards: kernels are switched off (DISABLE_KERNEL_MAPPING)", type(model).__name__)
+        return model
+    from kernelhub.hub.client import default_hub
+
+    found = survey(model)
+    resolver = _Resolver(default_hub(), request, fallback)
+    outcomes = [resolver.outcome(decision) for decision in decide(model, found.sites, request)]
+    with functions_lock, Transaction() as transaction:
+        for _, module in found.marked:
+            transaction.take(module)
+        for _, module in found.users:
+            transaction.leave(module)
+        _swap_layers(outcomes, transaction)
+        told = _swap_functions(outcomes, transaction, fallback)
+    kept = {outcome.site.path: outcome.reason for outcome in outcomes if outcome.reason}
+    remember(model, Run(mode, None, {**kept, **told}))
+    _say(model, [outcome for outcome in outcomes if outcome.site.path not in told])
+    return model
+
+
+def unkernelize(model: nn.Module, *, include: Selection = None, exclude: Selection = None) -> nn.Module:
+    """Give the layers of `model` their original forwards back; returns the same model.
+
+    What is left is the model as if it had never been kernelized. `include` and `exclude` as in `kernelize`.
+    """
+    selector, found = Selector(include, exclude), survey(model)
+    with functions_lock, Transaction() as transaction:
+        for path, module in found.marked:
+            if selector.refuses(path, module) is None:
+                transaction.take(module)
+        for path, module in found.users:
+            _leave_some(transaction, module, path, selector)
+    forget(model)
+    return model
+
+
+@contextmanager
+def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
+    """`kernelize(model, **options)` while the `with` block runs; then the model is what it was before."""
+    found = survey(model)
+    before = [(module, marker) for _, module in found.marked if (marker := in_effect(module))]
+    stakes = [(module, uses) for _, module in found.users if (uses := module.__dict__.get(USES))]
+    forwards = {id(function): in_effect(function) for _, uses in stakes for function, _ in uses.functions.values()}
+    try:
+        yield kernelize(model, **options)
+    finally:
+        unkernelize(model)
+        with functions_lock, Transaction() as transaction:
+            for module, marker in before:
+                transaction.put(module, marker.swap, marker.function)
+            for module, uses in stakes:
+                for function, swap in uses.functions.values():
+                    held = forwards[id(function)]
+                    if in_effect(function) is None and held is not None:
+                        transaction.use(function, swap, held.function)
+                transaction.join(module, uses.functions)
+
+
+class Outcome(NamedTuple):
+    """What comes of a site once the kernels are loaded: a kernel, or the reason why it keeps its forward."""
+
+    site: Site
+    kernel: LayerKernel | None
+    swap: Swap | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A kernel that cannot be used, in a case that `use_fallback` may allow."""
+
+    case: KernelizeFallback
+    error: KernelHubError | ImportError | OSError
+
+    @property
+    def reason(self) -> str:
+        return getattr(self.error, "message", str(self.error)).partition("\n")[0] or type(self.error).__name__
+
+
+@dataclass
+class _Resolver:
+    """Loads each kernel once, and decides once for all layers of a class on a device."""
+
+    hub: Hub
+    request: Request
+    fallback: KernelizeFallback
+    _kernels: dict[tuple[Any, str], LayerKernel | _Failure] = field(default_factory=dict)
+    _chosen: dict[tuple[Any, ...], tuple[LayerKernel, Swap] | _Failure] = field(default_factory=dict)
+
+    def outcome(self, decision: Decision) -> Outcome:
+        """Raises what `use_fallback` does not allow, saying at which layer."""
+        site, device, row = decision.site, decision.device, decision.row
+        if row is None or device is None:
+            if decision.case is not None and decision.case not in self.fallback:
+                raise NoKernelForLayer(f"{_where(site)}: {decision.reason}", hint=_allow(decision.case))
+            return Outcome(site, None, None, decision.reason)
+        module = site.module
+        key = (type(module), row.repository, device, module.training)
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            chosen = self._chosen[key] = self._choose(module, row, device)
+        if isinstance(chosen, _Failure):
+            if chosen.case not in self.fallback:
+                if isinstance(chosen.error, KernelHubError):
+                    chosen.error.add_context(f"while kernelizing {_where(site)}")
+                raise chosen.error
+            return Outcome(site, None, None, chosen.reason)
+        kernel, swap = chosen
+        if decision.distributed and not kernel.takes_dtensor:
+            return Outcome(site, None, None, "its weights are DTensors, and the kernel does not say that it takes them")
+        return Outcome(site, kernel, swap, "")
+
+    def _choose(self, module: nn.Module, row: Row, device: torch.device) -> tuple[LayerKernel, Swap] | _Failure:
+        kernel = self._kernel(row, device)
+        if isinstance(kernel, _Failure):
+            return kernel
+        try:
+            self._check_device(kernel, device)
+            notes = contract.check(kernel.cls, kernel.forward, type(module), str(row.repository))
+        except IncompatibleDevice as error:
+            return _Failure(KernelizeFallback.CANNOT_LOAD, error)
+        except LayerContractError as error:
+            return _Failure(KernelizeFallback.CONTRACT, error)
+        unfit = self._unfit(kernel, row)
+        return unfit or (kernel, self._swap(kernel, module, device, notes))
+
+    def _kernel(self, row: Row, device: torch.device) -> LayerKernel | _Failure:
+        backend = DEVICE_BACKENDS.get(device_type(device), device.type)
+        key = (row.repository, backend)
+        if key not in self._kernels:
+            self._kernels[key] = self._load(row, backend)
+        return self._kernels[key]
+
+    def _load(self, row: Row, backend: str) -> LayerKernel | _Failure:
+        try:
+            self.hub.host.choose_backend(backend)
+        except InvalidReference as error:
+            return _Failure(KernelizeFallback.CANNOT_LOAD, error)
+        try:
+            return load_layer(row.repository, backend, self.hub)
+        except (IntegrityError, UntrustedKernel):
+            raise  # never a case for the original: what is here is not what was asked for
+        except LayerContractError as error:
+            return _Failure(KernelizeFallback.CONTRACT, error)
+        except (NoKernelForLayer, IncompatibleDevice, ImportError, OSError) as error:
+            return _Failure(KernelizeFallback.CANNOT_LOAD, error)
+
+    def _check_device(self, kernel: LayerKernel, device: torch.device) -> None:
+        """Raises `IncompatibleDevice` where the build does not cover the architecture of the layer's own device."""
+        archs = kernel.loaded.metadata.backend.archs
+        if device.type != "cuda" or not archs:
+            return
+        devices = visible_archs(BY_NAME[kernel.backend])
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index < len(devices) and not covers(archs, devices[index]):
+            raise IncompatibleDevice(
+                f"{kernel.repository} is built for {', '.join(archs)}; {device} has {devices[index]}",
+                hint="Build it for this device, or leave the layer out with exclude=.",
+            )
+
+    def _unfit(self, kernel: LayerKernel, row: Row) -> _Failure | None:
+        """What the mode needs and the kernel does not have. Who registered it for that very mode is told by an error."""
+        mode, lacks = self.request.mode, ""
+        if Mode.TRAINING in mode and not kernel.has_backward:
+            lacks = "it has no backward (has_backward = False)"
+        elif Mode.TORCH_COMPILE in mode and not kernel.can_torch_compile:
+            lacks = "it does not say that it supports torch.compile (can_torch_compile = True)"
+        if not lacks:
+            return None
+        explicit = row.mode is not Mode.FALLBACK
+        error = NoKernelForLayer(
+            f"{kernel.repository} does not serve {mode}: {lacks}",
+            hint=f"It is registered for {row.mode}." if explicit else None,
+        )
+        return _Failure(KernelizeFallback.CONTRACT if explicit else KernelizeFallback.NO_COMPATIBLE_MODE, error)
+
+    def _swap(self, kernel: LayerKernel, module: nn.Module, device: torch.device, notes: tuple[str, ...]) -> Swap:
+        loaded = kernel.loaded
+        return Swap(
+            repository=kernel.repository,
+            repo=kernel.repo,
+            layer=kernel.repository.name,
+            backend=kernel.backend,
+            mode=self.request.mode,
+            device=str(device),
+            training=module.training,
+            commit=loaded.repo_info.revision if loaded.repo_info else None,
+            variant=str(loaded.variant) if loaded.variant else None,
+            digest=loaded.digest,
+            notes=notes,
+        )
+
+
+def _swap_layers(outcomes: list[Outcome], transaction: Transaction) -> None:
+    for site, kernel, swap, _ in outcomes:
+        if kernel is not None and swap is not None and site.user is None:
+            transaction.put(site.module, swap, kernel.forward)
+
+
+def _swap_functions(outcomes: list[Outcome], transaction: Transaction, fallback: KernelizeFallback) -> dict[str, str]:
+    """Functions are shared by all models: the first that asks decides, and the others are told, by path."""
+    told: dict[str, str] = {}
+    mine: set[int] = set()
+    stakes: dict[int, tuple[nn.Module, dict[str, tuple[nn.Module, Swap]]]] = {}
+    for site, kernel, swap, _ in outcomes:
+        if site.user is None:
+            continue
+        function, marker = site.module, in_effect(site.module)
+        taken = marker is not None and (id(function) in mine or has_users(function))
+        if marker is not None and taken:
+            if swap is None or marker.swap.content != swap.content:
+                told[site.path] = _tell(site, marker.swap, swap, fallback)
+                continue
+        elif kernel is not None and swap is not None:
+            transaction.use(function, swap, kernel.forward)
+        elif marker is not None:
+            transaction.take(function)  # whoever had it is gone
+        if swap is not None:
+            mine.add(id(function))
+            user, functions = stakes.setdefault(id(site.user), (site.user, {}))
+            functions[site.path.rpartition(".")[2]] = (function, swap)
+    for user, functions in stakes.values():
+        transaction.join(user, functions)
+    return told
+
+
+def _tell(site: Site, there: Swap, wanted: Swap | None, fallback: KernelizeFallback) -> str:
+    asked = str(wanted.repository) if wanted else "its original"
+    reason = (
+        f"it is one function for the whole process, and runs {there.repository} already; here {asked} was asked for"
+    )
+    if fallback is KernelizeFallback.NONE:
+        raise NoKernelForLayer(
+            f"{_where(site)}: {reason}", hint="unkernelize the other model first, or exclude the function here."
+        )
+    _log.warning("%s: %s", _where(site), reason)
+    return reason
+
+
+def _leave_some(transaction: Transaction, module: nn.Module, path: str, selector: Selector) -> None:
+    """End the module's stake in the functions that are selected, and keep the others."""
+    uses = module.__dict__[USES]
+    kept = {
+        name: stake
+        for name, stake in uses.functions.items()
+        if selector.refuses(f"{path}.{name}" if path else name, stake[0]) is not None
+    }
+    if len(kept) == len(uses.functions):
+        return
+    forwards = {name: in_effect(function) for name, (function, _) in kept.items()}
+    transaction.leave(module)
+    for name, (function, swap) in kept.items():
+        held = forwards[name]
+        if in_effect(function) is None and held is not None:
+            transaction.use(function, swap, held.function)
+    if kept:
+        transaction.join(module, kept)
+
+
+def _say(model: nn.Module, outcomes: list[Outcome]) -> None:
+    """One line per class that runs a kernel; a warning where there is none at all."""
+    swapped = Counter(
+        (class_name(outcome.site.module), outcome.swap.repository, outcome.swap.variant or outcome.swap.digest)
+        for outcome in outcomes
+        if outcome.swap is not None
+    )
+    for (name, repository, build), count in swapped.items():
+        _log.info("%d x %s run %s (%s)", count, name, repository, build)
+    if not swapped:
+        kept = Counter(outcome.reason for outcome in outcomes)
+        why = reasons(kept) if kept else "it has no kernel-aware layers"
+        warnings.warn(
+            f"{type(model).__name__} was kernelized and runs no kernel: {why}", KernelHubWarning, stacklevel=3
+        )
+
+
+def _where(site: Site) -> str:
+    return f"{site.path or 'the model'} ({class_name(site.module)})"
+
+
+def _allow(case: KernelizeFallback) -> str:
+    return f"Register a kernel for it, leave it out with exclude=, or allow KernelizeFallback.{case.name}."

@@ -1,0 +1,299 @@
+"""What runs in a model, layer by layer, and why the rest does not.
+
+A row says what the module's forward *is* at the moment of asking, so it is right for copies, for models from files, and
+after others changed the model. Only the reasons why layers kept their forwards are kept from the call that decided so
+(one value per call, beside the model and not in it): asked later, the registrations may be others.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelhub.errors import KernelHubError
+from kernelhub.layers.mode import Mode
+from kernelhub.layers.plan import Devices, Request, Site, capability, class_name, decide, survey, uncompiled
+from kernelhub.layers.swap import MARKER, USES, Lost, Marker, Uses, holds, in_effect
+from kernelhub.layers.tables import table
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One kernel-aware layer. `outcome` is `kernel` or `original`.
+
+    `stale` says that the layer moved or changed mode since its kernel was chosen: kernelize again. `shared` marks a
+    function, which is one module for all models. `max_error` and `speedup` are there where they were measured.
+    """
+
+    path: str
+    class_name: str
+    layer_name: str
+    device: str | None
+    mode: str | None
+    outcome: str
+    reason: str = ""
+    repository: str | None = None
+    layer: str | None = None
+    commit: str | None = None
+    variant: str | None = None
+    digest: str | None = None
+    max_error: float | None = None
+    speedup: float | None = None
+    shared: bool = False
+    stale: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """A row per kernel-aware layer, in the model's order. `str()` is a table."""
+
+    model: str
+    rows: tuple[ReportRow, ...]
+
+    @property
+    def kernels(self) -> tuple[ReportRow, ...]:
+        """The layers that run a kernel."""
+        return tuple(row for row in self.rows if row.outcome == "kernel")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model": self.model, "summary": self.summary(), "rows": [row.to_dict() for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> KernelReport:
+        """The report that `to_dict` was made of."""
+        return cls(value["model"], tuple(ReportRow(**row) for row in value["rows"]))
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def diff(self, other: KernelReport) -> tuple[str, ...]:
+        """What is different in `other`, a line per layer: what it ran here, and what it runs there."""
+        ours, theirs = ({row.path: row for row in report.rows} for report in (self, other))
+        lines = []
+        for path in dict.fromkeys((*ours, *theirs)):
+            here, there = ours.get(path), theirs.get(path)
+            if here is None or there is None or _ran(here) != _ran(there):
+                lines.append(f"{path or '(the model)'}: {_shown(here)} -> {_shown(there)}")
+        return tuple(lines)
+
+    def summary(self) -> str:
+        """One line: how many layers run kernels, of which repositories."""
+        repositories = Counter(row.repository for row in self.kernels)
+        named = ", ".join(f"{count} x {name}" for name, count in sorted(repositories.items(), key=str))
+        stale = sum(row.stale for row in self.rows)
+        text = f"{len(self.kernels)} of {len(self.rows)} kernel-aware layers run a kernel"
+        return text + (f": {named}" if named else "") + (f"; {stale} stale, kernelize again" if stale else "")
+
+    def __str__(self) -> str:
+        head = (
+            "path",
+            "class",
+            "layer",
+            "device",
+            "mode",
+            "runs",
+            "commit",
+            "variant",
+            "file digest",
+            "error",
+            "speed",
+            "reason",
+        )
+        return "\n".join([self.summary(), table(head, [_cells(row) for row in self.rows])])
+
+
+def kernel_report(model: nn.Module) -> KernelReport:
+    """What each kernel-aware layer of `model` runs: which kernel, which file digest, or why its own forward."""
+    sites, root = survey(model).sites, uncompiled(model)
+    devices, runs = Devices(), list(_runs_in(root))
+    kept = _kept(model, sites, runs)
+    rows = tuple(_row(site, devices, kept.get(site.path, ("", None))) for site in sites)
+    return KernelReport(type(root).__name__, rows)
+
+
+def _row(site: Site, devices: Devices, kept: tuple[str, Mode | None]) -> ReportRow:
+    marker = in_effect(site.module)
+    device = devices.of(site.node)
+    if marker is None:
+        reason, mode = _why_not(site, kept)
+        return ReportRow(
+            site.path,
+            class_name(site.module),
+            site.aware.layer_name,
+            str(device) if device else None,
+            str(mode) if mode else None,
+            "original",
+            reason,
+            shared=site.user is not None,
+        )
+    swap = marker.swap
+    stale = _stale(site, marker, device)
+    reasons = [text for text in (stale, kept[0], *swap.notes) if text]
+    return ReportRow(
+        site.path,
+        class_name(site.module),
+        site.aware.layer_name,
+        str(device) if device else swap.device,
+        str(swap.mode),
+        "kernel",
+        "; ".join(reasons),
+        swap.repo,
+        swap.layer,
+        swap.commit,
+        swap.variant,
+        swap.digest,
+        swap.max_error,
+        swap.speedup,
+        site.user is not None,
+        bool(stale),
+    )
+
+
+def _why_not(site: Site, kept: tuple[str, Mode | None]) -> tuple[str, Mode | None]:
+    """Why the layer runs its own forward, from what lies on the module, else from the call that decided so."""
+    marker = site.module.__dict__.get(MARKER)
+    if isinstance(marker, Lost):
+        return f"its kernel could not be read back: {marker.reason}", marker.swap.mode
+    if isinstance(marker, Marker):
+        other = marker.module is not site.module
+        text = "its forward is bound to the module that it was copied from" if other else "its forward was replaced"
+        return f"{text} after kernelize; kernelize again", marker.swap.mode
+    uses = site.user.__dict__.get(USES) if site.user is not None else None
+    if isinstance(uses, Uses) and any(
+        not holds(uses, *stake) for stake in uses.functions.values() if stake[0] is site.module
+    ):
+        return "somebody else gave the function its original back; kernelize again", kept[1]
+    return kept
+
+
+def _stale(site: Site, marker: Marker, device: torch.device | None) -> str:
+    """Why the kernel may not fit any more what the layer is now; empty where it does."""
+    swap, chosen = marker.swap, torch.device(marker.swap.device)
+    if device is not None and _kind(device) != _kind(chosen):
+        return f"stale: it was kernelized for {chosen} and is on {device}; kernelize again"
+    if Mode.INFERENCE in swap.mode and site.module.training and not swap.training:
+        return f"stale: it was kernelized for {swap.mode} and is in training mode; kernelize again"
+    return ""
+
+
+def _kind(device: torch.device) -> tuple[str, int | None]:
+    """Devices of one kind run the same builds."""
+    return device.type, capability(device)
+
+
+# The reasons of the calls
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of `kernelize` decided: why layers kept their forwards, by path; or all of them (`everywhere`)."""
+
+    mode: Mode
+    everywhere: str | None
+    kept: Mapping[str, str]
+
+
+_runs: dict[int, tuple[weakref.ref[nn.Module], Run]] = {}
+
+
+def remember(model: nn.Module, run: Run) -> None:
+    """Keep what was decided for as long as the model lives."""
+    root = uncompiled(model)
+    key = id(root)
+    _runs[key] = (weakref.ref(root, lambda _: _runs.pop(key, None)), run)
+
+
+def forget(model: nn.Module) -> None:
+    """Nothing is decided about the model any more."""
+    _runs.pop(id(uncompiled(model)), None)
+
+
+def _runs_in(root: nn.Module) -> Iterator[tuple[str, Run]]:
+    """The calls for the model and for parts of it, with the path that each began at; outermost first."""
+    if not _runs:
+        return
+    for path, module in root.named_modules():
+        known = _runs.get(id(module))
+        if known is not None and known[0]() is module:
+            yield f"{path}." if path else "", known[1]
+
+
+def _kept(model: nn.Module, sites: list[Site], runs: list[tuple[str, Run]]) -> dict[str, tuple[str, Mode | None]]:
+    """Why layers kept their forwards: what was decided, and for the others what a plan would say now."""
+    kept: dict[str, tuple[str, Mode | None]] = {}
+    unknown = []
+    for site in sites:
+        known = next(
+            ((prefix, run) for prefix, run in runs if site.path.startswith(prefix) or f"{site.path}." == prefix), None
+        )
+        if known is None:
+            unknown.append(site)
+            continue
+        prefix, run = known
+        reason = run.everywhere or run.kept.get(site.path[len(prefix) :], "")
+        kept[site.path] = (reason, run.mode)
+    if unknown:
+        kept.update(_planned(model, unknown))
+    return kept
+
+
+def _planned(model: nn.Module, sites: list[Site]) -> dict[str, tuple[str, Mode | None]]:
+    """What a plan says of layers for which no call is known: `kernelize` was not called, or on another model."""
+    markers = (in_effect(site.module) for site in sites)
+    mode = next((marker.swap.mode for marker in markers if marker), None)
+    wanted = mode or (Mode.TRAINING if model.training else Mode.INFERENCE)
+    plain = [site for site in sites if in_effect(site.module) is None]
+    try:
+        decisions = decide(model, plain, Request.of(wanted, None, None, None))
+    except KernelHubError as error:
+        return {site.path: (error.message, mode) for site in plain}
+    return {
+        decision.site.path: (decision.reason or "a kernel is registered for it; kernelize was not called", mode)
+        for decision in decisions
+    }
+
+
+# How rows look
+
+
+def _ran(row: ReportRow) -> tuple[object, ...]:
+    return row.outcome, row.repository, row.layer, row.commit, row.variant, row.digest
+
+
+def _shown(row: ReportRow | None) -> str:
+    if row is None:
+        return "not there"
+    if row.outcome != "kernel":
+        return f"original ({row.reason})" if row.reason else "original"
+    return f"{row.repository}:{row.layer} {row.variant or ''} {row.digest or ''}".replace("  ", " ")
+
+
+def _cells(row: ReportRow) -> tuple[str, ...]:
+    runs = f"{row.repository}:{row.layer}" if row.outcome == "kernel" else "original"
+    flags = [flag for flag, on in (("shared", row.shared),) if on]
+    return (
+        row.path or "(the model)",
+        row.class_name,
+        row.layer_name,
+        row.device or "",
+        row.mode or "",
+        runs,
+        (row.commit or "")[:12],
+        row.variant or "",
+        (row.digest or "")[:19],
+        "" if row.max_error is None else f"{row.max_error:.2g}",
+        "" if row.speedup is None else f"{row.speedup:.2f}x",
+        "; ".join([*flags, *([row.reason] if row.reason else [])]),
+    )

@@ -1,0 +1,288 @@
+"""Putting a kernel's forward on a module, and taking it away again.
+
+What is on a kernelized module is the kernel's forward, bound to the module, and one marker beside it. Bound methods cost a
+call nothing (31 ns and 970 ns for `m.forward(x)` and `m(x)`, as a plain method does), survive `copy.deepcopy` bound to
+the copy, and leave the module's class alone, which FSDP2 and accelerate need. What a bound method cannot do alone is come
+back from a pickle: it is pickled as `getattr(module, "forward")`, and finds what the module has by then. The marker lies
+before it in the module's `__dict__`, so it is read first, and puts the kernel's forward there if the kernel is here.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+from weakref import WeakSet, WeakValueDictionary
+
+from torch import nn
+
+from kernelhub.errors import KernelHubError
+from kernelhub.layers import contract
+from kernelhub.layers.kernel import Swap, read_back
+
+MARKER = "_kernelhub_swap"
+USES = "_kernelhub_functions"
+
+_log = logging.getLogger("kernelhub")
+
+
+class Marker:
+    """What a kernelized module carries beside its forward.
+
+    `function` is the kernel's forward; `explicit` says that the class's forward had been put on the instance before (as
+    accelerate does), and belongs there afterwards.
+    """
+
+    __slots__ = ("__weakref__", "explicit", "function", "module", "swap", "users")
+
+    def __init__(self, module: nn.Module, swap: Swap, function: Any, explicit: bool) -> None:
+        self.module, self.swap, self.function, self.explicit = module, swap, function, explicit
+        # For a function that is one module for the process: who uses its kernel.
+        self.users: WeakSet[Uses] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Marker:
+        return Marker(copy.deepcopy(self.module, memo), self.swap, self.function, self.explicit)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if in_effect(self.module) is not self:
+            return _nothing, ()
+        return _read_marker, (self.module, self.swap, self.explicit)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """In place of a marker: the module came from a file, and its kernel could not be read back here."""
+
+    swap: Swap
+    reason: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lost:
+        return self
+
+
+class Uses:
+    """What a module carries whose kernel-aware functions run kernels: a stake in each of them.
+
+    A function is one module for the whole process; it goes back to the original when the last stake is gone.
+    """
+
+    __slots__ = ("__weakref__", "functions", "module")
+
+    def __init__(self, module: nn.Module, functions: Mapping[str, tuple[nn.Module, Swap]]) -> None:
+        self.module, self.functions = module, dict(functions)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Uses:
+        uses = Uses(copy.deepcopy(self.module, memo), self.functions)
+        with functions_lock:
+            for function, swap in self.functions.values():
+                _join(uses, function, swap)
+        return uses
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        live = {name: stake for name, stake in self.functions.items() if holds(self, *stake)}
+        return _read_uses, (self.module, live)
+
+
+functions_lock = threading.RLock()
+
+
+def slot(attributes: Mapping[str, Any]) -> str:
+    """The name under which a module's own forward lies: accelerate keeps it beside its hook, and calls it from there."""
+    return "_old_forward" if "_hf_hook" in attributes and "_old_forward" in attributes else "forward"
+
+
+def in_effect(module: nn.Module) -> Marker | None:
+    """The module's marker, where the forward that it stands for is what the module runs."""
+    attributes = module.__dict__
+    marker = attributes.get(MARKER)
+    if type(marker) is not Marker:
+        return None
+    forward = attributes.get(slot(attributes))
+    if type(forward) is MethodType and forward.__self__ is module and forward.__func__ is marker.function:
+        return marker
+    return None
+
+
+def of_class(module: nn.Module, forward: Any) -> bool:
+    """Whether `forward` is nothing but the forward of the module's class, bound to the module."""
+    return (
+        type(forward) is MethodType
+        and forward.__self__ is module
+        and forward.__func__ is getattr(type(module), "forward", None)
+    )
+
+
+def put(module: nn.Module, swap: Swap, function: Any) -> None:
+    """Let the module run the kernel's forward `function`. The module has its own forward now (see `take`)."""
+    attributes = module.__dict__
+    name = slot(attributes)
+    attributes[MARKER] = Marker(module, swap, function, name in attributes)
+    attributes.pop(name, None)  # what stands in the dict first is pickled first, and the marker must be
+    attributes[name] = MethodType(function, module)
+    if name != "forward":
+        attributes["forward"] = attributes.pop("forward")
+
+
+def take(module: nn.Module) -> None:
+    """Give the module its own forward back; what somebody else put over the kernel's meanwhile stays."""
+    attributes = module.__dict__
+    marker, ours = attributes.get(MARKER), in_effect(module)
+    attributes.pop(MARKER, None)
+    if isinstance(marker, Lost) and of_class(module, attributes.get("forward")):
+        del attributes["forward"]  # that is how the pickle of a bound method came back
+    if ours is None:
+        return
+    name = slot(attributes)
+    del attributes[name]
+    if ours.explicit or name != "forward":
+        attributes[name] = MethodType(type(module).forward, module)
+        if name != "forward":
+            attributes["forward"] = attributes.pop("forward")
+
+
+class Transaction:
+    """Changes to modules that are all made, or all taken back."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[nn.Module, Any, Any, Any, Any]] = []
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.undo()
+
+    def put(self, module: nn.Module, swap: Swap, function: Any) -> None:
+        self._remember(module)
+        put(module, swap, function)
+
+    def take(self, module: nn.Module) -> None:
+        self._remember(module)
+        take(module)
+
+    def use(self, function: nn.Module, swap: Swap, forward: Any) -> None:
+        """Let a process-wide function run a kernel, or another one than before."""
+        self._remember(function)
+        users = _users(function)
+        if in_effect(function):
+            take(function)
+        put(function, swap, forward)
+        function.__dict__[MARKER].users = users
+
+    def join(self, module: nn.Module, functions: Mapping[str, tuple[nn.Module, Swap]]) -> None:
+        """Give a module its stake in functions that run the kernels named."""
+        self._remember(module)
+        module.__dict__[USES] = uses = Uses(module, functions)
+        for function, swap in functions.values():
+            _join(uses, function, swap)
+
+    def leave(self, module: nn.Module) -> None:
+        """End a module's stake in functions; those that nobody has a stake in any more go back to the original."""
+        self._remember(module)
+        uses = module.__dict__.pop(USES, None)
+        if uses is None:
+            return
+        for function, _ in uses.functions.values():
+            users = _users(function)
+            if uses in users:
+                self._remember(function)
+                users.discard(uses)
+                if not users:
+                    take(function)
+
+    def undo(self) -> None:
+        """Make every module what it was, last change first."""
+        for module, marker, old, forward, uses in reversed(self._before):
+            attributes = module.__dict__
+            for name, value in ((MARKER, marker), ("_old_forward", old), ("forward", forward), (USES, uses)):
+                attributes.pop(name, None)
+                if value is not None:
+                    attributes[name] = value
+            if isinstance(uses, Uses):
+                for function, swap in uses.functions.values():
+                    _join(uses, function, swap)
+        self._before.clear()
+
+    def _remember(self, module: nn.Module) -> None:
+        get = module.__dict__.get
+        self._before.append((module, get(MARKER), get("_old_forward"), get("forward"), get(USES)))
+
+
+def has_users(function: nn.Module) -> bool:
+    """Whether anybody has a stake in the function's kernel."""
+    return bool(_users(function))
+
+
+def holds(uses: Uses, function: nn.Module, swap: Swap) -> bool:
+    """Whether the function still runs the kernel that the stake is in."""
+    marker = in_effect(function)
+    return marker is not None and marker.swap.content == swap.content and uses in _users(function)
+
+
+def _users(function: nn.Module) -> WeakSet[Uses]:
+    marker = function.__dict__.get(MARKER)
+    if type(marker) is not Marker:
+        return WeakSet()
+    if marker.users is None:
+        marker.users = WeakSet()
+    return marker.users
+
+
+def _join(uses: Uses, function: nn.Module, swap: Swap) -> None:
+    marker = in_effect(function)
+    if marker is not None and marker.swap.content == swap.content:
+        _users(function).add(uses)
+
+
+# Reading models from files: each of these is called by pickle while the module is still empty.
+
+
+def _nothing() -> None:
+    """What a marker that was no longer in effect comes back as."""
+
+
+def _read_marker(module: nn.Module, swap: Swap, explicit: bool) -> Marker | Lost:
+    function = _function_for(module, swap)
+    if isinstance(function, Lost):
+        return function
+    module.__dict__["forward"] = MethodType(function, module)
+    return Marker(module, swap, function, explicit)
+
+
+def _read_uses(module: nn.Module, functions: Mapping[str, tuple[nn.Module, Swap]]) -> Uses:
+    uses = Uses(module, functions)
+    with functions_lock:
+        for function, swap in functions.values():
+            if in_effect(function) is None:
+                forward = _function_for(function, swap)
+                if not isinstance(forward, Lost):
+                    put(function, swap, forward)
+            _join(uses, function, swap)
+    return uses
+
+
+# By the identity of the swap: all layers of one pickle share it, so that a kernel that is not here is looked for once.
+_lost: WeakValueDictionary[int, Lost] = WeakValueDictionary()
+
+
+def _function_for(module: nn.Module, swap: Swap) -> Any:
+    known = _lost.get(id(swap))
+    if known is not None:
+        return known
+    try:
+        kernel = read_back(swap)
+        contract.check(kernel.cls, kernel.forward, type(module), str(swap.repository))
+    except (KernelHubError, ImportError, OSError) as error:
+        _log.warning("%s is not here, the model runs without it: %s", swap.repository, error)
+        lost = _lost[id(swap)] = Lost(swap, _first_line(error))
+        return lost
+    return kernel.forward
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
