@@ -14,7 +14,7 @@ _NAMES = {
     "kernelhub.errors": (
         "CompatibilityWarning HubUnavailable IncompatibleDevice IntegrityError InvalidMetadata InvalidReference KernelCycle "
         "KernelHubError KernelHubWarning KernelNotFound LayerContractError MissingDependency NoCompatibleVariant "
-        "PublishConflict StoreError UntrustedKernel"
+        "NoKernelForLayer PublishConflict StoreError UntrustedKernel"
     ),
     "kernelhub.core.metadata": "Metadata",
     "kernelhub.core.trust": "TrustPolicy",
@@ -25,6 +25,19 @@ _NAMES = {
     ),
     "kernelhub.hub.client": "Hub default_hub",
     "kernelhub.hub.importer": "LoadedKernel RepoInfo",
+    "kernelhub.layers.device": "CUDAProperties Device ROCMProperties",
+    "kernelhub.layers.kernelize": "kernelize kernelized unkernelize",
+    "kernelhub.layers.mapping": "register_kernel_mapping use_kernel_mapping",
+    "kernelhub.layers.markers": (
+        "replace_kernel_forward_from_hub use_kernel_forward_from_hub use_kernel_func_from_hub use_kernelized_func"
+    ),
+    "kernelhub.layers.mode": "KernelizeFallback Mode",
+    "kernelhub.layers.plan": "KernelPlan plan_kernels",
+    "kernelhub.layers.report": "KernelReport kernel_report",
+    "kernelhub.layers.repositories": (
+        "FuncRepository LayerRepository LocalFuncRepository LocalLayerRepository LockedFuncRepository "
+        "LockedLayerRepository"
+    ),
     "kernelhub.settings": "Settings",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
@@ -49,6 +62,7 @@ if TYPE_CHECKING:
         LayerContractError,
         MissingDependency,
         NoCompatibleVariant,
+        NoKernelForLayer,
         PublishConflict,
         StoreError,
         UntrustedKernel,
@@ -66,6 +80,26 @@ if TYPE_CHECKING:
     )
     from kernelhub.hub.client import Hub, default_hub
     from kernelhub.hub.importer import LoadedKernel, RepoInfo
+    from kernelhub.layers.device import CUDAProperties, Device, ROCMProperties
+    from kernelhub.layers.kernelize import kernelize, kernelized, unkernelize
+    from kernelhub.layers.mapping import register_kernel_mapping, use_kernel_mapping
+    from kernelhub.layers.markers import (
+        replace_kernel_forward_from_hub,
+        use_kernel_forward_from_hub,
+        use_kernel_func_from_hub,
+        use_kernelized_func,
+    )
+    from kernelhub.layers.mode import KernelizeFallback, Mode
+    from kernelhub.layers.plan import KernelPlan, plan_kernels
+    from kernelhub.layers.report import KernelReport, kernel_report
+    from kernelhub.layers.repositories import (
+        FuncRepository,
+        LayerRepository,
+        LocalFuncRepository,
+        LocalLayerRepository,
+        LockedFuncRepository,
+        LockedLayerRepository,
+    )
     from kernelhub.settings import Settings
 
 
