@@ -155,6 +155,7 @@ def s3_bucket(monkeypatch: Any) -> Iterator[Bucket]:
     keep another thread from doing the same in between, which the store it stands for never allows.
     """
     import boto3
+    import s3fs
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -178,6 +179,7 @@ def s3_bucket(monkeypatch: Any) -> Iterator[Bucket]:
     server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True, request_handler=Quiet)
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    s3fs.S3FileSystem.clear_instance_cache()  # it keeps the clients of the environment that it saw first
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
