@@ -77,7 +77,7 @@ def _rebuild(cls: type[KernelHubError], args: tuple[Any, ...], state: dict[str, 
 
     The builtin's constructor is called: it keeps what users of that builtin read (`args`, `ImportError.msg`).
     """
-    error = cls.__new__(cls, *args)
+    error = cls.__new__(cls)
     super(KernelHubError, error).__init__(*args)
     error.__dict__.update(state)
     return error

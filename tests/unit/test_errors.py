@@ -80,10 +80,9 @@ def facts(error: KernelHubError) -> dict[str, Any]:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize(("error", "builtin", "exit_code"), ERRORS, ids=NAMES)
 def test_each_pickles_and_comes_back_equal(error: KernelHubError, builtin: type, exit_code: int, protocol: int) -> None:
-    original = copy.copy(error)
-    original.add_context("while loading org/x@v1")
-    back = pickle.loads(pickle.dumps(original, protocol))
-    assert facts(back) == facts(original)
+    error.add_context("while loading org/x@v1")
+    back = pickle.loads(pickle.dumps(error, protocol))
+    assert facts(back) == facts(copy.copy(error)) == facts(error)
     assert back.contexts == ("while loading org/x@v1",)
     assert back.message in str(back)
 

@@ -191,6 +191,8 @@ def test_packages_have_the_names_of_the_registry_and_of_import() -> None:
         {"kernels_minver": "0.17"},
         {"kernels_minver": "0.17.2.1"},
         {"kernels_minver": "0.017.2"},
+        {"kernels_minver": "00.17.2"},
+        {"kernels_minver": "0.17.02"},
         {"kernels_minver": "0.17.2\n"},
         {"kernels_minver": "0.17.dev"},
         {"kernels_minver": 17},
@@ -239,6 +241,13 @@ def test_a_malformed_value_is_an_error(changes: dict[str, Any]) -> None:
 def test_what_is_no_json_object_is_an_error(data: bytes) -> None:
     with pytest.raises(InvalidMetadata, match=r"metadata\.json(:| is not JSON)"):
         Metadata.parse(data)
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '"\\ud800"', '{"\\udfff": 1}'])
+def test_what_only_python_takes_for_json_is_an_error(value: str) -> None:
+    text = json.dumps(LEAST)
+    with pytest.raises(InvalidMetadata, match=r"metadata\.json is not JSON"):
+        Metadata.parse(text[:-1] + f', "x-unknown": {value}}}')
 
 
 def test_a_very_large_file_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,12 @@ def test_a_version_argument_is_a_whole_number(version: object) -> None:
         KernelRef.of("a/b", version=version)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("version", [True, "1", 1.0])
+def test_what_is_no_number_is_said_to_be_none(version: object) -> None:
+    with pytest.raises(InvalidReference, match=f"version must be a whole number, got {version!r}"):
+        KernelRef.of("a/b", version=version)  # type: ignore[arg-type]
+
+
 def test_a_layer_is_not_a_kernel() -> None:
     with pytest.raises(InvalidReference, match='Use "a/b"'):
         KernelRef.of("a/b@v1:Layer")

@@ -46,6 +46,13 @@ def test_the_best_comes_first() -> None:
         assert all(isinstance(item, VariantAccepted) for item in ranked)
 
 
+@pytest.mark.parametrize("backend", sorted(BY_NAME))
+def test_a_build_for_the_backend_goes_before_the_universal_one(backend: str) -> None:
+    name = f"torch-{BY_NAME[backend].noarch}"
+    ranked = rank(["torch-universal", name], replace(CPU, backend=backend), BY_NAME[backend])
+    assert [item.variant.variant_str for item in ranked] == [name, "torch-universal"]
+
+
 def test_minor_versions_are_numbers_in_the_order() -> None:
     host = replace(CUDA, backend_version=(12, 10))
     names = ["torch210-cu129-x86_64-linux", "torch210-cu1210-x86_64-linux"]

@@ -156,8 +156,7 @@ class Metadata:
         except InvalidMetadata:  # made here and never read: `raw` has at most keys of another tool
             before = {}
         value = self._of_fields()
-        known = before.keys() | value.keys()
-        kept = {key: item for key, item in self.raw.items() if key not in known or before.get(key) == value.get(key)}
+        kept = {key: item for key, item in self.raw.items() if before.get(key) == value.get(key)}
         return {**value, **kept}
 
     def _of_fields(self) -> dict[str, Any]:
