@@ -82,6 +82,7 @@ class Metadata:
     """A variant's metadata.json.
 
     `id` is unique to the build and names its ops (`torch.ops.<id>`); `raw` has every key as it was, unknown ones too.
+    `python_depends` is as written: whether each name is known is asked after `kernels_minver`, whose error says more.
     """
 
     name: str
@@ -132,14 +133,13 @@ class Metadata:
         version = raw.get("version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 0:
             raise InvalidMetadata(f"metadata.json: version: expected a whole number, got {version!r}")
-        backend = _backend(raw.get("backend"))
         return cls(
             name=name,
             id=ident,
             version=version,
             license=_text(raw, "license"),
-            backend=backend,
-            python_depends=_python_depends(raw, backend),
+            backend=_backend(raw.get("backend")),
+            python_depends=_strings(raw, "python-depends", required=True),
             kernel_depends=tuple(_depend(item) for item in _list(raw, "kernel-depends")),
             upstream=_optional_text(raw, "upstream"),
             source=_optional_text(raw, "source"),
@@ -228,18 +228,6 @@ def _backend(value: Any) -> BackendInfo:
             f'metadata.json: backend: expected {{"type": ...}} with one of {", ".join(sorted(BY_NAME))}, got {value!r}'
         )
     return BackendInfo(value["type"], _strings(value, "archs"))
-
-
-def _python_depends(raw: Mapping[str, Any], backend: BackendInfo) -> tuple[str, ...]:
-    names = _strings(raw, "python-depends", required=True)
-    known = sorted(name for name, row in PYTHON_DEPENDS.items() if backend.type in row.backends)
-    for name in names:
-        if name not in known:
-            raise InvalidMetadata(
-                f"metadata.json: python-depends: kernels for {BY_NAME[backend.type].title} may depend on "
-                f"{', '.join(known)}, got {name!r}"
-            )
-    return names
 
 
 def _depend(value: Any) -> KernelDepend:
