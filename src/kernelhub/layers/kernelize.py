@@ -92,17 +92,18 @@ def kernelize(
 
     found = survey(model)
     resolver = _Resolver(default_hub(), request, fallback)
-    outcomes = [resolver.outcome(decision) for decision in decide(model, found.sites, request)]
+    decisions = decide(found, request)
+    outcomes = [resolver.outcome(site, decision) for site, decision in zip(found.sites, decisions, strict=True)]
     with functions_lock, Transaction() as transaction:
         for _, module in found.marked:
             transaction.take(module)
         for _, module in found.users:
             transaction.leave(module)
-        _swap_layers(outcomes, transaction)
-        told = _swap_functions(outcomes, transaction, fallback)
-    kept = {outcome.site.path: outcome.reason for outcome in outcomes if outcome.reason}
+        _swap_layers(found.sites, outcomes, transaction)
+        told = _swap_functions(found.sites, outcomes, transaction, fallback)
+    kept = {site.path: outcome.reason for site, outcome in zip(found.sites, outcomes, strict=True) if outcome.reason}
     remember(model, Run(mode, None, {**kept, **told}))
-    _say(model, [outcome for outcome in outcomes if outcome.site.path not in told])
+    _say(model, found.sites, outcomes)
     return model
 
 
@@ -145,12 +146,14 @@ def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
 
 
 class Outcome(NamedTuple):
-    """What comes of a site once the kernels are loaded: a kernel, or the reason why it keeps its forward."""
+    """What comes of a site once the kernels are loaded: a kernel, or the reason why it keeps its forward.
 
-    site: Site
+    Layers of one class on one device share one.
+    """
+
     kernel: LayerKernel | None
     swap: Swap | None
-    reason: str
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,30 +176,34 @@ class _Resolver:
     request: Request
     fallback: KernelizeFallback
     _kernels: dict[tuple[Any, str], LayerKernel | _Failure] = field(default_factory=dict)
-    _chosen: dict[tuple[Any, ...], tuple[LayerKernel, Swap] | _Failure] = field(default_factory=dict)
+    _outcomes: dict[tuple[type, int, bool], tuple[Outcome, Decision]] = field(default_factory=dict)
 
-    def outcome(self, decision: Decision) -> Outcome:
+    def outcome(self, site: Site, decision: Decision) -> Outcome:
         """Raises what `use_fallback` does not allow, saying at which layer."""
-        site, device, row = decision.site, decision.device, decision.row
+        # Keyed by the decision's identity, which is cheaper than its value, and kept so that it stays this one's.
+        key = (type(site.module), id(decision), site.module.training)
+        known = self._outcomes.get(key)
+        if known is None:
+            known = self._outcomes[key] = self._outcome(site, decision), decision
+        return known[0]
+
+    def _outcome(self, site: Site, decision: Decision) -> Outcome:
+        device, row = decision.device, decision.row
         if row is None or device is None:
             if decision.case is not None and decision.case not in self.fallback:
                 raise NoKernelForLayer(f"{_where(site)}: {decision.reason}", hint=_allow(decision.case))
-            return Outcome(site, None, None, decision.reason)
-        module = site.module
-        key = (type(module), row.repository, device, module.training)
-        chosen = self._chosen.get(key)
-        if chosen is None:
-            chosen = self._chosen[key] = self._choose(module, row, device)
+            return Outcome(None, None, decision.reason)
+        chosen = self._choose(site.module, row, device)
         if isinstance(chosen, _Failure):
             if chosen.case not in self.fallback:
                 if isinstance(chosen.error, KernelHubError):
                     chosen.error.add_context(f"while kernelizing {_where(site)}")
                 raise chosen.error
-            return Outcome(site, None, None, chosen.reason)
+            return Outcome(None, None, chosen.reason)
         kernel, swap = chosen
         if decision.distributed and not kernel.takes_dtensor:
-            return Outcome(site, None, None, "its weights are DTensors, and the kernel does not say that it takes them")
-        return Outcome(site, kernel, swap, "")
+            return Outcome(None, None, "its weights are DTensors, and the kernel does not say that it takes them")
+        return Outcome(kernel, swap)
 
     def _choose(self, module: nn.Module, row: Row, device: torch.device) -> tuple[LayerKernel, Swap] | _Failure:
         kernel = self._kernel(row, device)
@@ -279,18 +286,20 @@ class _Resolver:
         )
 
 
-def _swap_layers(outcomes: list[Outcome], transaction: Transaction) -> None:
-    for site, kernel, swap, _ in outcomes:
+def _swap_layers(sites: list[Site], outcomes: list[Outcome], transaction: Transaction) -> None:
+    for site, (kernel, swap, _) in zip(sites, outcomes, strict=True):
         if kernel is not None and swap is not None and site.user is None:
             transaction.put(site.module, swap, kernel.forward)
 
 
-def _swap_functions(outcomes: list[Outcome], transaction: Transaction, fallback: KernelizeFallback) -> dict[str, str]:
+def _swap_functions(
+    sites: list[Site], outcomes: list[Outcome], transaction: Transaction, fallback: KernelizeFallback
+) -> dict[str, str]:
     """Functions are shared by all models: the first that asks decides, and the others are told, by path."""
     told: dict[str, str] = {}
     mine: set[int] = set()
     stakes: dict[int, tuple[nn.Module, dict[str, tuple[nn.Module, Swap]]]] = {}
-    for site, kernel, swap, _ in outcomes:
+    for site, (kernel, swap, _) in zip(sites, outcomes, strict=True):
         if site.user is None:
             continue
         function, marker = site.module, in_effect(site.module)
@@ -345,17 +354,21 @@ def _leave_some(transaction: Transaction, module: nn.Module, path: str, selector
         transaction.join(module, kept)
 
 
-def _say(model: nn.Module, outcomes: list[Outcome]) -> None:
+def _say(model: nn.Module, sites: list[Site], outcomes: list[Outcome]) -> None:
     """One line per class that runs a kernel; a warning where there is none at all."""
-    swapped = Counter(
-        (class_name(outcome.site.module), outcome.swap.repository, outcome.swap.variant or outcome.swap.digest)
-        for outcome in outcomes
-        if outcome.swap is not None
-    )
-    for (name, repository, build), count in swapped.items():
-        _log.info("%d x %s run %s (%s)", count, name, repository, build)
+    swapped: Counter[tuple[str, str]] = Counter()
+    kept: Counter[str] = Counter()
+    first = {id(outcome): site for site, outcome in zip(sites, outcomes, strict=True)}
+    by_identity = {id(outcome): outcome for outcome in outcomes}
+    for key, count in Counter(map(id, outcomes)).items():
+        swap, reason = by_identity[key].swap, by_identity[key].reason
+        if swap is None:
+            kept[reason] += count
+        else:
+            swapped[class_name(first[key].module), f"{swap.repository} ({swap.variant or swap.digest})"] += count
+    for (name, kernel), count in swapped.items():
+        _log.info("%d x %s run %s", count, name, kernel)
     if not swapped:
-        kept = Counter(outcome.reason for outcome in outcomes)
         why = reasons(kept) if kept else "it has no kernel-aware layers"
         warnings.warn(
             f"{type(model).__name__} was kernelized and runs no kernel: {why}", KernelHubWarning, stacklevel=3

@@ -18,7 +18,7 @@ from torch import nn
 
 from kernelhub.errors import InvalidReference, KernelHubError, NoKernelForLayer
 from kernelhub.layers.device import Device
-from kernelhub.layers.mapping import NoRow, Row, Table, choose, current_table, needs_capability
+from kernelhub.layers.mapping import Row, Table, choose, current_table, needs_capability
 from kernelhub.layers.markers import FUNCS, FunctionModule, always
 from kernelhub.layers.mode import KernelizeFallback, Mode, serving
 from kernelhub.layers.swap import MARKER, USES, in_effect, of_class
@@ -55,29 +55,35 @@ def aware_class(cls: type[nn.Module]) -> AwareClass | None:
     return AwareClass(name, None if condition in (None, always) else condition, keeps)
 
 
-class Node(NamedTuple):
-    """A module on the way down, and the way back up."""
-
-    path: str
-    module: nn.Module
-    above: Any  # a Node or None; NamedTuples cannot name themselves
-
-
 class Site(NamedTuple):
-    """A place where a kernel can go: a layer, or a function (`user` is then the module that calls it)."""
+    """A place where a kernel can go: a layer, or a function (`user` is then the module that calls it).
+
+    `at` is where the layer (or the user) stands in the tree, `elsewhere` where it stands too if it is shared.
+    """
 
     path: str
     module: nn.Module
     aware: AwareClass
-    node: Node
-    user: nn.Module | None
-    elsewhere: tuple[Node, ...]
+    at: int
+    user: nn.Module | None = None
+    elsewhere: tuple[int, ...] = ()
 
 
-@dataclass
-class Survey:
+class Tree(NamedTuple):
+    """The modules on the way of a walk, and for each the index of the one above it (-1: it is the model).
+
+    Two lists and not an object per module: of 10,000 layers, objects made Python's collector run for longer than
+    everything else took (70 us a layer with eight of them, 5 with three; benchmarks/kernelize.py).
+    """
+
+    modules: list[nn.Module]
+    above: list[int]
+
+
+class Survey(NamedTuple):
     """One walk over a model: its sites, and the modules that carry something of ours."""
 
+    tree: Tree
     sites: list[Site]
     marked: list[tuple[str, nn.Module]]
     users: list[tuple[str, nn.Module]]
@@ -85,35 +91,38 @@ class Survey:
 
 def survey(model: nn.Module) -> Survey:
     """Walk the model once; a module that is reached twice is met once. A compiled model is walked inside."""
-    found = Survey([], [], [])
+    found = Survey(Tree([], []), [], [], [])
+    (modules, above), sites = found.tree, found.sites
     classes: dict[type, AwareClass | None] = {}
     seen: dict[int, int] = {}
-    stack: list[Node] = [Node("", uncompiled(model), None)]
-    while stack:
-        node = stack.pop()
-        path, module, _ = node
+    paths, waiting, parents = [""], [uncompiled(model)], [-1]
+    while waiting:
+        path, module, index = paths.pop(), waiting.pop(), len(modules)
+        modules.append(module)
+        above.append(parents.pop())
         if id(module) in seen:
-            _meet_again(found.sites, seen[id(module)], node)
+            _meet_again(sites, seen[id(module)], index)
             continue
         cls, attributes = type(module), module.__dict__
         if cls not in classes:
             classes[cls] = aware_class(cls)
         aware = classes[cls]
-        seen[id(module)] = -1
+        seen[id(module)] = -1 if aware is None else len(sites)
         if aware is not None:
-            seen[id(module)] = len(found.sites)
-            found.sites.append(Site(path, module, aware, node, None, ()))
+            sites.append(Site(path, module, aware, index))
         if MARKER in attributes:
             found.marked.append((path, module))
         if FUNCS in attributes or USES in attributes:
-            _functions(found, node)
+            _functions(found, path, module, index)
         children = module._modules
         if children:
             prefix = f"{path}." if path else ""
             for name in reversed(list(children)):
                 child = children[name]
                 if child is not None:
-                    stack.append(Node(prefix + name, child, node))
+                    paths.append(prefix + name)
+                    waiting.append(child)
+                    parents.append(index)
     return found
 
 
@@ -123,20 +132,19 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner if inner is not None else model
 
 
-def _meet_again(sites: list[Site], index: int, node: Node) -> None:
-    if index >= 0:
-        sites[index] = sites[index]._replace(elsewhere=(*sites[index].elsewhere, node))
+def _meet_again(sites: list[Site], at: int, index: int) -> None:
+    if at >= 0:
+        sites[at] = sites[at]._replace(elsewhere=(*sites[at].elsewhere, index))
 
 
-def _functions(found: Survey, node: Node) -> None:
-    path, module, _ = node
+def _functions(found: Survey, path: str, module: nn.Module, index: int) -> None:
     if USES in module.__dict__:
         found.users.append((path, module))
     for name, function in module.__dict__.get(FUNCS, {}).items():
         aware = aware_class(type(function))
         if aware is not None:
             place = f"{path}.{name}" if path else name
-            found.sites.append(Site(place, function, aware, node, module, ()))
+            found.sites.append(Site(place, function, aware, index, module))
 
 
 # Where a layer runs
@@ -145,17 +153,18 @@ def _functions(found: Survey, node: Node) -> None:
 class Devices:
     """Where layers run; each module is looked into once, so that a model is looked through in linear time."""
 
-    def __init__(self) -> None:
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
         self._first: dict[int, torch.device | None] = {}
 
-    def of(self, node: Node) -> torch.device | None:
+    def of(self, index: int) -> torch.device | None:
         """The device of the module's parameters, else of its nearest ancestor that has any."""
-        at: Any = node
-        while at is not None:
-            device = self._inside(at.module)
+        modules, above = self._tree
+        while index >= 0:
+            device = self._inside(modules[index])
             if device is not None:
                 return device
-            at = at.above
+            index = above[index]
         return None
 
     def _inside(self, module: nn.Module) -> torch.device | None:
@@ -305,13 +314,13 @@ def _is_special(cls: type) -> bool:
     }
 
 
-def gathered_by_fsdp(model: nn.Module) -> frozenset[int]:
+def gathered_by_fsdp(modules: Iterable[nn.Module]) -> frozenset[int]:
     """The sharded parameters that FSDP2 replaces by whole, plain ones while their module runs, by identity.
 
     A parameter that was a DTensor before it was sharded (tensor parallelism) stays one, and is not among them.
     """
     found: set[int] = set()
-    for module in model.modules():
+    for module in modules:
         state = getattr(module, "_get_fsdp_state", None)
         if state is None:
             continue
@@ -394,20 +403,23 @@ def _parse_device(device: DeviceLike) -> torch.device | None:
 
 
 class Decision(NamedTuple):
-    """What comes of a site: a registration to try, or the reason (and the case) why it keeps its forward."""
+    """What comes of a site: a registration to try, or the reason (and the case) why it keeps its forward.
 
-    site: Site
+    Layers of one kind on one device share one.
+    """
+
     device: torch.device | None
     row: Row | None
-    case: KernelizeFallback | None
-    reason: str
+    case: KernelizeFallback | None = None
+    reason: str = ""
     distributed: bool = False
 
 
-def decide(model: nn.Module, sites: Iterable[Site], request: Request) -> list[Decision]:
+def decide(found: Survey, request: Request) -> list[Decision]:
     """A decision for each site. Raises `NoKernelForLayer` where no device can be told, and what conditions raise."""
-    facts = _Facts(request, Devices(), {}, functools.cache(lambda: gathered_by_fsdp(model)))
-    return [_decide(site, facts) for site in sites]
+    managed = functools.cache(lambda: gathered_by_fsdp(found.tree.modules))
+    facts = _Facts(request, Devices(found.tree), {}, managed)
+    return [_decide(site, facts) for site in found.sites]
 
 
 class _Facts(NamedTuple):
@@ -415,48 +427,55 @@ class _Facts(NamedTuple):
 
     request: Request
     devices: Devices
-    rows: dict[tuple[str, torch.device], Row | NoRow]
+    rows: dict[tuple[str, torch.device], Decision]
     managed: Callable[[], frozenset[int]]
 
 
 def _decide(site: Site, facts: _Facts) -> Decision:
-    path, module, aware, node, user, elsewhere = site
-    request, devices, rows, managed = facts
-    reason = aware.keeps or request.selector.refuses(path, module)
-    if reason is None and aware.condition is not None and not _holds(site):
-        reason = "its condition says that no kernel may stand in for it"
+    _, module, aware, index, _, elsewhere = site
+    request, devices, rows, _ = facts
+    reason = _left_out(site, request.selector)
     if reason is not None:
-        return Decision(site, None, None, None, reason)
+        return Decision(None, None, None, reason)
     name = aware.layer_name
     if not request.table.get(name):
-        return Decision(site, None, None, KernelizeFallback.NO_LAYER, f"no kernel is registered for {name}")
-    device = request.device or devices.of(node)
+        return Decision(None, None, KernelizeFallback.NO_LAYER, f"no kernel is registered for {name}")
+    device = request.device or devices.of(index)
     if device is None:
         raise NoKernelForLayer(
-            f"{path or type(module).__name__}: neither the layer nor the model around it has parameters",
+            f"{site.path or type(module).__name__}: neither the layer nor the model around it has parameters",
             hint='Say where it will run: kernelize(model, mode=..., device="cuda").',
         )
     if device.type == "meta":
-        return Decision(site, device, None, None, "its parameters are on the meta device; say device= to kernelize it")
+        return Decision(device, None, None, "its parameters are on the meta device; say device= to kernelize it")
     if elsewhere and request.device is None and (other := _other_device(elsewhere, device, devices)):
-        return Decision(site, device, None, None, f"it is shared between {device} and {other}")
-    row = rows.get((name, device))
-    if row is None:
-        row = rows[name, device] = _row(name, device, request)
-    if isinstance(row, NoRow):
-        return Decision(site, device, None, row.case, row.reason)
-    if user is not None:
-        reason = foreign_forward(module)
-        return Decision(site, device, None, None, reason) if reason else Decision(site, device, row, None, "")
-    readable = weights(module, managed)
-    reason = readable.reason
-    if reason is None and "forward" in module.__dict__:
-        reason = foreign_forward(module)
-    if reason is None and module._modules:
-        reason = children(module, managed)
+        return Decision(device, None, None, f"it is shared between {device} and {other}")
+    decision = rows.get((name, device))
+    if decision is None:
+        decision = rows[name, device] = _row(name, device, request)
+    return decision if decision.row is None else _fit(site, decision, facts)
+
+
+def _left_out(site: Site, selector: Selector) -> str | None:
+    """Why no kernel is looked for: the class or the user says so."""
+    reason = site.aware.keeps or selector.refuses(site.path, site.module)
+    if reason is None and site.aware.condition is not None and not _holds(site):
+        return "its condition says that no kernel may stand in for it"
+    return reason
+
+
+def _fit(site: Site, decision: Decision, facts: _Facts) -> Decision:
+    """The decision, if what the instance is lets a kernel stand in for its forward."""
+    module, readable = site.module, _READABLE
+    reason = foreign_forward(module) if "forward" in module.__dict__ else None
+    if site.user is None and reason is None:
+        readable = weights(module, facts.managed)
+        reason = readable.reason
+        if reason is None and module._modules:
+            reason = children(module, facts.managed)
     if reason is not None:
-        return Decision(site, device, None, None, reason)
-    return Decision(site, device, row, None, "", readable.distributed)
+        return Decision(decision.device, None, None, reason)
+    return decision._replace(distributed=True) if readable.distributed else decision
 
 
 def _holds(site: Site) -> bool:
@@ -468,19 +487,20 @@ def _holds(site: Site) -> bool:
         raise
 
 
-def _other_device(elsewhere: Iterable[Node], device: torch.device, devices: Devices) -> torch.device | None:
+def _other_device(elsewhere: Iterable[int], device: torch.device, devices: Devices) -> torch.device | None:
     """Where else a module without parameters runs, if that is another kind of device than `device`."""
-    for node in elsewhere:
-        other = devices.of(node)
+    for index in elsewhere:
+        other = devices.of(index)
         if other is not None and other.type != device.type:
             return other
     return None
 
 
-def _row(name: str, device: torch.device, request: Request) -> Row | NoRow:
+def _row(name: str, device: torch.device, request: Request) -> Decision:
     rows, kind = request.table.get(name, ()), device_type(device)
     able = capability(device) if needs_capability(rows, kind) else None
-    return choose(name, rows, kind, able, request.mode)
+    row = choose(name, rows, kind, able, request.mode)
+    return Decision(device, row) if isinstance(row, Row) else Decision(device, None, row.case, row.reason)
 
 
 # The plan that users see
@@ -557,11 +577,13 @@ def plan_kernels(
     `NoKernelForLayer` [ValueError] where no device can be told.
     """
     request = Request.of(mode, device, include, exclude)
-    return KernelPlan(tuple(_plan_row(item, mode) for item in decide(model, survey(model).sites, request)))
+    found = survey(model)
+    decisions = zip(found.sites, decide(found, request), strict=True)
+    return KernelPlan(tuple(_plan_row(site, decision, mode) for site, decision in decisions))
 
 
-def _plan_row(decision: Decision, mode: Mode) -> PlanRow:
-    site, row = decision.site, decision.row
+def _plan_row(site: Site, decision: Decision, mode: Mode) -> PlanRow:
+    row = decision.row
     reason = decision.reason
     if row is not None:
         reason = f"{row.mode}; {_CHECKED_THEN}"

@@ -20,7 +20,7 @@ from torch import nn
 
 from kernelhub.errors import KernelHubError
 from kernelhub.layers.mode import Mode
-from kernelhub.layers.plan import Devices, Request, Site, capability, class_name, decide, survey, uncompiled
+from kernelhub.layers.plan import Devices, Request, Site, Survey, capability, class_name, decide, survey, uncompiled
 from kernelhub.layers.swap import MARKER, USES, Lost, Marker, Uses, holds, in_effect
 from kernelhub.layers.tables import table
 
@@ -116,16 +116,15 @@ class KernelReport:
 
 def kernel_report(model: nn.Module) -> KernelReport:
     """What each kernel-aware layer of `model` runs: which kernel, which file digest, or why its own forward."""
-    sites, root = survey(model).sites, uncompiled(model)
-    devices, runs = Devices(), list(_runs_in(root))
-    kept = _kept(model, sites, runs)
-    rows = tuple(_row(site, devices, kept.get(site.path, ("", None))) for site in sites)
+    found, root = survey(model), uncompiled(model)
+    devices, kept = Devices(found.tree), _kept(model, found, list(_runs_in(root)))
+    rows = tuple(_row(site, devices, kept.get(site.path, ("", None))) for site in found.sites)
     return KernelReport(type(root).__name__, rows)
 
 
 def _row(site: Site, devices: Devices, kept: tuple[str, Mode | None]) -> ReportRow:
     marker = in_effect(site.module)
-    device = devices.of(site.node)
+    device = devices.of(site.at)
     if marker is None:
         reason, mode = _why_not(site, kept)
         return ReportRow(
@@ -230,11 +229,11 @@ def _runs_in(root: nn.Module) -> Iterator[tuple[str, Run]]:
             yield f"{path}." if path else "", known[1]
 
 
-def _kept(model: nn.Module, sites: list[Site], runs: list[tuple[str, Run]]) -> dict[str, tuple[str, Mode | None]]:
+def _kept(model: nn.Module, found: Survey, runs: list[tuple[str, Run]]) -> dict[str, tuple[str, Mode | None]]:
     """Why layers kept their forwards: what was decided, and for the others what a plan would say now."""
     kept: dict[str, tuple[str, Mode | None]] = {}
     unknown = []
-    for site in sites:
+    for site in found.sites:
         known = next(
             ((prefix, run) for prefix, run in runs if site.path.startswith(prefix) or f"{site.path}." == prefix), None
         )
@@ -245,23 +244,23 @@ def _kept(model: nn.Module, sites: list[Site], runs: list[tuple[str, Run]]) -> d
         reason = run.everywhere or run.kept.get(site.path[len(prefix) :], "")
         kept[site.path] = (reason, run.mode)
     if unknown:
-        kept.update(_planned(model, unknown))
+        kept.update(_planned(model, found._replace(sites=unknown)))
     return kept
 
 
-def _planned(model: nn.Module, sites: list[Site]) -> dict[str, tuple[str, Mode | None]]:
+def _planned(model: nn.Module, found: Survey) -> dict[str, tuple[str, Mode | None]]:
     """What a plan says of layers for which no call is known: `kernelize` was not called, or on another model."""
-    markers = (in_effect(site.module) for site in sites)
+    markers = (in_effect(site.module) for site in found.sites)
     mode = next((marker.swap.mode for marker in markers if marker), None)
     wanted = mode or (Mode.TRAINING if model.training else Mode.INFERENCE)
-    plain = [site for site in sites if in_effect(site.module) is None]
+    plain = found._replace(sites=[site for site in found.sites if in_effect(site.module) is None])
     try:
-        decisions = decide(model, plain, Request.of(wanted, None, None, None))
+        decisions = decide(plain, Request.of(wanted, None, None, None))
     except KernelHubError as error:
-        return {site.path: (error.message, mode) for site in plain}
+        return {site.path: (error.message, mode) for site in plain.sites}
     return {
-        decision.site.path: (decision.reason or "a kernel is registered for it; kernelize was not called", mode)
-        for decision in decisions
+        site.path: (decision.reason or "a kernel is registered for it, and kernelize was not called", mode)
+        for site, decision in zip(plain.sites, decisions, strict=True)
     }
 
 

@@ -26,6 +26,7 @@ from kernelhub.layers.kernel import Swap, read_back
 
 MARKER = "_kernelhub_swap"
 USES = "_kernelhub_functions"
+_OURS = (MARKER, "_old_forward", "forward", USES)  # all that is ever changed on a module; the marker is read first
 
 _log = logging.getLogger("kernelhub")
 
@@ -148,7 +149,10 @@ class Transaction:
     """Changes to modules that are all made, or all taken back."""
 
     def __init__(self) -> None:
-        self._before: list[tuple[nn.Module, Any, Any, Any, Any]] = []
+        # Of layers it is enough to know which, and the marker that was there (see plan.Tree for why no more is made).
+        self._put: list[nn.Module] = []
+        self._taken: list[Marker] = []
+        self._before: list[tuple[nn.Module, dict[str, Any]]] = []
 
     def __enter__(self) -> Transaction:
         return self
@@ -158,11 +162,17 @@ class Transaction:
             self.undo()
 
     def put(self, module: nn.Module, swap: Swap, function: Any) -> None:
-        self._remember(module)
+        """Let a layer run a kernel's forward. It has its own forward now."""
+        self._put.append(module)
         put(module, swap, function)
 
     def take(self, module: nn.Module) -> None:
-        self._remember(module)
+        """Give a module its own forward back."""
+        marker = in_effect(module)
+        if marker is None:
+            self._remember(module)
+        else:
+            self._taken.append(marker)
         take(module)
 
     def use(self, function: nn.Module, swap: Swap, forward: Any) -> None:
@@ -196,21 +206,31 @@ class Transaction:
                     take(function)
 
     def undo(self) -> None:
-        """Make every module what it was, last change first."""
-        for module, marker, old, forward, uses in reversed(self._before):
-            attributes = module.__dict__
-            for name, value in ((MARKER, marker), ("_old_forward", old), ("forward", forward), (USES, uses)):
-                attributes.pop(name, None)
-                if value is not None:
-                    attributes[name] = value
-            if isinstance(uses, Uses):
-                for function, swap in uses.functions.values():
-                    _join(uses, function, swap)
-        self._before.clear()
+        """Make every module what it was."""
+        for module in reversed(self._put):
+            take(module)
+        for module, before in reversed(self._before):
+            _reinstate(module, before)
+        for marker in reversed(self._taken):
+            put(marker.module, marker.swap, marker.function)
+            marker.module.__dict__[MARKER].users = marker.users
+        self._put, self._taken, self._before = [], [], []
 
     def _remember(self, module: nn.Module) -> None:
-        get = module.__dict__.get
-        self._before.append((module, get(MARKER), get("_old_forward"), get("forward"), get(USES)))
+        attributes = module.__dict__
+        self._before.append((module, {name: attributes[name] for name in _OURS if name in attributes}))
+
+
+def _reinstate(module: nn.Module, before: Mapping[str, Any]) -> None:
+    attributes = module.__dict__
+    for name in _OURS:
+        attributes.pop(name, None)
+        if name in before:
+            attributes[name] = before[name]
+    uses = before.get(USES)
+    if isinstance(uses, Uses):
+        for function, swap in uses.functions.values():
+            _join(uses, function, swap)
 
 
 def has_users(function: nn.Module) -> bool:
