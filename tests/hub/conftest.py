@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import socket
-import threading
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from loopback_hub import LoopbackHub, write_kernel
 
+from kernelhub.hub.server import running
+
 
 @pytest.fixture(scope="session")
 def _loopback() -> Iterator[LoopbackHub]:
-    import uvicorn
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(128)  # before the thread runs: a client that is early waits in the queue
-        hub = LoopbackHub(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        config = uvicorn.Config(
-            hub, lifespan="off", log_level="critical", access_log=False, timeout_graceful_shutdown=1
-        )
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
+    hub = LoopbackHub("")
+    logging.getLogger("uvicorn.error").disabled = True  # it reports the bodies that the tests cut
+    with running(hub) as server:
+        hub.url = server.url
         yield hub
-        server.should_exit = server.force_exit = True
-        thread.join(timeout=10)
 
 
 @pytest.fixture

@@ -144,12 +144,8 @@ def test_versions_branches_and_parts_of_commits(hub: LoopbackHub, source: Huggin
     refs = source.refs(REPO)
     assert set(refs) == {"main", "v1"}
     assert source.resolve(REPO, Revision("main")) == source.resolve(REPO, Version(1)) == refs["v1"]
-    hub.rewrite("/revision/", lambda _: {"sha": "b" * 40})
-    hub.fail("/revision/", 404)
-    hub.faults.reverse()
     with pytest.raises(KernelNotFound, match="has no revision abc123"):
         source.resolve(REPO, Revision("abc123"))
-    hub.faults.clear()
 
     def answer(_: Request, reply: Reply) -> None:
         reply.status = 200
@@ -575,6 +571,11 @@ def test_a_disk_that_refuses(source: HuggingFaceSource, tmp_path: Path) -> None:
 
 
 # What another tool left
+
+
+def test_the_default_cache_is_huggingface_hubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert HuggingFaceCacheSource() == HuggingFaceCacheSource(tmp_path)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from kernelhub.core.manifest import Manifest, ManifestDocument, ManifestVariant,
 from kernelhub.core.refs import RepoId, Version
 from kernelhub.errors import InvalidMetadata, InvalidReference
 from kernelhub.hub.archive import pack
-from kernelhub.hub.server import app
+from kernelhub.hub.server import app, listen
 from kernelhub.hub.sources.base import NoProgress
 from kernelhub.hub.sources.huggingface import HuggingFaceSource
 
@@ -391,6 +391,22 @@ def test_a_branch_for_each_version_of_the_metadata(hub: LoopbackHub, kernels: Pa
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidReference, match="not a folder"):
         app(tmp_path / "missing")
+
+
+def test_serving_a_folder_on_a_free_port(kernels: Path) -> None:
+    import urllib.request
+
+    with listen(kernels) as server:
+        with urllib.request.urlopen(f"{server.url}{API}/refs", timeout=30) as response:
+            assert response.status == 200
+        port = int(server.url.rpartition(":")[2])
+        with (
+            pytest.raises(InvalidReference, match=f"cannot listen on 127.0.0.1 port {port}"),
+            listen(kernels, port=port),
+        ):
+            pass
+    assert not server.thread.is_alive()
+    server.wait()  # returns, because it has ended
 
 
 # A hub's folder

@@ -476,7 +476,7 @@ class Hub:
         """What other tools fetched from the hubs that are not asked now."""
         if self._sources is not None:
             return []
-        from kernelhub.hub.sources.huggingface import HuggingFaceCacheSource
+        from kernelhub.hub.sources.huggingface_cache import HuggingFaceCacheSource
 
         return [HuggingFaceCacheSource()]
 

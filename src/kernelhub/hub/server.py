@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -306,7 +308,8 @@ def app(hub: Path, *, trusted: bool = False, page: int = PAGE) -> Starlette:
     """The ASGI app that serves a folder.
 
     `trusted` is what it says of every publisher (`trustedKernelPublisher`), `page` how many entries of a tree it gives
-    at once. Raises `InvalidReference` where there is no such folder, `MissingDependency` without starlette.
+    at once. Raises `InvalidReference` where there is no such folder, `InvalidMetadata` where its `hub.json` is none,
+    `MissingDependency` without starlette.
     """
     if not hub.is_dir():
         raise InvalidReference(f"{hub} is not a folder", hint="Expected a hub's folder, or one of <org>/<name>/build.")
@@ -314,10 +317,75 @@ def app(hub: Path, *, trusted: bool = False, page: int = PAGE) -> Starlette:
         from starlette.applications import Starlette
         from starlette.routing import Route
     except ImportError as error:
-        raise MissingDependency("serving needs starlette and uvicorn", packages=["'kernelhub[server]'"]) from error
+        raise _no_server() from error
 
     served = _Served(repositories(hub), trusted, page)
     return Starlette(routes=[Route("/{path:path}", served.answer, methods=["GET"])])  # a GET route takes HEAD too
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that runs in a thread of its own, at `url`."""
+
+    url: str
+    thread: threading.Thread = field(repr=False)
+
+    def wait(self) -> None:
+        """Until the server ends, or the user presses Ctrl-C."""
+        try:
+            while self.thread.is_alive():
+                self.thread.join(0.5)  # a join without a limit cannot be interrupted on Windows
+        except KeyboardInterrupt:
+            return
+
+
+@contextmanager
+def running(asgi: Any, host: str = "127.0.0.1", port: int = 0) -> Iterator[Running]:
+    """Serve an ASGI app while the context lasts; port 0 takes a free one.
+
+    It can be reached when the context begins. Raises `InvalidReference` where the address cannot be listened on,
+    `MissingDependency` without uvicorn.
+    """
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise _no_server() from error
+
+    with _listener(host, port) as listener:
+        config = uvicorn.Config(
+            asgi, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=1
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            shown = f"[{host}]" if ":" in host else host
+            yield Running(f"http://{shown}:{listener.getsockname()[1]}", thread)
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join(timeout=10)
+
+
+def listen(
+    hub: Path, host: str = "127.0.0.1", port: int = 0, *, trusted: bool = False
+) -> AbstractContextManager[Running]:
+    """Serve a folder while the context lasts. Raises what `app` and `running` do."""
+    return running(app(hub, trusted=trusted), host, port)
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """A socket that listens already, so that a client which comes before the server's thread waits in its queue."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise InvalidReference(
+            f"cannot listen on {host} port {port}: {error.strerror or error}", hint="Use another address, or port 0."
+        ) from error
+
+
+def _no_server() -> MissingDependency:
+    return MissingDependency("serving needs starlette and uvicorn", packages=["'kernelhub[server]'"])
 
 
 class _Refusal(Exception):

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,9 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class HuggingFaceCacheSource:
-    """The Hugging Face cache in `root`. It says nothing of who published a kernel, so the user has to trust it."""
+    """The Hugging Face cache in `root` (default: huggingface_hub's). It says nothing of who published a kernel, so the user has to trust it."""
 
-    root: Path
+    root: Path = field(default_factory=default_cache)
 
     @property
     def name(self) -> str:
