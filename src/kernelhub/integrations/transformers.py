@@ -1,0 +1,325 @@
+"""transformers' models: naming the layers that no decorator names, and the kernels of our own for them.
+
+transformers' decorators name layers only where a package called `kernels` is installed, and never torch's own layers
+(`nn.LayerNorm`, `nn.GELU`) inside models. `mark` names both, from one table of class names.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FunctionType
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernelhub.layers.mapping import KernelMapping
+from kernelhub.layers.markers import replace_kernel_forward_from_hub
+from kernelhub.layers.plan import uncompiled
+from kernelhub.layers.repositories import LayerRepository
+
+__all__ = ["Marks", "default_mapping", "mark"]
+
+# A torch class is in every model of the process: this in an instance's `__dict__` says that `mark` was asked to name it.
+MARKED = "_kernelhub_layer"
+TORCH = "torch.nn.modules."
+DEVICES = ("cpu", "cuda", "rocm", "xpu", "mps")
+
+NORM_LAYERS = (
+    "LayerNorm",
+    "LayerNormCastLast",
+    "RMSNorm",
+    "RMSNormCastLast",
+    "RMSNormGateFirst",
+    "RMSNormGated",
+    "RMSNormGatedCastLast",
+    "RMSNormWeightDtype",
+    "RMSNormZeroCentered",
+)
+ACTIVATION_LAYERS = (
+    "FastGELU",
+    "GeLU",
+    "GeluAndMul",
+    "GeluTanh",
+    "GeluTanhAndMul",
+    "Mish",
+    "NewGELU",
+    "QuickGELU",
+    "ReLUSquared",
+    "SiLU",
+    "SiluAndMul",
+    "Tanh",
+    "TorchGELU",
+)
+
+
+# What a kernel reads of a module, and why it could not
+
+
+def _row_of_weights(module: nn.Module) -> str | None:
+    """A norm's `weight` has one dimension, and `variance_epsilon` or `eps` is a number."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
+        return f"its weight is {_shape(weight)}; the kernel reads one of one dimension"
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(epsilon, (int, float)):
+        return f"its variance_epsilon or eps is {epsilon!r}; the kernel reads a number"
+    return None
+
+
+def _gated(module: nn.Module) -> str | None:
+    activation = getattr(module, "activation", None)
+    if activation not in ("silu", "swish", "sigmoid"):
+        return f"its activation is {activation!r}; the kernel knows silu, swish and sigmoid"
+    return _row_of_weights(module)
+
+
+def _scaled(module: nn.Module) -> str | None:
+    if getattr(module, "with_scale", None) is not True:
+        return "it has no weight (with_scale), which the kernel reads"
+    return _row_of_weights(module)
+
+
+def _layer_norm(module: nn.Module) -> str | None:
+    missing = [name for name in ("normalized_shape", "weight", "bias", "eps") if not hasattr(module, name)]
+    return f"it has no {', '.join(missing)}, which the kernel reads" if missing else None
+
+
+def _torch_gelu(module: nn.Module) -> str | None:
+    known = getattr(module, "approximate", None) in ("none", "tanh")
+    return None if known else "its approximate is neither none nor tanh"
+
+
+def _calls_torch(module: nn.Module) -> str | None:
+    # Written out in Python it rounds at other places, and closer than torch's own does in float32.
+    return None if getattr(module, "act", None) is F.gelu else "it was asked for the formula in Python"
+
+
+def _out_of_place(module: nn.Module) -> str | None:
+    return "it writes to its input (inplace)" if getattr(module, "inplace", False) else None
+
+
+def _nothing(module: nn.Module) -> str | None:  # noqa: ARG001 - checks get it
+    return None
+
+
+def _shape(value: object) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Classes whose forward one layer of ours computes; `unfit` says of an instance why the kernel cannot read it."""
+
+    layer: str
+    names: str
+    unfit: Callable[[nn.Module], str | None] = _nothing
+    package: str = "transformers."
+
+    def condition(self, module: nn.Module) -> bool:
+        """Whether a kernel may stand in for this instance: it can be read, and for a torch class `mark` named it."""
+        named = self.package != TORCH or module.__dict__.get(MARKED) == self.layer
+        return named and self.unfit(module) is None
+
+
+# By class name: transformers has one class per architecture and formula. A test holds each to its family's formula.
+FAMILIES = (
+    Family(
+        "RMSNorm",
+        """
+        AXK1RMSNorm AXK2RMSNorm Aimv2RMSNorm ApertusRMSNorm ArceeRMSNorm AriaTextRMSNorm BailingHybridRMSNorm
+        BambaRMSNorm BitNetRMSNorm BltRMSNorm ChameleonRMSNorm ClvpRMSNorm Cohere2MoeRMSNorm
+        Cosmos3EdgeTextRMSNorm CsmRMSNorm CwmRMSNorm DeepseekOcr2TextRMSNorm DeepseekOcr2VisionRMSNorm
+        DeepseekV2RMSNorm DeepseekV32RMSNorm DeepseekV3RMSNorm Deimv2RMSNorm DiaRMSNorm DiffLlamaRMSNorm
+        DogeRMSNorm Dots1RMSNorm Emu3RMSNorm Ernie4_5RMSNorm Ernie4_5_MoeRMSNorm Ernie4_5_VLMoeRMSNorm
+        EuroBertRMSNorm EvollaRMSNorm Exaone4RMSNorm Exaone4_5_RMSNorm ExaoneMoeRMSNorm FalconH1RMSNorm
+        FalconMambaRMSNorm Glm4MoeLiteRMSNorm Glm4MoeRMSNorm Glm4RMSNorm Glm4vMoeRMSNorm Glm4vMoeTextRMSNorm
+        Glm4vRMSNorm Glm5NextRMSNorm Glm5NextTextRMSNorm GlmImageRMSNorm GlmMoeDsaRMSNorm GlmOcrRMSNorm
+        GlmRMSNorm Granite4VisionTextRMSNorm GraniteMoeHybridRMSNorm GraniteMoeRMSNorm GraniteMoeSWARMSNorm
+        GraniteMoeSharedRMSNorm GraniteRMSNorm GraniteSWARMSNorm HYV3RMSNorm HYV4RMSNorm HiggsAudioV2RMSNorm
+        HunYuanDenseV1RMSNorm HunYuanMoEV1RMSNorm HunYuanVLRMSNorm HyperCLOVAXRMSNorm Idefics2RMSNorm
+        Idefics3RMSNorm InklingRMSNorm InternVLVisionRMSNorm JambaRMSNorm JetMoeRMSNorm KimiLinearRMSNorm
+        Kolibri1RMSNorm LagunaRMSNorm Lfm2MoeRMSNorm Lfm2RMSNorm LightOnOcrRMSNorm LlamaRMSNorm
+        LongcatFlashRMSNorm Mamba2RMSNorm MambaRMSNorm MellumRMSNorm MiMoV2FlashRMSNorm MiniCPM3RMSNorm
+        MiniMaxM2RMSNorm MiniMaxRMSNorm Ministral3RMSNorm MinistralRMSNorm Mistral3RMSNorm Mistral4RMSNorm
+        MistralLarge4RMSNorm MistralRMSNorm MixtralRMSNorm MllamaTextRMSNorm Molmo2RMSNorm
+        MuseGlimmerAssistantRMSNorm NeuCodecRMSNorm OlmoeRMSNorm Ovis2RMSNorm PaddleOCRRMSNorm
+        PeAudioEncoderRMSNorm PeAudioVideoEncoderRMSNorm PeVideoEncoderRMSNorm Phi3RMSNorm Phi4MultimodalRMSNorm
+        PixtralRMSNorm QianfanOCRVisionRMSNorm Qwen2MoeRMSNorm Qwen2RMSNorm Qwen2VLRMSNorm Qwen2_5OmniRMSNorm
+        Qwen2_5_VLRMSNorm Qwen3MoeRMSNorm Qwen3OmniMoeCode2WavRMSNorm Qwen3OmniMoeRMSNorm
+        Qwen3OmniMoeTextRMSNorm Qwen3OmniMoeThinkerTextRMSNorm Qwen3RMSNorm Qwen3VLMoeTextRMSNorm
+        Qwen3VLTextRMSNorm Sapiens2RMSNorm SeedOssRMSNorm SmolLM3RMSNorm SolarOpenRMSNorm TimesFm2_5RMSNorm
+        TimesFmRMSNorm UltraVBertRMSNorm UltrabertRMSNorm UnlimitedOcrTextRMSNorm
+        VibeVoiceAcousticTokenizerRMSNorm VibeVoiceAsrRMSNorm VibeVoiceRMSNorm VoxtralRealtimeRMSNorm
+        Xcodec2RMSNorm YoutuRMSNorm Zamba2RMSNorm ZambaRMSNorm ZayaRMSNorm
+        Llama4TextRMSNorm
+        """,
+        _row_of_weights,
+    ),
+    Family(
+        "RMSNormCastLast",
+        """
+        AfmoeRMSNorm BeamRMSNorm DeepseekV4RMSNorm FlexOlmoRMSNorm FlintRMSNorm GptOssRMSNorm HeliumRMSNorm
+        KyutaiSpeechToTextRMSNorm MoshiRMSNorm NemotronHRMSNorm NemotronH_Omni_RMSNorm Olmo2RMSNorm Olmo3RMSNorm
+        OlmoHybridRMSNorm OpenAIPrivacyFilterRMSNorm
+        """,
+        _row_of_weights,
+    ),
+    Family(
+        "RMSNormCastLast",
+        """
+        DiffusionGemmaRMSNorm EmbeddingGemma2RMSNorm Gemma3nRMSNorm Gemma4RMSNorm Gemma4UnifiedRMSNorm
+        MuseGlimmerRMSNorm MuseSparkRMSNorm NeoMMERMSNorm
+        """,
+        _scaled,
+    ),
+    Family(
+        "RMSNormZeroCentered",
+        """
+        Gemma2RMSNorm Gemma3RMSNorm GemmaRMSNorm MiniMaxM3VLRMSNorm MuseGlimmerTextCenteredRMSNorm
+        Qwen3NextRMSNorm Qwen3_5MoeRMSNorm Qwen3_5RMSNorm RecurrentGemmaRMSNorm Step3p7RMSNorm T5Gemma2RMSNorm
+        T5GemmaRMSNorm VaultGemmaRMSNorm
+        """,
+        _row_of_weights,
+    ),
+    Family(
+        "RMSNormWeightDtype",
+        """
+        IdeficsRMSNorm Kosmos2_5LayerNorm LongT5LayerNorm MT5LayerNorm Pix2StructLayerNorm Pop2PianoLayerNorm
+        SwitchTransformersLayerNorm T5LayerNorm UMT5LayerNorm UdopLayerNorm
+        """,
+        _row_of_weights,
+    ),
+    Family(
+        "RMSNormGated",
+        """
+        OlmoHybridRMSNormGated Qwen3NextRMSNormGated Qwen3_5MoeRMSNormGated Qwen3_5RMSNormGated
+        Qwen4ExpTextRMSNormGated
+        """,
+        _gated,
+    ),
+    Family(
+        "RMSNormGatedCastLast",
+        "BailingHybridRMSNormGated Glm5NextTextRMSNormGated KimiLinearRMSNormGated",
+        _gated,
+    ),
+    Family(
+        "RMSNormGateFirst",
+        "BambaRMSNormGated GraniteMoeHybridRMSNormGated MambaRMSNormGated",
+        _row_of_weights,
+    ),
+    Family(
+        "LayerNormCastLast",
+        """
+        Cohere2LayerNorm Cohere2MoeLayerNorm CohereCompassLayerNorm CohereLayerNorm
+        """,
+        _row_of_weights,
+    ),
+    Family("SiLU", "SiLUActivation"),
+    Family("GeLU", "GELUActivation", _calls_torch),
+    Family("GeluTanh", "GELUTanh"),
+    Family("NewGELU", "NewGELUActivation AccurateGELUActivation"),
+    Family("FastGELU", "FastGELUActivation"),
+    Family("QuickGELU", "QuickGELUActivation"),
+    Family("Mish", "MishActivation"),
+    Family("ReLUSquared", "ReLUSquaredActivation"),
+    Family("LayerNorm", "LayerNorm", _layer_norm, TORCH),
+    Family("SiLU", "SiLU", _out_of_place, TORCH),
+    Family("TorchGELU", "GELU", _torch_gelu, TORCH),
+    Family("Mish", "Mish", _out_of_place, TORCH),
+    Family("Tanh", "Tanh", _nothing, TORCH),
+)
+_BY_NAME = {(family.package, name): family for family in FAMILIES for name in family.names.split()}
+_PACKAGES = ("transformers.", TORCH)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What `mark` found, by module path: the layers' names (also those that they had), and why other layers have none.
+
+    `unreached` are functions (rotary embeddings) that only transformers' own decorators can make kernel-aware, by the
+    module that defines them.
+    """
+
+    layers: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    unreached: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        counts = {name: list(self.layers.values()).count(name) for name in sorted(set(self.layers.values()))}
+        lines = [f"{count} x {name}" for name, count in counts.items()] or ["no layers"]
+        lines += [f"{path} keeps its forward: {reason}" for path, reason in self.kept.items()]
+        lines += [f"{name}: {reason}" for name, reason in self.unreached.items()]
+        return "\n".join(lines)
+
+
+def mark(model: nn.Module) -> Marks:
+    """Name the layers of `model` for which there are kernels and which no decorator has named. Nothing else changes.
+
+    A class of transformers' is named itself, as its decorator would do. A class of torch's is named too, but with a
+    condition that holds only for the instances in models that `mark` was called on: those of other models keep their
+    forward, whatever they are kernelized with. A subclass with a forward of its own is left alone, and so is a class
+    that is named already.
+
+    Example: `mark(model)`, `with use_kernel_mapping(default_mapping()): kernelize(model, mode=Mode.INFERENCE)`.
+    """
+    marks = Marks()
+    classes = set()
+    for path, module in uncompiled(model).named_modules():
+        classes.add(type(module))
+        found = _family(type(module))
+        if found is None:
+            continue
+        cls, family = found
+        if getattr(type(module), "forward", None) is not cls.forward:
+            marks.kept[path] = f"{type(module).__name__} has a forward of its own"
+            continue
+        if _named_by_others(cls, family):
+            marks.layers[path] = vars(cls)["kernel_layer_name"]
+            continue
+        reason = family.unfit(module)
+        if reason:
+            marks.kept[path] = reason
+            continue
+        if family.package == TORCH:
+            module.__dict__[MARKED] = family.layer
+        replace_kernel_forward_from_hub(cls, family.layer, family.condition)
+        marks.layers[path] = family.layer
+    marks.unreached.update(_unreached(classes))
+    return marks
+
+
+def default_mapping() -> KernelMapping:
+    """The kernels that come with this package, for every layer that they have and every device that they run on."""
+    return {
+        layer: dict.fromkeys(DEVICES, LayerRepository(f"kernelhub/{kernel}", layer_name=layer, version=1))
+        for kernel, layers in (("norm", NORM_LAYERS), ("activation", ACTIVATION_LAYERS))
+        for layer in layers
+    }
+
+
+def _family(cls: type) -> tuple[type[nn.Module], Family] | None:
+    """The class in the table that `cls` is or comes from (FSDP and others put a class of their own in between)."""
+    for base in cls.__mro__:
+        package = next((prefix for prefix in _PACKAGES if base.__module__.startswith(prefix)), "")
+        family = _BY_NAME.get((package, base.__name__))
+        if family is not None:
+            return base, family
+    return None
+
+
+def _named_by_others(cls: type[nn.Module], family: Family) -> bool:
+    """Whether a decorator, or the user, has named the class."""
+    condition = getattr(cls, "kernel_condition", None)
+    return "kernel_layer_name" in vars(cls) and getattr(condition, "__self__", None) is not family
+
+
+def _unreached(classes: set[type]) -> Iterator[tuple[str, str]]:
+    """The functions that modules of these classes call, where the decorators that would make them modules are off."""
+    for name in sorted({cls.__module__ for cls in classes if cls.__module__.startswith("transformers.models.")}):
+        if isinstance(getattr(sys.modules.get(name), "apply_rotary_pos_emb", None), FunctionType):
+            yield (
+                f"{name}.apply_rotary_pos_emb",
+                "a function; only transformers' decorators can make it kernel-aware, where a `kernels` package is installed",
+            )
