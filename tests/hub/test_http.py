@@ -7,13 +7,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from loopback_hub import LoopbackHub, Reply, Request
 
 from kernelhub.errors import HubUnavailable, InvalidMetadata, KernelNotFound, RepositoryNotFound
-from kernelhub.hub.http import Budget, EntryNotFound, HttpClient, Patience
+from kernelhub.hub.http import Budget, Cancelled, EntryNotFound, HttpClient, Patience
 
 
 async def _json_app(scope: Any, receive: Any, send: Any) -> None:
@@ -385,3 +386,36 @@ def test_the_first_error_ends_all_jobs(hub: LoopbackHub, patience: Patience) -> 
     with pytest.raises(InvalidMetadata, match="the second"):
         client_of(hub, patience).run_all([job(number) for number in range(50)], workers=1)
     assert started == [0, 1, 2]
+
+
+def test_an_error_ends_the_jobs_that_run(hub: LoopbackHub, patience: Patience) -> None:
+    """So that nothing is written any more when the caller removes what was written."""
+    running, ended = threading.Event(), threading.Event()
+
+    def endless(budget: Budget) -> None:
+        try:
+            while not ended.wait(0):
+                budget.received(1_000_000)
+                running.set()
+        finally:
+            ended.set()
+
+    def fails(_: Budget) -> None:
+        assert running.wait(30)
+        raise InvalidMetadata("the other")
+
+    try:
+        with pytest.raises(InvalidMetadata, match="the other"):
+            client_of(hub, patience).run_all([endless, fails], workers=2)
+        assert ended.wait(30)
+    finally:
+        ended.set()
+
+
+def test_a_cancelled_request_is_not_tried_again(hub: LoopbackHub, patience: Patience) -> None:
+    hub.fail("/x", 500)
+    budget = Budget(patience)
+    client = client_of(hub, replace(patience, sleep=lambda _: setattr(budget, "cancelled", True)))
+    with pytest.raises(Cancelled):
+        client.send("/x", lambda response, budget: None, budget, {})
+    assert len(hub.requests) == 1

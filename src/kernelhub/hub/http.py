@@ -28,6 +28,10 @@ MAX_ANSWER = 32 * 1024 * 1024
 
 # Bytes that count as progress. A hub that sends less within `Patience.total` trickles, which is no better than silence.
 _PROGRESS = 64 * 1024
+
+# Seconds for threads to notice that a call is over, before its caller cleans up what they write to.
+_FAREWELL = 1.0
+
 _RETRIED = frozenset({408, 429, *range(500, 600)})
 _TOKEN_HINT = "Set HF_TOKEN, or run `hf auth login`, with a token that may read it."
 
@@ -60,17 +64,24 @@ class Budget:
         self.patience = patience
         self.failures = 0
         self.request = ""
+        self.cancelled = False
         self._since_progress = 0
         self._deadline = patience.clock() + patience.total
 
     def received(self, size: int) -> None:
-        """Count bytes of a body. Raises `Interrupted` where they come too slowly."""
+        """Count bytes of a body. Raises `Interrupted` where they come too slowly, `Cancelled` where nobody wants them."""
+        self.check()
         self._since_progress += size
         if self._since_progress >= _PROGRESS:
             self._since_progress, self.failures = 0, 0
             self._deadline = self.patience.clock() + self.patience.total
         elif self.remaining() <= 0:
             raise Interrupted("it sent almost nothing")
+
+    def check(self) -> None:
+        """Raises `Cancelled` where the call that this request belongs to is over."""
+        if self.cancelled:
+            raise Cancelled
 
     def remaining(self) -> float:
         """Seconds until the deadline; negative after it."""
@@ -94,6 +105,10 @@ class Interrupted(Exception):
     def __init__(self, reason: str, *, status: int | None = None, after: float | None = None) -> None:
         super().__init__(reason)
         self.status, self.after = status, after
+
+
+class Cancelled(Exception):
+    """The call that a request belongs to is over, so the thread that does it ends; nobody sees this."""
 
 
 class EntryNotFound(KernelNotFound):
@@ -181,6 +196,7 @@ class HttpClient:
         """
         budget.request = target
         while True:
+            budget.check()
             try:
                 return self._attempt(target, consume, budget, {**headers, **more_headers()}, absent)
             except Interrupted as interrupted:
@@ -296,9 +312,10 @@ class HttpClient:
             return crew.results()
         finally:
             crew.stop()
+            end = time.monotonic() + _FAREWELL
             for thread in threads:
                 if thread.ident is not None:
-                    thread.join(1.0 if crew.failed else None)
+                    thread.join(max(end - time.monotonic(), 0.0))
 
 
 class _Crew:
@@ -313,10 +330,6 @@ class _Crew:
         self._results: dict[int, Any] = {}
         self._errors: dict[int, BaseException] = {}
         self._stopped = False
-
-    @property
-    def failed(self) -> bool:
-        return len(self._results) < len(self._jobs)
 
     def work(self) -> None:
         """Take jobs until there are none or all is stopped."""
@@ -343,7 +356,7 @@ class _Crew:
     def wait(self) -> Budget | None:
         """Until all is done or one failed; the budget of a job that is overdue."""
         with self._changed:
-            while self.failed and not self._errors:
+            while len(self._results) < len(self._jobs) and not self._errors:
                 overdue = next((budget for budget in self._running.values() if budget.overdue), None)
                 if overdue is not None:
                     return overdue
@@ -357,8 +370,11 @@ class _Crew:
         return [self._results[index] for index in range(len(self._jobs))]
 
     def stop(self) -> None:
+        """Begin no further job, and end those that run when they next look."""
         with self._changed:
             self._stopped = True
+            for budget in self._running.values():
+                budget.cancelled = True
 
 
 def _session_errors(name: str) -> tuple[type[Exception], ...]:
