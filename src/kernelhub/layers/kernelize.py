@@ -103,7 +103,7 @@ def kernelize(
         told = _swap_functions(found.sites, outcomes, transaction, fallback)
     kept = {site.path: outcome.reason for site, outcome in zip(found.sites, outcomes, strict=True) if outcome.reason}
     remember(model, Run(mode, None, {**kept, **told}))
-    _say(model, found.sites, outcomes)
+    _say(model, outcomes)
     return model
 
 
@@ -148,9 +148,10 @@ def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
 class Outcome(NamedTuple):
     """What comes of a site once the kernels are loaded: a kernel, or the reason why it keeps its forward.
 
-    Layers of one class on one device share one.
+    Layers of one class on one device share one; `name` is the class's.
     """
 
+    name: str
     kernel: LayerKernel | None
     swap: Swap | None
     reason: str = ""
@@ -188,22 +189,22 @@ class _Resolver:
         return known[0]
 
     def _outcome(self, site: Site, decision: Decision) -> Outcome:
-        device, row = decision.device, decision.row
+        name, device, row = class_name(site.module), decision.device, decision.row
         if row is None or device is None:
             if decision.case is not None and decision.case not in self.fallback:
                 raise NoKernelForLayer(f"{_where(site)}: {decision.reason}", hint=_allow(decision.case))
-            return Outcome(None, None, decision.reason)
+            return Outcome(name, None, None, decision.reason)
         chosen = self._choose(site.module, row, device)
         if isinstance(chosen, _Failure):
             if chosen.case not in self.fallback:
                 if isinstance(chosen.error, KernelHubError):
                     chosen.error.add_context(f"while kernelizing {_where(site)}")
                 raise chosen.error
-            return Outcome(None, None, chosen.reason)
+            return Outcome(name, None, None, chosen.reason)
         kernel, swap = chosen
         if decision.distributed and not kernel.takes_dtensor:
-            return Outcome(None, None, "its weights are DTensors, and the kernel does not say that it takes them")
-        return Outcome(kernel, swap)
+            return Outcome(name, None, None, "its weights are DTensors, and the kernel does not say that it takes them")
+        return Outcome(name, kernel, swap)
 
     def _choose(self, module: nn.Module, row: Row, device: torch.device) -> tuple[LayerKernel, Swap] | _Failure:
         kernel = self._kernel(row, device)
@@ -287,7 +288,7 @@ class _Resolver:
 
 
 def _swap_layers(sites: list[Site], outcomes: list[Outcome], transaction: Transaction) -> None:
-    for site, (kernel, swap, _) in zip(sites, outcomes, strict=True):
+    for site, (_, kernel, swap, _) in zip(sites, outcomes, strict=True):
         if kernel is not None and swap is not None and site.user is None:
             transaction.put(site.module, swap, kernel.forward)
 
@@ -299,7 +300,7 @@ def _swap_functions(
     told: dict[str, str] = {}
     mine: set[int] = set()
     stakes: dict[int, tuple[nn.Module, dict[str, tuple[nn.Module, Swap]]]] = {}
-    for site, (kernel, swap, _) in zip(sites, outcomes, strict=True):
+    for site, (_, kernel, swap, _) in zip(sites, outcomes, strict=True):
         if site.user is None:
             continue
         function, marker = site.module, in_effect(site.module)
@@ -354,18 +355,17 @@ def _leave_some(transaction: Transaction, module: nn.Module, path: str, selector
         transaction.join(module, kept)
 
 
-def _say(model: nn.Module, sites: list[Site], outcomes: list[Outcome]) -> None:
+def _say(model: nn.Module, outcomes: list[Outcome]) -> None:
     """One line per class that runs a kernel; a warning where there is none at all."""
     swapped: Counter[tuple[str, str]] = Counter()
     kept: Counter[str] = Counter()
-    first = {id(outcome): site for site, outcome in zip(sites, outcomes, strict=True)}
-    by_identity = {id(outcome): outcome for outcome in outcomes}
+    different = {id(outcome): outcome for outcome in outcomes}
     for key, count in Counter(map(id, outcomes)).items():
-        swap, reason = by_identity[key].swap, by_identity[key].reason
+        swap = different[key].swap
         if swap is None:
-            kept[reason] += count
+            kept[different[key].reason] += count
         else:
-            swapped[class_name(first[key].module), f"{swap.repository} ({swap.variant or swap.digest})"] += count
+            swapped[different[key].name, f"{swap.repository} ({swap.variant or swap.digest})"] += count
     for (name, kernel), count in swapped.items():
         _log.info("%d x %s run %s", count, name, kernel)
     if not swapped:

@@ -41,6 +41,11 @@ class AwareClass:
     condition: Callable[[nn.Module], bool] | None
     keeps: str | None
 
+    @property
+    def always(self) -> bool:
+        """Whether a kernel may stand in for every instance."""
+        return self.keeps is None and self.condition is None
+
 
 def aware_class(cls: type[nn.Module]) -> AwareClass | None:
     """What the class is marked as; None where it is not kernel-aware."""
@@ -342,6 +347,7 @@ class Selector:
     def __init__(self, include: Selection, exclude: Selection) -> None:
         self._include = None if include is None else _matcher("include", include)
         self._exclude = None if exclude is None else _matcher("exclude", exclude)
+        self.idle = include is None and exclude is None
 
     def refuses(self, path: str, module: nn.Module) -> str | None:
         """Why the layer is left out; None where it is not."""
@@ -432,6 +438,29 @@ class _Facts(NamedTuple):
 
 
 def _decide(site: Site, facts: _Facts) -> Decision:
+    """Layers that nothing is special about take the first way out: one look at their weights."""
+    if facts.request.selector.idle and site.user is None and site.aware.always:
+        device = _plain_device(site.module.__dict__)
+        known = device and facts.rows.get((site.aware.layer_name, facts.request.device or device))
+        if known:
+            return known
+    return _look_closer(site, facts)
+
+
+def _plain_device(attributes: dict[str, Any]) -> torch.device | None:
+    """The device of a layer with plain weights, no children, and nothing put on the instance; else None."""
+    if attributes["_modules"] or "forward" in attributes or "_hf_hook" in attributes:
+        return None
+    device = None
+    for parameter in attributes["_parameters"].values():
+        if parameter is not None:
+            if type(parameter) is not nn.Parameter or parameter.dtype not in _PLAIN_DTYPES:
+                return None
+            device = device or parameter.device
+    return device
+
+
+def _look_closer(site: Site, facts: _Facts) -> Decision:
     _, module, aware, index, _, elsewhere = site
     request, devices, rows, _ = facts
     reason = _left_out(site, request.selector)
