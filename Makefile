@@ -44,5 +44,5 @@ clean:
 # The package that kernelhub is measured against and served to, in a folder of its own
 .peers/installed: constraints.txt .venv/installed
 	rm -rf .peers
-	$(BIN)/python -m pip install --quiet --no-deps --target .peers --constraint constraints.txt kernels tomlkit
+	$(BIN)/python -m pip install --quiet --target .peers --constraint constraints.txt kernels
 	touch $@

@@ -74,6 +74,10 @@ class MemorySource:
         text = repr(sorted((variant, sorted(files.items())) for variant, files in self.kernels[repo].items()))
         return self.commit_of.get(repo, sha256_hex(text.encode())[:40])
 
+    def check(self) -> None:
+        if self.fault is not None:
+            self.fault("check")
+
     def resolve(self, repo: RepoId, pin: Pin) -> str:
         self._asked("resolve")
         refs = self._refs(repo)

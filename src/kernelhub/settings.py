@@ -40,6 +40,7 @@ class Settings:
     mapping_disabled: bool = False
     hf_endpoint: str = "https://huggingface.co"
     telemetry: bool = True
+    source_date_epoch: int | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -49,7 +50,7 @@ class Settings:
         return cls(
             hubs=_listed(env.get("KERNELHUB_HUBS", "")),
             cache=_folder(cache, "KERNELS_CACHE" if env.get("KERNELS_CACHE") else "KERNELHUB_CACHE") if cache else None,
-            offline=_flag(env, "KERNELHUB_OFFLINE") or _flag(env, "HF_HUB_OFFLINE"),
+            offline=_flag(env, "KERNELHUB_OFFLINE") or _foreign_flag(env, "HF_HUB_OFFLINE"),
             ref_ttl=_seconds(env, "KERNELHUB_REF_TTL", cls.ref_ttl),
             verify_always=_choice(env, "KERNELHUB_VERIFY", ("auto", "always")) == "always",
             build=_choice(env, "KERNELHUB_BUILD", ("auto", "never", "always")),
@@ -58,7 +59,8 @@ class Settings:
             local_kernels=_local_kernels(env.get("LOCAL_KERNELS", "")),
             mapping_disabled=_flag(env, "DISABLE_KERNEL_MAPPING"),
             hf_endpoint=(env.get("HF_ENDPOINT") or cls.hf_endpoint).rstrip("/"),
-            telemetry=not any(_flag(env, name) for name in _NO_TELEMETRY),
+            telemetry=not any(_foreign_flag(env, name) for name in _NO_TELEMETRY),
+            source_date_epoch=_epoch(env),
         )
 
     @property
@@ -82,6 +84,22 @@ def _flag(env: Mapping[str, str], name: str) -> bool:
     raise InvalidReference(
         f"{name}={env[name]!r} is neither on nor off", hint="Expected 1, on, yes, true, or 0, off, no, false."
     )
+
+
+def _foreign_flag(env: Mapping[str, str], name: str) -> bool:
+    """A variable that other packages read too: what they take for off is no reason to stop here."""
+    return env.get(name, "").strip().lower() in _TRUE
+
+
+def _epoch(env: Mapping[str, str]) -> int | None:
+    text = env.get("SOURCE_DATE_EPOCH", "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise InvalidReference(
+            f"SOURCE_DATE_EPOCH={text!r} is no time", hint="Expected a whole number of seconds since 1970."
+        )
+    return int(text)
 
 
 def _seconds(env: Mapping[str, str], name: str, default: float) -> float:

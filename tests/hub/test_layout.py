@@ -127,7 +127,7 @@ def url(request: pytest.FixtureRequest, hub: Path) -> str:
 
 def test_the_same_hub_everywhere(url: str, hub: Path, tmp_path: Path) -> None:
     found, progress = source(url), Counted()
-    found.check_layout()
+    found.check()
     files = load(found, tmp_path / "out", progress)
     assert len(files) == 30
     assert files["__init__.py"] == b"TEXT = 'one'\n"
@@ -180,7 +180,7 @@ def test_a_cold_load_asks_three_times(web: Web, tmp_path: Path) -> None:
     ]
     assert len(web.requests) == 5  # the two of the lines above
     assert {sent for _, sent in web.requests} == {AGENT}
-    found.check_layout()
+    found.check()
     assert web.requests[5:] == [("/hub.json", AGENT)]
 
 
@@ -250,14 +250,14 @@ def test_a_missing_package_is_named(url: str, module: str, extra: str, monkeypat
 
 
 def test_a_path_that_is_no_hub(tmp_path: Path) -> None:
-    for job in (LayoutSource.check_layout, lambda item: item.resolve(REPO, V1), lambda item: item.refs(REPO)):
+    for job in (LayoutSource.check, lambda item: item.resolve(REPO, V1), lambda item: item.refs(REPO)):
         with pytest.raises(HubUnavailable, match="nowhere is not a folder"):
             job(source(str(tmp_path / "nowhere")))
         with pytest.raises(HubUnavailable, match="not a hub: it has no hub.json"):
             job(source(str(tmp_path)))
     (tmp_path / "hub.json").write_text('{"layout": 7}')
     with pytest.raises(InvalidMetadata, match="layout: expected 1, got 7"):
-        source(str(tmp_path)).check_layout()
+        source(str(tmp_path)).check()
 
 
 def test_a_web_host_that_is_no_hub(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_web_host_that_is_no_hub(tmp_path: Path) -> None:
         with pytest.raises(InvalidMetadata, match="the ref is malformed"):
             source(web.url).resolve(REPO, V1)
         with pytest.raises(InvalidMetadata, match=r"hub.json is not JSON"):
-            source(web.url).check_layout()
+            source(web.url).check()
 
 
 def test_a_web_host_that_lists_nothing(web: Web) -> None:

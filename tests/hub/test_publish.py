@@ -88,7 +88,7 @@ def test_what_is_published_is_read(hub: str, tmp_path: Path) -> None:
     assert (published.ref, published.changed) == ("v1", True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     found = LayoutSource(hub, agent)
-    found.check_layout()
+    found.check()
     manifest = found.manifest(REPO, found.resolve(REPO, V1))
     assert manifest.commit == published.commit
     assert (manifest.version, manifest.parent, manifest.time) == (1, None, "2025-11-21T20:00:00Z")

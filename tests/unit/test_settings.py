@@ -33,6 +33,7 @@ def test_every_setting_has_a_variable(name: str, tmp_path: Path) -> None:
         "mapping_disabled": {"DISABLE_KERNEL_MAPPING": "1"},
         "hf_endpoint": {"HF_ENDPOINT": "https://hub.example"},
         "telemetry": {"DO_NOT_TRACK": "1"},
+        "source_date_epoch": {"SOURCE_DATE_EPOCH": "1700000000"},
     }[name]
     settings = Settings.from_env(variables)
     assert [f.name for f in fields(Settings) if getattr(settings, f.name) != getattr(Settings(), f.name)] == [name]
@@ -100,9 +101,8 @@ def test_either_variable_means_offline(name: str) -> None:
     ("name", "value"),
     [
         ("KERNELHUB_OFFLINE", "maybe"),
-        ("HF_HUB_OFFLINE", "2"),
         ("DISABLE_KERNEL_MAPPING", "y"),
-        ("DO_NOT_TRACK", "please"),
+        ("SOURCE_DATE_EPOCH", "yesterday"),
         ("KERNELHUB_REF_TTL", "an hour"),
         ("KERNELHUB_REF_TTL", "-1"),
         ("KERNELHUB_REF_TTL", "nan"),
@@ -122,6 +122,11 @@ def test_a_malformed_value_is_an_error_that_shows_variable_and_value(name: str, 
     assert name in str(caught.value)
     assert repr(value) in str(caught.value)
     assert "Expected" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "DO_NOT_TRACK", "DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"])
+def test_odd_values_of_variables_that_other_packages_read_too_are_off(name: str) -> None:
+    assert Settings.from_env({name: "please"}) == Settings()
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("0", 0), ("1.5", 1.5), (" 60 ", 60)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +23,10 @@ def publish(
     """Publish a kernel into a hub, under the version that its metadata names. The same content again changes nothing."""
     from kernelhub.core.refs import RepoId
     from kernelhub.hub.publish import publish as publish_folder
+    from kernelhub.settings import Settings
 
-    done = publish_folder(folder, hub, RepoId.parse(repo_id))
+    epoch = Settings.from_env().source_date_epoch
+    done = publish_folder(folder, hub, RepoId.parse(repo_id), epoch=int(time.time()) if epoch is None else epoch)
     if as_json:
         show_json({"kernel": repo_id, "hub": hub, "ref": done.ref, "commit": done.commit, "changed": done.changed})
     elif done.changed:

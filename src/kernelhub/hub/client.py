@@ -45,6 +45,7 @@ from kernelhub.errors import (
     MissingDependency,
     NoCompatibleVariant,
     RepositoryNotFound,
+    Yanked,
     context,
 )
 from kernelhub.hub.importer import Importer, LoadedKernel, RepoInfo
@@ -61,6 +62,7 @@ Trust = bool | Sequence[str]
 _Answer = TypeVar("_Answer")
 
 _MAX_REDIRECTS = 4
+_CHECK_AGAIN = 86_400.0
 _importer = Importer()
 
 
@@ -301,6 +303,11 @@ class Hub:
             return record.commit
         try:
             commit = self._ask(source, options, lambda: source.resolve(repo, pin))
+        except Yanked as error:
+            if record is None or record.commit != error.commit:
+                raise
+            self._warn(f"{error.message}\n  It is here from before, and still used.", KernelHubWarning)
+            return error.commit
         except HubUnavailable as error:
             if record is None or record.commit is None:
                 raise
@@ -457,7 +464,16 @@ class Hub:
         """Ask a source, unless that would need the network and there is to be none."""
         if options.offline and source.origin is Origin.REMOTE:
             raise RepositoryNotFound(f"it is not in the store, and {source.name} is not asked offline")
+        if source.origin is Origin.REMOTE:
+            self._check_hub(source)
         return question()
+
+    def _check_hub(self, source: Source) -> None:
+        """Whether the place is a hub that this client can read: remembered for a day."""
+        checked = self.store.checked(source.key)
+        if checked is None or not 0 <= self._clock() - checked < _CHECK_AGAIN:
+            source.check()
+            self.store.set_checked(source.key, self._clock())
 
     def _order(self, ref: KernelRef, sources: Sequence[Source], offline: bool) -> list[Source]:
         """The sources to ask.

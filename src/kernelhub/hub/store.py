@@ -82,6 +82,14 @@ class Store:
         path = self._repo(hub, repo) / "refs" / quote(ref, safe="")
         self._write_json(path, {"commit": record.commit, "time": record.time})
 
+    def checked(self, hub: str) -> float | None:
+        """When the hub was last found to be one that this client can read (seconds); None where it never was."""
+        time = self._read_json(self.root / "kernels" / hub / "checked.json").get("time")
+        return float(time) if isinstance(time, (int, float)) else None
+
+    def set_checked(self, hub: str, time: float) -> None:
+        self._write_json(self.root / "kernels" / hub / "checked.json", {"time": time})
+
     def listing(self, hub: str, repo: RepoId, commit: str) -> dict[str, Any]:
         """What was kept of a commit; empty where nothing was."""
         return self._read_json(self._commit(hub, repo, commit) / "listing.json")

@@ -79,6 +79,9 @@ class Source(Protocol):
     @property
     def origin(self) -> Origin: ...
 
+    def check(self) -> None:
+        """Raise where the place is no hub, or one of a layout that is unknown here; asked of remote ones once a day."""
+
     def resolve(self, repo: RepoId, pin: Pin) -> str:
         """The commit (40 hex digits) of a version or revision."""
 

@@ -101,6 +101,9 @@ class HuggingFaceSource:
     def _http(self) -> HttpClient:
         return HttpClient(self.name, self.endpoint, self.user_agent, self.token or _token, self.patience)
 
+    def check(self) -> None:
+        """Nothing to ask: the protocol has no versions of its own."""
+
     def resolve(self, repo: RepoId, pin: Pin) -> str:
         """The commit of a version or revision; a full commit is not asked for.
 

@@ -65,7 +65,10 @@ class HuggingFaceCacheSource:
 
     @property
     def origin(self) -> Origin:
-        return Origin.REMOTE
+        return Origin.CACHE
+
+    def check(self) -> None:
+        """Nothing to ask: a cache that is not there has no kernels."""
 
     def resolve(self, repo: RepoId, pin: Pin) -> str:
         """The commit of a version or revision, where its files are here.

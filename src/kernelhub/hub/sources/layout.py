@@ -1,7 +1,7 @@
 """A hub in a folder: on this machine, on a web host or in an object store, the same bytes everywhere.
 
 A cold load asks for three files, however many the kernel has: the ref, the manifest, the archive. `hub.json` is not
-among them: `LayoutSource.check_layout` asks for it, and the client calls that once a day for each hub.
+among them: `LayoutSource.check` asks for it, and the client calls that once a day for each hub.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class LayoutSource:
     def origin(self) -> Origin:
         return Origin.REMOTE if local_path(self.url) is None else Origin.FOLDER
 
-    def check_layout(self) -> None:
+    def check(self) -> None:
         """Look whether this is a hub at all, of a layout that is known here: one small file.
 
         Raises `HubUnavailable` where there is no `hub.json`, `InvalidMetadata` where it is another layout's.
@@ -181,7 +181,7 @@ class LayoutSource:
         names = self._ref_names(repo)
         if names and ref is not None:
             raise KernelNotFound(f"{self.name} has {repo}, and not {ref}", hint=f"It has {', '.join(names)}.")
-        self.check_layout()
+        self.check()
         if names is None and ref is None:
             raise RepositoryNotFound(
                 f"{self.name} shows no versions of {repo}",

@@ -29,6 +29,9 @@ class LocalSource:
     def name(self) -> str:
         return str(self.folder)
 
+    def check(self) -> None:
+        """Nothing to ask: the folder is looked into whenever it is asked."""
+
     def resolve(self, repo: RepoId, pin: Pin) -> str:
         self._check(repo)
         return LOCAL

@@ -39,6 +39,9 @@ class ProjectSource:
         """One project that the user named."""
         return cls(project, repo.org, str(project), "projects", Origin.FOLDER, single=repo.name)
 
+    def check(self) -> None:
+        """Nothing to ask: the folder is looked into whenever it is asked."""
+
     def resolve(self, repo: RepoId, pin: Pin) -> str:
         refs = self.refs(repo)
         if str(pin) in refs.values():

@@ -1,0 +1,5 @@
+"""`python -m kernelhub`."""
+
+from kernelhub.cli.main import main
+
+main()
