@@ -42,6 +42,10 @@ def write_hub(root: Path, kernels: Path, repo: str = "acme/relu") -> str:
         variants[folder.name] = ManifestVariant(
             sha256_hex(archive), len(archive), (folder / "metadata.json").read_text()
         )
+    return write_manifest(root, variants, repo)
+
+
+def write_manifest(root: Path, variants: dict[str, ManifestVariant], repo: str = "acme/relu") -> str:
     card = b"# ReLU\n"
     _blob(root, card)
     manifest = Manifest(RepoId.parse(repo), 1, None, "2026-11-21T20:00:00Z", variants, card=sha256_hex(card))
@@ -379,6 +383,16 @@ def test_the_commit_is_that_of_the_content(hub: LoopbackHub, kernels: Path, ask:
     assert ask(f"/kernels/acme/relu/resolve/{first}/build/{VARIANT}/metadata.json").status == 200
 
 
+def test_a_file_beside_the_variants(hub: LoopbackHub, kernels: Path, ask: Callable[..., Any]) -> None:
+    (kernels / "acme/relu/build/notes.txt").write_text("notes")
+    hub.app = app(kernels)
+    rows = json.loads(ask(f"{API}/tree/main/build?recursive=false").content)
+    assert [(row["type"], row["path"]) for row in rows] == [
+        ("directory", f"build/{VARIANT}"),
+        ("file", "build/notes.txt"),
+    ]
+
+
 def test_a_branch_for_each_version_of_the_metadata(hub: LoopbackHub, kernels: Path, ask: Callable[..., Any]) -> None:
     for number, metadata in enumerate(['{"version": 12}', '{"version": true}', '{"version": -1}', "[]", "{", "\xff"]):
         folder = write_kernel(kernels, variant=f"torch-{number}")
@@ -435,6 +449,29 @@ def test_listing_the_builds_unpacks_none(hub_folder: Path, ask: Callable[..., An
     response = ask(f"{API}/tree/v1/build%2F{VARIANT}?recursive=true")
     assert response.status == 500
     assert "is not what its name says" in json.loads(response.content)["error"]
+
+
+def test_an_archive_that_does_not_unpack_is_never_served_in_part(
+    hub: LoopbackHub, kernels: Path, tmp_path: Path, ask: Callable[..., Any]
+) -> None:
+    import zstandard
+
+    whole = zstandard.decompress(pack(tree_of(kernels / "acme/relu/build" / VARIANT)))
+    cut = zstandard.compress(whole[: len(whole) - 1100])  # without its end, and with its first files
+    text = (kernels / "acme/relu/build" / VARIANT / "metadata.json").read_text()
+    root = tmp_path / "hub"
+    write_manifest(root, {VARIANT: ManifestVariant(_blob(root, cut).name, len(cut), text)})
+    hub.app = app(root)
+    for _ in range(2):
+        assert ask(f"/kernels/acme/relu/resolve/v1/build/{VARIANT}/__init__.py").status == 500
+
+
+def test_a_card_that_is_missing_keeps_nobody_from_the_kernel(hub_folder: Path, ask: Callable[..., Any]) -> None:
+    for path in (hub_folder / "blobs").rglob("*"):
+        if path.is_file() and path.read_bytes() == b"# ReLU\n":
+            path.unlink()
+    assert ask("/kernels/acme/relu/resolve/v1/README.md").status == 404
+    assert ask(f"/kernels/acme/relu/resolve/v1/build/{VARIANT}/metadata.json").status == 200
 
 
 def test_a_yanked_version_is_not_served(hub_folder: Path, ask: Callable[..., Any]) -> None:
