@@ -599,7 +599,7 @@ def test_the_cache_serves_without_a_request(
     assert not any(path.is_symlink() for path in folder.rglob("*"))
     assert cached.resolve(REPO, Revision(commit)) == commit
     assert cached.refs(REPO) == {"main": commit}
-    assert cached.origin is Origin.REMOTE
+    assert cached.origin is Origin.CACHE
     assert cached.publisher_trusted(REPO) is None
     assert hub.requests == []
 

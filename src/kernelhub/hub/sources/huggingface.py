@@ -13,8 +13,7 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -23,18 +22,16 @@ from kernelhub.core.paths import is_bytecode, safe_path
 from kernelhub.core.refs import KernelRef, Pin, RepoId, Revision, Version, is_commit, parse_pin
 from kernelhub.core.trust import Origin
 from kernelhub.errors import (
-    HubUnavailable,
     IntegrityError,
     InvalidMetadata,
     InvalidReference,
-    KernelHubError,
     KernelNotFound,
     RepositoryNotFound,
-    StoreError,
     Violation,
 )
-from kernelhub.hub.http import Budget, EntryNotFound, Headers, HttpClient, Interrupted, Patience
+from kernelhub.hub.http import EntryNotFound, HttpClient, Patience
 from kernelhub.hub.sources.base import Listing, Moved, Progress
+from kernelhub.hub.transfer import Download, RemoteFile, writing
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -156,7 +153,7 @@ class HuggingFaceSource:
         variants: dict[str, Mapping[str, Any]] = {}
         try:
             for entry in self._tree(f"{_api(repo)}/tree/{quote(commit, safe='')}/build?recursive=false&expand=false"):
-                if entry.kind == "directory":
+                if entry.file is None:
                     name = _below(entry.path, "build/")
                     variants[name] = {"oid": entry.oid} if entry.oid else {}
         except EntryNotFound:
@@ -194,11 +191,11 @@ class HuggingFaceSource:
         http = self._http
         headers, report = http.headers(), _locked(progress.advance)
         base = f"/kernels/{repo}/resolve/{quote(commit, safe='')}/"
-        with _writing(folder):
+        with writing(folder):
             for parent in {(folder / file.path).parent for file in files}:
                 parent.mkdir(parents=True, exist_ok=True)
         downloads = [
-            _Download(http, base + quote(prefix + file.path), headers, file, folder / file.path, report)
+            Download(http, base + quote(prefix + file.path), headers, file, folder / file.path, report)
             for file in sorted(files, key=lambda file: -file.size)  # the largest decides how long all take
         ]
         http.run_all([download.run for download in downloads], workers=self.connections)
@@ -244,14 +241,14 @@ class HuggingFaceSource:
         if isinstance(lfs := item.get("lfs"), dict):
             algorithm, oid, size = "sha256", lfs.get("oid"), lfs.get("size")
         if kind == "directory":
-            return _Entry("directory", item["path"], oid if isinstance(oid, str) else "")
+            return _Entry(item["path"], oid if isinstance(oid, str) else "")
         if kind != "file":
             raise self._malformed(target, f"{item['path']!r} is neither a file nor a directory")
         if not isinstance(oid, str) or not _HASHES[algorithm].fullmatch(oid):
             raise self._malformed(target, f"{item['path']!r}: expected a {algorithm} hash, got {oid!r}")
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise self._malformed(target, f"{item['path']!r}: expected a size, got {size!r}")
-        return _Entry("file", item["path"], oid, size, algorithm)
+        return _Entry(item["path"], oid, RemoteFile(item["path"], size, algorithm, oid))
 
     def _commit(self, value: Any, target: str) -> str:
         if not isinstance(value, str) or not is_commit(value):
@@ -264,13 +261,11 @@ class HuggingFaceSource:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A row of a tree: `size` and `oid` (the hash that `algorithm` gives) are those of the file's content."""
+    """A row of a tree: a file, or a directory (`file` is None). The file's path is the row's, not a safe one yet."""
 
-    kind: str
     path: str
     oid: str
-    size: int = 0
-    algorithm: str = ""
+    file: RemoteFile | None = None
 
 
 def read_redirect(data: bytes) -> KernelRef | None:
@@ -289,14 +284,14 @@ def read_redirect(data: bytes) -> KernelRef | None:
         raise InvalidMetadata(f"{_REDIRECT_FILE}: {error.message}") from error
 
 
-def _plan(entries: Iterator[_Entry], prefix: str) -> list[_Entry]:
+def _plan(entries: Iterator[_Entry], prefix: str) -> list[RemoteFile]:
     """The files to fetch, with paths relative to the variant. Raises for a tree of which any entry is unfit."""
-    files: list[_Entry] = []
+    files: list[RemoteFile] = []
     spelt: dict[str, str] = {}
-    kinds: dict[str, str] = {}
+    folders: dict[str, bool] = {}
     violations = []
     for entry in entries:
-        if entry.kind == "directory" and entry.path == prefix[:-1]:
+        if entry.file is None and entry.path == prefix[:-1]:
             continue
         path = safe_path(_below(entry.path, prefix))
         if is_bytecode(path):
@@ -304,13 +299,13 @@ def _plan(entries: Iterator[_Entry], prefix: str) -> list[_Entry]:
         parts = path.split("/")
         for depth in range(1, len(parts) + 1):
             place = "/".join(parts[:depth])
-            kind = entry.kind if depth == len(parts) else "directory"
+            is_folder = entry.file is None or depth < len(parts)
             # Two names that one file system keeps apart are one file on another, where the second would win.
             first = spelt.setdefault(_folded(place), place)
-            if first != place or kinds.setdefault(place, kind) != kind:
+            if first != place or folders.setdefault(place, is_folder) != is_folder:
                 raise InvalidMetadata(f"{prefix[:-1]}: {path!r} and {first!r} cannot both be there")
-        if entry.kind == "file":
-            files.append(_Entry("file", path, entry.oid, entry.size, entry.algorithm))
+        if entry.file is not None:
+            files.append(replace(entry.file, path=path))
     if violations:
         raise IntegrityError(
             f"{prefix[:-1]} contains compiled Python, which nobody can read",
@@ -320,100 +315,6 @@ def _plan(entries: Iterator[_Entry], prefix: str) -> list[_Entry]:
     if len({file.path for file in files}) != len(files):
         raise InvalidMetadata(f"{prefix[:-1]}: a path is listed twice")
     return files
-
-
-class _Download:
-    """One file on its way to disk: what is there of it, and its hash so far. Used by one thread."""
-
-    def __init__(
-        self,
-        http: HttpClient,
-        target: str,
-        headers: Headers,
-        file: _Entry,
-        path: Path,
-        report: Callable[[int], None],
-    ) -> None:
-        self._http, self._target, self._headers = http, target, headers
-        self._file, self._path, self._report = file, path, report
-        self._received = self._reported = 0
-        self._hash = _content_hash(file)
-
-    def run(self, budget: Budget) -> None:
-        """Fetch the file. Raises `IntegrityError` where its bytes are wrong twice, each time from the beginning."""
-        with _writing(self._path):
-            if self._file.size == 0:
-                self._path.touch()  # its hash says all there is to know
-            elif not self._attempt(budget):
-                self._restart()
-                self._attempt(budget)
-        if not self._right:
-            raise IntegrityError(
-                f"{self._http.hub_name} sent other bytes for {self._file.path} than its listing says",
-                [Violation("different", self._file.path)],
-                hint="Something between here and the hub alters files, or the hub is broken.",
-            )
-
-    @property
-    def _right(self) -> bool:
-        return self._received == self._file.size and self._hash.hexdigest() == self._file.oid
-
-    def _attempt(self, budget: Budget) -> bool:
-        try:
-            self._http.send(self._target, self._write, budget, self._headers, more_headers=self._range)
-        except HubUnavailable as error:
-            if error.status != 416:
-                raise
-            self._received = -1  # the hub has a shorter file than it listed
-        return self._right
-
-    def _restart(self) -> None:
-        self._received, self._hash = 0, _content_hash(self._file)
-
-    def _range(self) -> Headers:
-        return {"range": f"bytes={self._received}-"} if self._received else {}
-
-    def _write(self, response: Any, budget: Budget) -> None:
-        """Append the response's body; from the beginning where the hub does not resume."""
-        if self._received and not (
-            response.status_code == 206
-            and response.headers.get("content-range", "").startswith(f"bytes {self._received}-")
-        ):
-            self._restart()
-        with self._path.open("ab" if self._received else "wb") as stream:
-            for chunk in response.iter_raw():
-                budget.received(len(chunk))
-                if self._received + len(chunk) > self._file.size:
-                    self._received = self._file.size + 1  # more than was listed: wrong, whatever else comes
-                    return
-                stream.write(chunk)
-                self._hash.update(chunk)
-                self._received += len(chunk)
-                if self._received > self._reported:
-                    self._report(self._received - self._reported)
-                    self._reported = self._received
-        if self._received < self._file.size:
-            raise Interrupted(f"{self._received:,} of {self._file.size:,} bytes came")
-
-
-def _content_hash(file: _Entry) -> hashlib._Hash:
-    """The hash that the tree states: sha256 for LFS files, else git's, of a header and the content."""
-    if file.algorithm == "sha256":
-        return hashlib.sha256()
-    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What the disk refuses, as the store's error. A hub's errors pass, though they are `OSError`s too."""
-    try:
-        yield
-    except KernelHubError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {path}: {error.strerror or error}", hint="Is the disk full, or the folder read-only?"
-        ) from error
 
 
 def _api(repo: RepoId) -> str:
@@ -427,7 +328,8 @@ def _below(path: str, prefix: str) -> str:
 
 
 def _folded(path: str) -> str:
-    return unicodedata.normalize("NFC", path).casefold()
+    """The path as a file system sees it that ignores case and composes letters."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
 def _is_revision(name: str) -> bool:
