@@ -44,9 +44,10 @@ def compare(kernel: Any, forward: Any, module: Any) -> Comparison:
     if not issubclass(kernel, nn.Module):
         return Comparison((f"{kernel.__qualname__} is not an nn.Module",))
     problems = _class_problems(kernel)
-    if not isinstance(forward, FunctionType) or forward is nn.Module.forward:
-        problems.append("its forward is not a plain function" if callable(forward) else "it has no forward")
-        return Comparison(tuple(problems))
+    if kernel.forward is nn.Module.forward:
+        return Comparison((*problems, "it has no forward"))
+    if not isinstance(forward, FunctionType):
+        return Comparison((*problems, "its forward is not a plain function"))
     theirs, ours = _parameters(module), list(inspect.signature(forward).parameters.values())[1:]
     notes: list[str] = []
     _compare_signatures(theirs, ours, problems, notes)
