@@ -1,0 +1,412 @@
+"""`kernelhub demo`: real architectures, kernelized with the kernels that come with this package, checked and timed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kernelhub import __version__
+from kernelhub.cli.options import Json
+from kernelhub.cli.render import show_json
+from kernelhub.cli.render_demo import show_demo
+from kernelhub.errors import InvalidReference, MissingDependency, StoreError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from kernelhub.layers.mapping import KernelMapping
+    from kernelhub.layers.report import KernelReport
+
+# The largest difference of an output, over the largest output. Every layer's own rounding is part of it, so it is wider
+# than what one layer is held to; on a CPU the kernels give the same bits.
+TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+WARMUP = 2
+ROUNDS = 15
+
+Model = Annotated[
+    str | None, typer.Option(metavar="NAME|FOLDER", help="A model that transformers can load, in place of the two.")
+]
+Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Write what --json prints to this file too.")]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in eval mode, and the inputs of one forward."""
+
+    name: str
+    model: nn.Module
+    inputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model before and after: what was swapped, how far its outputs moved, how long a forward takes.
+
+    `max_error` is the largest difference of an output over the largest output; `restored` says that the outputs after
+    `unkernelize` are those from before, bit for bit. `before` and `after` are seconds, a pair per round.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    report: KernelReport
+    unreached: Mapping[str, str]
+    max_error: float
+    tolerance: float
+    restored: bool
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+    @property
+    def speedup(self) -> float:
+        """The median over the rounds of before / after: a machine that slows down slows both of a round."""
+        return median(self._ratios)
+
+    @property
+    def speedup_range(self) -> tuple[float, float]:
+        """What the middle half of the rounds lies between; with 1 inside, no difference was measured."""
+        if len(self._ratios) < 2:
+            return self.speedup, self.speedup
+        low, _, high = quantiles(self._ratios, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def _ratios(self) -> list[float]:
+        return [before / after for before, after in zip(self.before, self.after, strict=True)]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why this is no success; empty where it is one."""
+        found = []
+        if not self.report.kernels:
+            found.append("no layer runs a kernel")
+        if not self.max_error <= self.tolerance:
+            found.append(
+                f"the outputs differ by {self.max_error:.2g} of the largest, and {self.tolerance:g} is allowed"
+            )
+        if not self.restored:
+            found.append("the outputs after unkernelize are not those from before")
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "device": self.device,
+            "dtype": self.dtype,
+            "layers": len(self.report.rows),
+            "kernels": len(self.report.kernels),
+            "max_error": self.max_error,
+            "tolerance": self.tolerance,
+            "before_ms": median(self.before) * 1e3,
+            "after_ms": median(self.after) * 1e3,
+            "speedup": self.speedup,
+            "speedup_range": list(self.speedup_range),
+            "restored": self.restored,
+            "problems": list(self.problems),
+            "unreached": dict(self.unreached),
+            "report": self.report.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The comparisons of one run."""
+
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.comparisons) and not any(comparison.problems for comparison in self.comparisons)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kernelhub": __version__,
+            "ok": self.ok,
+            "models": [comparison.to_dict() for comparison in self.comparisons],
+        }
+
+
+def demo(model: Model = None, save: Save = None, as_json: Json = False) -> int:
+    """Kernelize two real models (a Llama and a BERT, random weights), check and time them; 1 if that is no success."""
+    _needs_transformers()
+    result = run_demo([model_case(model)] if model is not None else built_in_cases())
+    if save is not None:
+        _write(save, result)
+    if as_json:
+        show_json(result.to_dict())
+    else:
+        show_demo(result)
+    return 0 if result.ok else 1
+
+
+def run_demo(cases: list[Case], mapping: KernelMapping | None = None, *, rounds: int = ROUNDS) -> Demo:
+    """Compare each model with itself; `mapping` None is what comes with this package."""
+    return Demo(tuple(compare(case, mapping, rounds=rounds) for case in cases))
+
+
+def compare(case: Case, mapping: KernelMapping | None = None, *, rounds: int = ROUNDS) -> Comparison:
+    """Kernelize the model, check its outputs against those from before, and time both in turns.
+
+    The model is left kernelized. Each round undoes and redoes the swap, so that both states see the same weather.
+    """
+    import torch
+
+    from kernelhub.integrations.transformers import mark
+    from kernelhub.layers.kernelize import unkernelize
+    from kernelhub.layers.report import kernel_report
+
+    model, device = case.model, next(case.model.parameters()).device
+    unreached = mark(model).unreached
+    with torch.no_grad():
+        expected = _outputs(model, case.inputs)
+        _kernelize(model, mapping)
+        max_error = difference(expected, _outputs(model, case.inputs))
+        unkernelize(model)
+        restored = _same(expected, _outputs(model, case.inputs))
+        times = []
+        for _ in range(WARMUP + rounds):
+            unkernelize(model)
+            before = _time(model, case.inputs, device)
+            _kernelize(model, mapping)
+            times.append((before, _time(model, case.inputs, device)))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return Comparison(
+        name=case.name,
+        device=_device_name(device),
+        dtype=dtype,
+        report=kernel_report(model),
+        unreached=unreached,
+        max_error=max_error,
+        tolerance=TOLERANCES.get(dtype, max(TOLERANCES.values())),
+        restored=restored,
+        before=tuple(before for before, _ in times[WARMUP:]),
+        after=tuple(after for _, after in times[WARMUP:]),
+    )
+
+
+def difference(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
+    """The largest difference of an output over the largest output, over all outputs; infinite where they do not match."""
+    if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+        return float("inf")
+    worst = 0.0
+    for old, new in zip(before, after, strict=True):
+        old, new = old.double().cpu(), new.double().cpu()
+        error = (new - old).abs()[~_equal(old, new)]
+        if error.numel():
+            largest = old[old.isfinite()].abs().max() if old.isfinite().any() else old.new_tensor(0.0)
+            ratio = float(error.max() / largest.clamp_min(1e-30))
+            worst = max(worst, ratio if ratio == ratio else float("inf"))  # NaN where there was none
+    return worst
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Where two tensors are equal, element by element; a NaN and a NaN are."""
+    return (one == other) | (one.isnan() & other.isnan())
+
+
+# The models
+
+
+def built_in_cases() -> list[Case]:
+    """A Llama and a BERT, random weights: sizes that take seconds on two cores, and larger ones for a GPU."""
+    import torch
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+    device = default_device()
+    scale, dtype = (1, torch.float32) if device.type == "cpu" else (4, torch.bfloat16)
+    rows, tokens = 2, 128 * scale
+    llama = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=384 * scale,
+        intermediate_size=1024 * scale,
+        num_hidden_layers=4,
+        num_attention_heads=6 * scale,
+        num_key_value_heads=2 * scale,
+    )
+    bert = BertConfig(
+        vocab_size=4096,
+        hidden_size=256 * scale,
+        intermediate_size=1024 * scale,
+        num_hidden_layers=4,
+        num_attention_heads=4 * scale,
+        max_position_embeddings=tokens,
+    )
+    cases: list[tuple[str, Callable[[], nn.Module], dict[str, Any]]] = [
+        ("LlamaForCausalLM", lambda: LlamaForCausalLM(llama), {"use_cache": False}),
+        ("BertModel", lambda: BertModel(bert), {}),
+    ]
+    built = []
+    for name, build, extra in cases:
+        with _seeded():
+            model = build().to(device, dtype).eval()
+            ids = torch.randint(4096, (rows, tokens)).to(device)
+        built.append(Case(name, model, {"input_ids": ids, **extra}))
+    return built
+
+
+def model_case(name: str) -> Case:
+    """A model that transformers can load, by name or from a folder, with random inputs.
+
+    Raises `InvalidReference` where it cannot be loaded, or where it is not clear what to give it.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture = next(iter(config.architectures or ()), "")
+        loader = getattr(transformers, architecture, transformers.AutoModel)
+        model = loader.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise InvalidReference(
+            f"transformers cannot load {name!r}: {str(error).strip().partition(chr(10))[0]}",
+            hint="Expected a folder with a config.json and weights, or a model's name on the Hugging Face Hub.",
+        ) from error
+    model = model.to(default_device()).eval()
+    with _seeded():
+        inputs = _inputs(model, name)
+    return Case(f"{type(model).__name__} ({name})", model, inputs)
+
+
+def _inputs(model: Any, name: str) -> dict[str, Any]:
+    """Random inputs of the kind that the model's main input is."""
+    import torch
+
+    config, main = model.config.get_text_config(), model.main_input_name
+    first = next(model.parameters())
+    if main == "input_ids":
+        tokens = min(128, getattr(config, "max_position_embeddings", None) or 128)
+        # Past the last special token of the common vocabularies, where there are that many; positions depend on padding.
+        low = min(1000, config.vocab_size // 2)
+        inputs: dict[str, Any] = {"input_ids": torch.randint(low, config.vocab_size, (2, tokens), device=first.device)}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"][:, : tokens // 2]
+        return {**inputs, **({"use_cache": False} if hasattr(config, "use_cache") else {})}
+    config = getattr(model.config, "vision_config", model.config)
+    if main == "pixel_values" and getattr(config, "image_size", None):
+        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+        shape = (2, getattr(config, "num_channels", 3), *size)
+    elif main == "input_values":
+        shape = (2, 16000)  # a second of sound
+    else:
+        raise InvalidReference(
+            f"{name}: {type(model).__name__} takes {main!r}, and the demo has no such inputs",
+            hint="It has token ids, pixel values and sound. `kernelhub.kernelize` takes any model.",
+        )
+    return {main: torch.randn(shape, device=first.device, dtype=first.dtype)}
+
+
+def default_device() -> torch.device:
+    """The GPU (or other accelerator) that torch would use, else the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+# Running them
+
+
+def _kernelize(model: nn.Module, mapping: KernelMapping | None) -> None:
+    from kernelhub.integrations.transformers import default_mapping
+    from kernelhub.layers.kernelize import kernelize
+    from kernelhub.layers.mapping import use_kernel_mapping
+    from kernelhub.layers.mode import Mode
+
+    chosen = default_mapping() if mapping is None else mapping
+    with use_kernel_mapping(chosen, inherit_mapping=False), _no_warning_of_none():
+        kernelize(model, mode=Mode.INFERENCE)
+
+
+@contextmanager
+def _no_warning_of_none() -> Iterator[None]:
+    """That nothing was swapped is what the demo itself says, and ends with 1 for."""
+    import warnings
+
+    from kernelhub.errors import KernelHubWarning
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*runs no kernel", category=KernelHubWarning)
+        yield
+
+
+def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The floating-point tensors of one forward, wherever they lie in what it returns."""
+    import torch
+
+    def tensors(value: Any) -> Iterator[torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point():
+                yield value
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                yield from tensors(item)
+        elif isinstance(value, Mapping):
+            yield from tensors(list(value.values()))
+
+    return list(tensors(model(**inputs)))
+
+
+def _same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    return [tensor.shape for tensor in before] == [tensor.shape for tensor in after] and all(
+        bool(_equal(old, new).all()) for old, new in zip(before, after, strict=True)
+    )
+
+
+def _time(model: nn.Module, inputs: Mapping[str, Any], device: torch.device) -> float:
+    """Seconds of one forward."""
+    _wait(device)
+    start = time.perf_counter()
+    model(**inputs)
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The same random numbers every time, without touching anyone else's."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _needs_transformers() -> None:
+    import importlib.util
+
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(f"the demo needs {' and '.join(missing)}", packages=["'kernelhub[demo]'"])
+
+
+def _write(path: Path, result: Demo) -> None:
+    try:
+        path.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
