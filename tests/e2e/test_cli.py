@@ -1,0 +1,234 @@
+"""The command line, as a user types it: what it prints, and what it ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from kernelfiles import kernel_files, write_files, write_kernel
+
+from kernelhub.cli.main import run
+
+COMMANDS = ["get", "info", "versions", "variants", "publish", "doctor", "serve", "cache"]
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of its own, and no network."""
+    for name in [name for name in os.environ if name.startswith(("KERNEL", "HF_", "LOCAL_KERNELS"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KERNELHUB_CACHE", str(tmp_path / "store"))
+    monkeypatch.setenv("KERNELHUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def kernelhub(capsys: pytest.CaptureFixture[str]):
+    """Run a command; its exit code, standard output and standard error."""
+
+    def kernelhub(*arguments: object) -> tuple[int, str, str]:
+        code = run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return kernelhub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, kernelhub, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub in a folder with org/small@v1, named by the environment."""
+    folder = tmp_path / "hub ü"
+    code, out, err = kernelhub("publish", write_kernel(tmp_path / "small"), folder, "--repo-id", "org/small")
+    assert (code, err) == (0, ""), err
+    assert "published org/small@v1 as " in out
+    monkeypatch.setenv("KERNELHUB_HUBS", str(folder))
+    return folder
+
+
+def test_help_lists_every_command(kernelhub):
+    code, out, _ = kernelhub("--help")
+    assert code == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in out
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "cache list", "cache verify", "cache prune"])
+def test_every_command_explains_itself(kernelhub, command):
+    code, out, _ = kernelhub(*command.split(), "--help")
+    assert code == 0
+    assert "Usage:" in out
+
+
+def test_the_version_is_the_packages(kernelhub):
+    from kernelhub import __version__
+
+    assert kernelhub("--version")[:2] == (0, f"kernelhub {__version__}\n")
+
+
+def test_a_kernel_goes_from_a_folder_through_a_hub_to_the_store(kernelhub, hub, tmp_path):
+    code, out, _ = kernelhub("get", "org/small@v1")
+    path = Path(out.strip())
+    assert code == 0
+    assert path.is_relative_to(tmp_path / "store")
+    assert (path / "__init__.py").is_file()
+    code, out, _ = kernelhub("get", "org/small@v1", "--json")
+    assert json.loads(out) == {"kernel": "org/small@v1", "variant": "torch-cpu", "path": str(path)}
+
+
+def test_publishing_the_same_again_says_so(kernelhub, hub, tmp_path):
+    code, out, _ = kernelhub("publish", tmp_path / "small", hub, "--repo-id", "org/small")
+    assert code == 0
+    assert "is this already" in out
+    _, out, _ = kernelhub("publish", tmp_path / "small", hub, "--repo-id", "org/small", "--json")
+    assert json.loads(out)["changed"] is False
+
+
+def test_versions_names_the_hub_and_the_commits(kernelhub, hub):
+    code, out, _ = kernelhub("versions", "org/small", "--json")
+    value = json.loads(out)
+    assert (code, value["hub"], list(value["refs"])) == (0, str(hub), ["v1"])
+    assert value["refs"]["v1"] in kernelhub("versions", "org/small")[1]
+
+
+def test_variants_gives_the_reason_for_each_rejected_one(kernelhub, hub, tmp_path):
+    write_files(tmp_path / "small" / "build" / "torch-cuda", kernel_files(backend={"type": "cuda"}))
+    assert kernelhub("publish", tmp_path / "small", hub, "--repo-id", "org/small")[0] == 0
+    code, out, _ = kernelhub("variants", "org/small@v1")
+    assert code == 0
+    assert "yes, and chosen" in out
+    assert "made for CUDA, wanted is the CPU" in out
+
+
+def test_variants_ends_with_1_where_none_runs(kernelhub, tmp_path, monkeypatch):
+    write_kernel(tmp_path / "k", "torch-cuda")
+    monkeypatch.setenv("LOCAL_KERNELS", f"org/k={tmp_path / 'k'}")
+    code, out, _ = kernelhub("variants", "org/k@v1", "--json")
+    assert code == 1
+    assert json.loads(out)["variants"][0]["runs_here"] is False
+
+
+def test_info_says_what_would_run_and_why_it_may(kernelhub, hub):
+    code, out, _ = kernelhub("info", "org/small@v1", "--json")
+    value = json.loads(out)
+    assert code == 0
+    assert (value["variant"], value["license"]) == ("torch-cpu", "Apache-2.0")
+    assert value["digest"].startswith("sha256-")
+    assert "which the user named" in value["trusted"]
+    assert kernelhub("info", "kernelhub/norm@v1")[0] == 0
+
+
+def test_the_store_is_listed_verified_and_pruned(kernelhub, hub):
+    path = Path(kernelhub("get", "org/small@v1")[1].strip())
+    (listed,) = json.loads(kernelhub("cache", "list", "--json")[1])["kernels"]
+    assert (listed["kernel"], listed["ref"], listed["variant"]) == ("org/small", "v1", "torch-cpu")
+    assert kernelhub("cache", "verify")[0] == 0
+    (path / "__init__.py").chmod(0o644)
+    (path / "__init__.py").write_text("changed\n")
+    code, out, _ = kernelhub("cache", "verify")
+    assert code == 4
+    assert "different: __init__.py" in out
+    assert kernelhub("cache", "prune", "org/small")[0] == 0
+    assert json.loads(kernelhub("cache", "list", "--json")[1])["kernels"] == []
+
+
+def test_doctor_shows_the_machine_and_the_hubs(kernelhub, hub):
+    code, out, _ = kernelhub("doctor", "--json")
+    facts = {(item["topic"], item["name"]): item for item in json.loads(out)}
+    assert code == 0
+    assert facts["hubs", str(hub)]["ok"] is True
+    assert facts["hubs", "https://huggingface.co"]["value"] == "not asked: offline"
+    assert "torch 2." in facts["machine", "selection sees"]["value"]
+    assert facts["store", "writable"]["ok"] is True
+
+
+def test_doctor_ends_with_1_where_a_hub_is_in_the_way(kernelhub, tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELHUB_HUBS", str(tmp_path / "nowhere"))
+    code, out, _ = kernelhub("doctor")
+    assert code == 1
+    assert "IN THE WAY" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["get", "org/small"], 2, "exactly one of version and revision"),
+        (["get", "small@v1"], 2, "does not name a kernel repository"),
+        (["get", "org/none@v1"], 1, "was not found"),
+        (["get", "org/small@v9"], 1, "v9"),
+        (["get", "org/small@v1", "--backend", "cuda"], 2, "not supported on this machine"),
+        (["get"], 2, "Missing argument"),
+        (["nonsense"], 2, "nonsense"),
+        (["publish", "nowhere", "hub", "--repo-id", "org/x"], 2, "nowhere"),
+    ],
+)
+def test_errors_go_to_standard_error_with_their_exit_code(kernelhub, hub, arguments, code, text):
+    found, out, err = kernelhub(*arguments)
+    assert found == code
+    assert text in err
+    assert out == ""
+
+
+def test_an_error_is_json_too_where_that_was_asked_for(kernelhub):
+    code, out, _ = kernelhub("info", "org/none@v1", "--json")
+    value = json.loads(out)
+    assert (code, value["error"], value["exit_code"]) == (1, "KernelNotFound", 1)
+
+
+def test_a_hub_that_cannot_be_reached_ends_with_3(kernelhub, tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELHUB_HUBS", str(tmp_path / "gone"))
+    code, _, err = kernelhub("get", "org/small@v1")
+    assert code == 3
+    assert "gone" in err
+
+
+def test_a_changed_kernel_ends_with_4(kernelhub, tmp_path, monkeypatch):
+    folder = write_kernel(tmp_path / "k")
+    (folder / "build/torch-cpu/__init__.py").write_text("changed\n")
+    monkeypatch.setenv("LOCAL_KERNELS", f"org/k={folder}")
+    assert kernelhub("get", "org/k@v1")[0] == 4
+
+
+def test_a_table_is_whole_where_the_output_is_no_terminal(kernelhub, hub):
+    """A wrapped table is hard to search."""
+    _, out, _ = kernelhub("info", "org/small@v1")
+    assert any("path" in line and "torch-cpu" in line for line in out.splitlines())
+
+
+def test_serve_answers_until_ctrl_c(hub):
+    command = [sys.executable, "-m", "kernelhub", "serve", str(hub), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        url = line.rpartition("HF_ENDPOINT=")[2].strip()
+        with urlopen(f"{url}/api/kernels/org/small/refs") as answer:
+            assert [item["name"] for item in json.load(answer)["branches"]]
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert "Traceback" not in err
+    finally:
+        process.kill()
+
+
+def test_a_closed_pipe_ends_quietly(hub):
+    command = f"{sys.executable} -m kernelhub cache list --json | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_an_interrupt_ends_with_130_and_no_traceback(kernelhub, monkeypatch):
+    from kernelhub.hub.client import Hub
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Hub, "install", interrupted)
+    code, _, err = kernelhub("get", "org/small@v1")
+    assert code == 130
+    assert "Traceback" not in err
