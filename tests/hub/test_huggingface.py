@@ -357,32 +357,40 @@ def test_a_cut_body_is_resumed(hub: LoopbackHub, source: HuggingFaceSource, kern
     assert progress.arrived == progress.expected
 
 
-def test_a_hub_that_does_not_resume(hub: LoopbackHub, source: HuggingFaceSource, kernels: Path, folder: Path) -> None:
-    large = os.urandom(700_000)
-    write_kernel(kernels, files={"large.bin": large})
-
-    def whole(_: Request, reply: Reply) -> None:
-        reply.status = 200
-        reply.headers.pop("content-range", None)
-        reply.set_body(large)
-
-    hub.cut("large.bin", after=300_000, times=1)
-    hub.break_with("large.bin", whole)
-    fetch(source, folder)
-    assert (folder / "large.bin").read_bytes() == large
+def _from_the_beginning(reply: Reply, data: bytes) -> None:
+    reply.status = 200  # and the content-range stays, which then means nothing
+    reply.set_body(data)
 
 
-def test_a_hub_that_resumes_at_another_place(
-    hub: LoopbackHub, source: HuggingFaceSource, kernels: Path, folder: Path
+def _at_another_place(reply: Reply, data: bytes) -> None:
+    reply.headers["content-range"] = f"bytes 5-{len(data) - 1}/{len(data)}"
+    reply.set_body(data[5:])
+
+
+def _with_no_place(reply: Reply, data: bytes) -> None:
+    del reply.headers["content-range"]
+
+
+@pytest.mark.parametrize("resume", [_from_the_beginning, _at_another_place, _with_no_place])
+def test_a_hub_that_does_not_resume(
+    hub: LoopbackHub,
+    source: HuggingFaceSource,
+    kernels: Path,
+    folder: Path,
+    resume: Callable[[Reply, bytes], None],
 ) -> None:
+    """It is noticed before a byte is written: the one retry for wrong bytes is not spent on it."""
     large = os.urandom(700_000)
     write_kernel(kernels, files={"large.bin": large})
+    cuts = [200_000, 300_000]
 
-    def wrong_range(_: Request, reply: Reply) -> None:
-        reply.headers["content-range"] = "bytes 5-699999/700000"
+    def answer(request: Request, reply: Reply) -> None:
+        if "range" in request.headers:
+            resume(reply, large)
+        elif cuts:
+            reply.cut = cuts.pop()
 
-    hub.cut("large.bin", after=300_000, times=1)
-    hub.break_with("large.bin", wrong_range, times=1)
+    hub.break_with("large.bin", answer)
     fetch(source, folder)
     assert (folder / "large.bin").read_bytes() == large
 

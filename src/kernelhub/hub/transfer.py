@@ -79,11 +79,12 @@ class Download:
 
     def _write(self, response: Any, budget: Budget) -> None:
         """Append the response's body; from the beginning where the hub does not resume."""
-        if self._received and not (
-            response.status_code == 206
-            and response.headers.get("content-range", "").startswith(f"bytes {self._received}-")
-        ):
+        start = f"bytes {self._received}-"
+        if self._received and response.status_code != 206:
             self._restart()
+        elif self._received and not response.headers.get("content-range", "").startswith(start):
+            self._restart()
+            raise Interrupted("it went on at another place than it was asked for")
         with self._path.open("ab" if self._received else "wb") as stream:
             for chunk in response.iter_raw():
                 budget.received(len(chunk))
