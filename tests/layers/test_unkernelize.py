@@ -169,7 +169,7 @@ def test_kernelized_leaves_a_kernelized_model_as_it_found_it(kernel: Callable[[s
 
 
 @pytest.fixture
-def rotary(kernel: Callable[[str], Repository]) -> None:
+def rotary(registered: None, kernel: Callable[[str], Repository]) -> None:
     register_kernel_mapping({"rotary": {"cpu": kernel("Rotary")}})
 
 

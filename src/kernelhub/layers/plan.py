@@ -21,7 +21,7 @@ from kernelhub.layers.device import Device
 from kernelhub.layers.mapping import Row, Table, choose, current_table, needs_capability
 from kernelhub.layers.markers import FUNCS, FunctionModule, always
 from kernelhub.layers.mode import KernelizeFallback, Mode, serving
-from kernelhub.layers.swap import MARKER, USES, in_effect, of_class
+from kernelhub.layers.swap import MARKER, USES, in_effect, of_class, ours
 from kernelhub.layers.tables import table
 
 Selection = str | type | Iterable[str | type] | None
@@ -245,7 +245,7 @@ def foreign_forward(module: nn.Module) -> str | None:
     """Why a forward on the instance keeps the layer as it is; None where a kernel can go there, or under it."""
     attributes = module.__dict__
     forward = attributes.get("forward")
-    if forward is None or of_class(module, forward) or in_effect(module):
+    if forward is None or of_class(module, forward) or ours(module):
         return None
     hooked = "_hf_hook" in attributes and isinstance(forward, functools.partial)
     if hooked and of_class(module, attributes.get("_old_forward")):

@@ -98,12 +98,18 @@ def slot(attributes: Mapping[str, Any]) -> str:
 
 def in_effect(module: nn.Module) -> Marker | None:
     """The module's marker, where the forward that it stands for is what the module runs."""
+    marker = ours(module)
+    return marker if marker is not None and marker.module is module else None
+
+
+def ours(module: nn.Module) -> Marker | None:
+    """The module's marker, where its forward is the kernel's, if only bound to another module (by `copy.copy`)."""
     attributes = module.__dict__
     marker = attributes.get(MARKER)
     if type(marker) is not Marker:
         return None
     forward = attributes.get(slot(attributes))
-    if type(forward) is MethodType and forward.__self__ is module and forward.__func__ is marker.function:
+    if type(forward) is MethodType and forward.__self__ is marker.module and forward.__func__ is marker.function:
         return marker
     return None
 
@@ -131,15 +137,15 @@ def put(module: nn.Module, swap: Swap, function: Any) -> None:
 def take(module: nn.Module) -> None:
     """Give the module its own forward back; what somebody else put over the kernel's meanwhile stays."""
     attributes = module.__dict__
-    marker, ours = attributes.get(MARKER), in_effect(module)
-    attributes.pop(MARKER, None)
+    own = ours(module)
+    marker = attributes.pop(MARKER, None)
     if isinstance(marker, Lost) and of_class(module, attributes.get("forward")):
         del attributes["forward"]  # that is how the pickle of a bound method came back
-    if ours is None:
+    if own is None:
         return
     name = slot(attributes)
     del attributes[name]
-    if ours.explicit or name != "forward":
+    if own.explicit or name != "forward":
         attributes[name] = MethodType(type(module).forward, module)
         if name != "forward":
             attributes["forward"] = attributes.pop("forward")
@@ -270,8 +276,10 @@ def _read_marker(module: nn.Module, swap: Swap, explicit: bool) -> Marker | Lost
     function = _function_for(module, swap)
     if isinstance(function, Lost):
         return function
+    # The marker first, here too: what the pickle says of the module only updates what is there, in the order there is.
+    marker = module.__dict__[MARKER] = Marker(module, swap, function, explicit)
     module.__dict__["forward"] = MethodType(function, module)
-    return Marker(module, swap, function, explicit)
+    return marker
 
 
 def _read_uses(module: nn.Module, functions: Mapping[str, tuple[nn.Module, Swap]]) -> Uses:
