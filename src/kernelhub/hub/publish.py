@@ -276,7 +276,6 @@ def _variant_folders(folder: Path) -> list[Path]:
         raise InvalidReference(f"{build} has no variants", hint="`kernelhub build` makes them.")
     for path in found:
         BuildVariant.parse(path.name)
-        _check_kind(path)
     return found
 
 
