@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "BuildFailed",
     "CompatibilityWarning",
     "HubUnavailable",
     "IncompatibleDevice",
@@ -174,6 +175,14 @@ class MissingDependency(KernelHubError, ImportError):
 
 class IncompatibleDevice(KernelHubError, RuntimeError):
     """The build does not cover the architecture of the device that it would run on."""
+
+
+class BuildFailed(KernelHubError, RuntimeError):
+    """A kernel's sources did not compile. `error` is the first thing the compiler said, `command` repeats it."""
+
+    def __init__(self, message: str, *, error: str, command: str = "", log: str = "", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.error, self.command, self.log = error, command, log
 
 
 class HubUnavailable(KernelHubError, OSError):

@@ -25,7 +25,8 @@ class Settings:
     """What the user configured; every field has the default of a machine with no environment variables set.
 
     `ref_ttl` (seconds) is how long a version's commit is believed without asking the hub again. `cache` None is the
-    platform's cache folder.
+    platform's cache folder. `cxx` and `cuda_home` are the C++ compiler and the CUDA toolkit that kernels are built with;
+    None looks for them.
     """
 
     hubs: tuple[str, ...] = ()
@@ -38,6 +39,8 @@ class Settings:
     trusted_keys: tuple[str, ...] = ()
     local_kernels: tuple[tuple[str, Path], ...] = ()
     mapping_disabled: bool = False
+    cxx: str | None = None
+    cuda_home: Path | None = None
     hf_endpoint: str = "https://huggingface.co"
     telemetry: bool = True
     source_date_epoch: int | None = None
@@ -47,6 +50,7 @@ class Settings:
         """Read the environment. Raises `InvalidReference`, which names the variable and shows its value."""
         env = os.environ if env is None else env
         cache = env.get("KERNELS_CACHE") or env.get("KERNELHUB_CACHE")
+        cuda = env.get("CUDA_HOME") or env.get("CUDA_PATH")
         return cls(
             hubs=_listed(env.get("KERNELHUB_HUBS", "")),
             cache=_folder(cache, "KERNELS_CACHE" if env.get("KERNELS_CACHE") else "KERNELHUB_CACHE") if cache else None,
@@ -58,6 +62,8 @@ class Settings:
             trusted_keys=_listed(env.get("KERNELHUB_TRUSTED_KEYS", "")),
             local_kernels=_local_kernels(env.get("LOCAL_KERNELS", "")),
             mapping_disabled=_flag(env, "DISABLE_KERNEL_MAPPING"),
+            cxx=env.get("CXX", "").strip() or None,
+            cuda_home=_folder(cuda, "CUDA_HOME" if env.get("CUDA_HOME") else "CUDA_PATH") if cuda else None,
             hf_endpoint=(env.get("HF_ENDPOINT") or cls.hf_endpoint).rstrip("/"),
             telemetry=not any(_foreign_flag(env, name) for name in _NO_TELEMETRY),
             source_date_epoch=_epoch(env),

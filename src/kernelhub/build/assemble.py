@@ -1,26 +1,31 @@
-"""A project's Python becomes a variant's files: pure, so that the same sources always give the same bytes."""
+"""A project's Python and what was compiled become a variant's files: pure, so that the same input gives the same bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from kernelhub import __version__
+from kernelhub.build.compile import Steps, compile_plan
+from kernelhub.build.ninja import plan
 from kernelhub.build.recipe import Recipe
+from kernelhub.build.sources import native_files, python_files, source_digest
+from kernelhub.build.targets import Target, noarch_targets
+from kernelhub.build.toolchain import Toolchain
 from kernelhub.core.backends import BY_NAME
-from kernelhub.core.canonical import canonical_json, sha256_hex
 from kernelhub.core.digest import Digest
-from kernelhub.core.metadata import BackendInfo, Metadata
-from kernelhub.core.paths import is_bytecode, safe_path
-from kernelhub.core.variants import BuildVariant, Framework, NoArch
+from kernelhub.core.metadata import BackendInfo, Metadata, Provenance
 from kernelhub.errors import InvalidMetadata
 
-# What assembling adds to the sources; a new number gives new commits to all.
-EDITION = 1
+# The key of metadata.json under which a build says what it was made from; readers that do not know it keep it.
+BUILT_WITH = "kernelhub"
 
 _OPS = '''"""The ops of this build: `torch.ops.{ident}`."""
 
 import torch
-
+{load}
 ops = torch.ops.{ident}
 
 
@@ -46,50 +51,80 @@ globals().update({name: value for name, value in vars(_kernel).items() if not na
 '''
 
 
-def noarch_variants(recipe: Recipe) -> dict[BuildVariant, str]:
-    """The noarch variants of a project, with the backend of each."""
-    return {BuildVariant(Framework("noarch"), NoArch(backend)): backend for backend in recipe.backends}
+@dataclass(frozen=True)
+class Workshop:
+    """Where and how things are compiled: the toolchain, a folder for its work, how many steps at a time."""
+
+    toolchain: Toolchain
+    folder: Path
+    jobs: int | None = None
+    steps: Steps | None = None
 
 
-def sources(project: Path, recipe: Recipe) -> dict[str, bytes]:
-    """The Python files of a project, by their path in the package.
+def make_variant(
+    project: Path,
+    recipe: Recipe,
+    target: Target,
+    workshop: Workshop | None,
+    provenance: Mapping[str, Provenance] | None = None,
+) -> dict[str, bytes]:
+    """The files of a variant, metadata.json with its digest among them. A compiled target needs a `workshop`.
 
-    Raises `InvalidMetadata` where there is no `__init__.py`.
+    Raises `BuildFailed`, or `InvalidMetadata` where the project is not what it should be.
     """
-    package = project / "torch-ext" / recipe.python_name
-    found = {
-        safe_path(path.relative_to(package).as_posix()): path.read_bytes()
-        for path in sorted(package.rglob("*"))
-        if path.suffix.removeprefix(".") in recipe.pyext and path.is_file() and not is_bytecode(path.as_posix())
-    }
-    if "__init__.py" not in found:
-        raise InvalidMetadata(f"{package} has no __init__.py")
-    return found
+    digest = source_digest(project, recipe)
+    files = python_files(project, recipe)
+    built_with: dict[str, Any] = {"version": __version__, "sources": digest}
+    load = ""
+    if target.compiled:
+        assert workshop is not None
+        made = plan(recipe, target, workshop.toolchain, native_files(project, recipe), digest)
+        ident = made.ident
+        library = compile_plan(made, workshop.toolchain, workshop.folder, jobs=workshop.jobs, steps=workshop.steps)
+        _add(files, f"{ident}.abi3.so", library)
+        built_with["toolchain"] = workshop.toolchain.identity
+        load = f"\nfrom . import {ident}  # registers the ops\n"
+    else:
+        ident = f"_{recipe.python_name}_{target.backend}_{digest[:12]}"
+    _add(files, "_ops.py", _OPS.format(ident=ident, load=load).encode())
+    _add(files, f"{recipe.python_name}/__init__.py", _COMPATIBILITY.encode())
+    metadata = _metadata(recipe, target, ident, Digest.of(files), provenance or {}, built_with)
+    return {**files, "metadata.json": metadata.to_text().encode()}
 
 
-def source_digest(project: Path, recipe: Recipe) -> str:
-    """The hash (64 hex digits) of all that a noarch build is made from."""
-    files = {path: sha256_hex(data) for path, data in sources(project, recipe).items()}
-    files["build.toml"] = sha256_hex((project / "build.toml").read_bytes())
-    return sha256_hex(canonical_json({"edition": EDITION, "files": files}))
+def assemble(project: Path, recipe: Recipe, backend: str) -> dict[str, bytes]:
+    """The files of the noarch variant for a backend."""
+    target = next(item for item in noarch_targets(recipe) if item.backend == backend)
+    return make_variant(project, recipe, target, None)
 
 
-def assemble(project: Path, recipe: Recipe, backend: str) -> Mapping[str, bytes]:
-    """The files of the noarch variant for a backend, metadata.json with its digest among them."""
-    ident = f"_{recipe.python_name}_{backend}_{source_digest(project, recipe)[:12]}"
-    files = sources(project, recipe)
-    files.setdefault("_ops.py", _OPS.format(ident=ident).encode())
-    files.setdefault(f"{recipe.python_name}/__init__.py", _COMPATIBILITY.encode())
-    metadata = Metadata(
+def _add(files: dict[str, bytes], path: str, data: bytes) -> None:
+    """A file that the builder makes; a project that has it too would get another than it wrote."""
+    if path in files:
+        raise InvalidMetadata(f"torch-ext: {path} is a file that the builder makes", hint="Give yours another name.")
+    files[path] = data
+
+
+def _metadata(
+    recipe: Recipe,
+    target: Target,
+    ident: str,
+    digest: Digest,
+    provenance: Mapping[str, Provenance],
+    built_with: Mapping[str, Any],
+) -> Metadata:
+    archs = target.archs if target.compiled else recipe.archs.get(target.backend, ())
+    return Metadata(
         name=recipe.name,
         id=ident,
         version=recipe.version,
         license=recipe.license,
-        backend=BackendInfo(BY_NAME[backend].name, (recipe.archs or {}).get(backend, ())),
-        python_depends=recipe.python_depends_of(backend),
-        kernel_depends=recipe.kernel_depends_of(backend),
+        backend=BackendInfo(BY_NAME[target.backend].name, archs),
+        python_depends=recipe.python_depends_of(target.backend),
+        kernel_depends=recipe.kernel_depends_of(target.backend),
         upstream=recipe.upstream,
         source=recipe.source,
-        digest=Digest.of(files),
+        digest=digest,
+        provenance=provenance,
+        raw={BUILT_WITH: dict(built_with)},
     )
-    return {**files, "metadata.json": metadata.to_text().encode()}

@@ -1,18 +1,21 @@
-"""`build.toml` as a value. Noarch projects are read; what compiles is refused with what is missing.
+"""`build.toml` as a value: every key of editions 3 to 5 of the `kernels` project's format.
 
-The format is that of the `kernels` project's builder, editions 4 and 5 (the sections that noarch projects have).
+An error names the line and the key. Older editions are read as they are; `Recipe.notes` says what edition 5 would have
+otherwise, and `update` writes that. One thing is read beyond the format: a project may have both [torch] and
+[torch-noarch], and then has compiled and noarch variants of the same Python.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kernelhub.core.backends import BY_NAME
+from kernelhub.build.toml import Table, key_line
+from kernelhub.core.backends import BY_NAME, VersionPair
 from kernelhub.core.metadata import KernelDepend
 from kernelhub.core.refs import RepoId, Revision, Version
 from kernelhub.errors import InvalidMetadata, InvalidReference
@@ -22,29 +25,94 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+EDITION = 5
 _NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]", re.ASCII)
+_DEPENDS = re.compile(r"torch|cutlass_\d+_\d+|sycl_tla|metal-cpp", re.ASCII)
+
+FRAMEWORKS = ("torch", "torch-noarch", "tvm-ffi")
+_TOP = {"general", "kernel", *FRAMEWORKS}
 _GENERAL = {
     "name", "version", "edition", "license", "backends", "upstream", "source", "python-depends", "kernel-depends",
     "hub", "cuda", "neuron", "tpu", "xpu",
 }  # fmt: skip
+_BACKEND_TABLES = {
+    "cuda": {"minver", "maxver", "python-depends", "kernel-depends"},
+    "neuron": {"python-depends", "kernel-depends"},
+    "tpu": {"python-depends", "kernel-depends"},
+    "xpu": {"python-depends", "kernel-depends"},
+}
+_TORCH = {"src", "include", "minver", "maxver", "pyext", "cxx-flags", "stable-abi"}
+_TVM_FFI = {"src", "include", "pyext", "cxx-flags"}
 _NOARCH = {"pyext", "cuda_capabilities", "rocm_archs"}
-_COMPILED = ("torch", "tvm-ffi", "kernel")
+_KERNEL = {"backend", "depends", "src", "include", "cxx-flags"}
+_KERNEL_OF = {
+    "cpu": set[str](),
+    "cuda": {"cuda-capabilities", "cuda-flags", "cuda-minver"},
+    "metal": set[str](),
+    "rocm": {"rocm-archs", "hip-flags"},
+    "xpu": {"sycl-flags"},
+}
+# What files older than edition 3 have; nothing of theirs can be read.
+_ANCIENT = (("general", "language"), ("general", "universal"), ("torch", "universal"), ("torch", "name"))
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The section of a compiled framework: the sources that register the ops, and what they are built with.
+
+    `stable_abi` maps a backend to the torch version whose stable ABI is used; "" is for all backends.
+    """
+
+    sources: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    cxx_flags: tuple[str, ...] = ()
+    minver: VersionPair | None = None
+    maxver: VersionPair | None = None
+    stable_abi: Mapping[str, VersionPair] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One `[kernel.<name>]`: sources for one backend. `flags` are for the backend's own compiler."""
+
+    name: str
+    backend: str
+    sources: tuple[str, ...]
+    depends: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    cxx_flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    archs: tuple[str, ...] = ()
+    minver: VersionPair | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a noarch `build.toml` says. `depends` and `python_depends` are per backend; "" is for all."""
+    """What a `build.toml` says. `python_depends` and `kernel_depends` are per backend; "" is for all.
+
+    `binding` is the compiled section (of torch, or of tvm-ffi where `tvm_ffi`), `noarch` whether there are noarch
+    variants, `archs` theirs. `notes` say what edition 5 would have otherwise.
+    """
 
     name: str
     version: int
     license: str
     backends: tuple[str, ...]
     pyext: tuple[str, ...] = ("py", "pyi")
-    archs: Mapping[str, tuple[str, ...]] | None = None
+    noarch: bool = True
+    binding: Binding | None = None
+    tvm_ffi: bool = False
+    sections: tuple[Section, ...] = ()
+    archs: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     upstream: str | None = None
     source: str | None = None
-    python_depends: Mapping[str, tuple[str, ...]] | None = None
-    kernel_depends: Mapping[str, tuple[KernelDepend, ...]] | None = None
+    hub_repo: str | None = None
+    hub_branch: str | None = None
+    cuda_minver: VersionPair | None = None
+    cuda_maxver: VersionPair | None = None
+    python_depends: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    kernel_depends: Mapping[str, tuple[KernelDepend, ...]] = field(default_factory=dict, hash=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def python_name(self) -> str:
@@ -52,107 +120,277 @@ class Recipe:
 
     @classmethod
     def load(cls, project: Path) -> Recipe:
-        """Read `<project>/build.toml`. Raises `InvalidMetadata`, which names the file and the key."""
+        """Read `<project>/build.toml`. Raises `InvalidMetadata`, which names the file, the line and the key."""
         path = project / "build.toml"
         try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise InvalidMetadata(f"{project} has no build.toml") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InvalidMetadata(f"{path}: {error}") from error
+            raise InvalidMetadata(f"{project} has no build.toml", hint="`kernelhub init` makes a project.") from None
+        except UnicodeDecodeError as error:
+            raise InvalidMetadata(f"{path} is not UTF-8: {error}") from error
         try:
-            return cls.from_raw(raw)
+            return cls.parse(text)
         except InvalidMetadata as error:
             error.add_context(str(path))
             raise
 
     @classmethod
-    def from_raw(cls, raw: Mapping[str, Any]) -> Recipe:
-        """The value of a parsed build.toml."""
-        general = _table(raw, "general")
-        if compiled := [key for key in _COMPILED if key in raw]:
-            raise InvalidMetadata(
-                f"[{compiled[0]}]: kernels with sources to compile cannot be built by this version",
-                hint="Projects with a [torch-noarch] section can be.",
-            )
-        _known(raw, {"general", "torch-noarch"}, "")
-        _known(general, _GENERAL, "general.")
-        noarch = _table(raw, "torch-noarch")
-        _known(noarch, _NOARCH, "torch-noarch.")
-        name = general.get("name")
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InvalidMetadata(f"general.name: expected lower-case letters, digits and hyphens, got {name!r}")
-        version = general.get("version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 0:
-            raise InvalidMetadata(f"general.version: expected a whole number, got {version!r}")
-        backends = _strings(general, "backends", "general.")
-        if not backends or any(item not in BY_NAME for item in backends):
-            raise InvalidMetadata(f"general.backends: expected some of {', '.join(sorted(BY_NAME))}, got {backends!r}")
-        sections = {"": general, **{key: general[key] for key in ("cuda", "neuron", "tpu", "xpu") if key in general}}
-        return cls(
-            name=name,
-            version=version,
-            license=_text(general, "license", "general.") or "",
-            backends=backends,
-            pyext=_strings(noarch, "pyext", "torch-noarch.") or cls.pyext,
-            archs={
-                "cuda": _strings(noarch, "cuda_capabilities", "torch-noarch."),
-                "rocm": _strings(noarch, "rocm_archs", "torch-noarch."),
-            },
-            upstream=_text(general, "upstream", "general."),
-            source=_text(general, "source", "general."),
-            python_depends={key: _strings(table, "python-depends", key) for key, table in sections.items()},
-            kernel_depends={key: _depends(table, key) for key, table in sections.items()},
-        )
+    def parse(cls, text: str) -> Recipe:
+        """The value of a build.toml's text. Raises `InvalidMetadata`, which names the line and the key."""
+        try:
+            raw = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InvalidMetadata(str(error)) from error
+        _refuse_ancient(raw, text)
+        top = Table(raw, (), text)
+        top.known(_TOP)
+        general = top.table("general")
+        if general is None:
+            raise top.error("general", "expected this section, got nothing")
+        return _recipe(top, general)
 
     def python_depends_of(self, backend: str) -> tuple[str, ...]:
         """The Python packages that the variant for a backend needs."""
-        depends = self.python_depends or {}
-        return tuple(dict.fromkeys((*depends.get("", ()), *depends.get(backend, ()))))
+        return tuple(dict.fromkeys((*self.python_depends.get("", ()), *self.python_depends.get(backend, ()))))
 
     def kernel_depends_of(self, backend: str) -> tuple[KernelDepend, ...]:
         """The kernels that the variant for a backend needs."""
-        depends = self.kernel_depends or {}
-        return tuple(dict.fromkeys((*depends.get("", ()), *depends.get(backend, ()))))
+        return tuple(dict.fromkeys((*self.kernel_depends.get("", ()), *self.kernel_depends.get(backend, ()))))
+
+    def sections_of(self, backend: str) -> tuple[Section, ...]:
+        """The source groups for a backend."""
+        return tuple(section for section in self.sections if section.backend == backend)
+
+    def stable_abi_of(self, backend: str) -> VersionPair | None:
+        """The torch version whose stable ABI the backend's build uses; None where it is for one torch version."""
+        abi = self.binding.stable_abi if self.binding else {}
+        return abi.get(backend, abi.get(""))
 
 
-def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = raw.get(key)
-    if not isinstance(value, dict):
-        raise InvalidMetadata(f"[{key}]: expected this section, got {'nothing' if value is None else repr(value)}")
-    return value
+def update(text: str) -> str:
+    """The text of a build.toml in edition 5; what it says, its comments and its order stay.
+
+    Raises `InvalidMetadata` where it cannot be read.
+    """
+    raw = tomllib.loads(text)
+    recipe = Recipe.parse(text)
+    if not recipe.notes:
+        return text
+    general = raw["general"]
+    added = [f"edition = {EDITION}"] if "edition" not in general else []
+    if "version" not in general:
+        added.append(f"version = {recipe.version}")
+    if "license" not in general:
+        added.append(f'license = "{recipe.license}"')
+    lines = text.splitlines()
+    if "edition" in general:
+        at = key_line(text, ("general", "edition")) - 1
+        lines[at] = re.sub(r"=\s*\d+", f"= {EDITION}", lines[at], count=1)
+    at = key_line(text, ("general", "name"))
+    lines[at:at] = added
+    if not any(key in raw for key in FRAMEWORKS):
+        lines += ["", "[torch-noarch]"]
+    return "\n".join(lines) + "\n"
 
 
-def _known(table: Mapping[str, Any], known: set[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise InvalidMetadata(f"{where}{key}: unknown key; expected one of {', '.join(sorted(known))}")
+def _refuse_ancient(raw: Mapping[str, Any], text: str) -> None:
+    tables = [path for path in _ANCIENT if isinstance(raw.get(path[0]), dict) and path[1] in raw[path[0]]]
+    kernels = raw.get("kernel")
+    if isinstance(kernels, dict):
+        tables += [
+            ("kernel", name, "language")  # type: ignore[misc]
+            for name, table in kernels.items()
+            if isinstance(table, dict) and "language" in table
+        ]
+    if tables:
+        path: tuple[str, ...] = tables[0]
+        raise InvalidMetadata(
+            f"line {key_line(text, path)}: {'.'.join(path)}: this build.toml is older than edition 3, and cannot be read",
+            hint="Write it anew in edition 5: general.backends, a [torch] or [torch-noarch] section, and a backend in each "
+            "[kernel.<name>].",
+        )
 
 
-def _text(table: Mapping[str, Any], key: str, where: str) -> str | None:
-    value = table.get(key)
-    if value is not None and not isinstance(value, str):
-        raise InvalidMetadata(f"{where}{key}: expected text, got {value!r}")
-    return value
+def _recipe(top: Table, general: Table) -> Recipe:
+    general.known(_GENERAL)
+    notes: list[str] = []
+    frameworks = [key for key in FRAMEWORKS if top.has(key)]
+    edition = _edition(general, frameworks, notes)
+    noarch = top.table("torch-noarch")
+    binding = top.table("torch") or top.table("tvm-ffi")
+    _check_frameworks(top, frameworks, notes)
+    if noarch:
+        noarch.known(_NOARCH)
+    cuda = general.table("cuda")
+    hub = general.table("hub")
+    if hub:
+        hub.known({"repo-id", "branch"})
+    backends = general.texts("backends")
+    if not backends or any(item not in BY_NAME for item in backends):
+        raise general.error(
+            "backends", f"expected some of {', '.join(sorted(BY_NAME))}, got {general.raw('backends')!r}"
+        )
+    depends = {"": general, **{key: table for key in _BACKEND_TABLES if (table := _backend_table(general, key))}}
+    pyext = (binding.texts("pyext") if binding else ()) or (noarch.texts("pyext") if noarch else ())
+    return Recipe(
+        name=_name(general),
+        version=_required(general, "version", general.whole, 1, edition, notes),
+        license=_required(general, "license", general.string, "unknown", edition, notes),
+        backends=tuple(dict.fromkeys(backends)),
+        pyext=tuple(item.removeprefix(".") for item in pyext) or Recipe.pyext,
+        noarch=noarch is not None or not frameworks,
+        binding=_binding(binding) if binding else None,
+        tvm_ffi="tvm-ffi" in frameworks,
+        sections=_sections(top, backends),
+        archs={
+            "cuda": noarch.texts("cuda_capabilities") if noarch else (),
+            "rocm": noarch.texts("rocm_archs") if noarch else (),
+        },
+        upstream=general.string("upstream"),
+        source=general.string("source"),
+        hub_repo=hub.string("repo-id") if hub else None,
+        hub_branch=hub.string("branch") if hub else None,
+        cuda_minver=cuda.version("minver") if cuda else None,
+        cuda_maxver=cuda.version("maxver") if cuda else None,
+        python_depends={key: table.texts("python-depends") for key, table in depends.items()},
+        kernel_depends={key: _kernel_depends(table) for key, table in depends.items()},
+        notes=tuple(notes),
+    )
 
 
-def _strings(table: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    value = table.get(key, [])
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise InvalidMetadata(f"{where}{key}: expected a list of text, got {value!r}")
-    return tuple(value)
+def _edition(general: Table, frameworks: list[str], notes: list[str]) -> int:
+    """The edition: as written, or the oldest that the file can be."""
+    written = general.whole("edition")
+    if written is not None:
+        if written > EDITION or written < 3:
+            raise general.error("edition", f"expected 3, 4 or {EDITION}, got {written}")
+        if written != EDITION:
+            notes.append(f"general.edition is {written}, the present one is {EDITION}")
+        return written
+    notes.append(f"general.edition is missing, the present one is {EDITION}")
+    return 4 if frameworks and general.has("version") and general.has("license") else 3
 
 
-def _depends(table: Mapping[str, Any], where: str) -> tuple[KernelDepend, ...]:
-    found = []
-    for item in table.get("kernel-depends", []):
-        if not isinstance(item, dict) or ("version" in item) == ("revision" in item):
-            raise InvalidMetadata(
-                f'{where}kernel-depends: expected {{repo-id = "org/name", version = 1}} or a revision, got {item!r}'
+def _check_frameworks(top: Table, frameworks: list[str], notes: list[str]) -> None:
+    if not frameworks:
+        if not notes:  # edition 5 as it should be, but for this
+            raise top.error("torch", "expected one of the sections [torch], [torch-noarch] and [tvm-ffi], got none")
+        if top.has("kernel"):
+            raise top.error("kernel", "sources to compile need a [torch] section with the bindings in src")
+        notes.append("the section [torch-noarch] is missing; without a framework's section a kernel is noarch")
+    if "torch" in frameworks and "tvm-ffi" in frameworks:
+        raise top.error("tvm-ffi", "expected one framework, got [torch] and [tvm-ffi]")
+    if frameworks == ["torch-noarch"] and top.has("kernel"):
+        raise top.error(
+            "kernel", "a noarch kernel has no sources to compile; expected [torch] instead of [torch-noarch]"
+        )
+
+
+def _required(
+    general: Table, key: str, read: Callable[[str], Any], default: Any, edition: int, notes: list[str]
+) -> Any:
+    """A key that editions from 4 on must have; in 3 it has a default."""
+    value = read(key)
+    if value is not None and value != "" and not (isinstance(value, int) and value < 0):
+        return value
+    if value is None and edition == 3:
+        notes.append(f"general.{key} is missing, {default!r} is assumed")
+        return default
+    expected = "a whole number" if key == "version" else "text"
+    raise general.error(key, f"expected {expected}, got {'nothing' if value is None else repr(value)}")
+
+
+def _name(general: Table) -> str:
+    name = general.string("name")
+    if name is None or not _NAME.fullmatch(name):
+        raise general.error("name", f"expected lower-case letters, digits and hyphens, got {name!r}")
+    return name
+
+
+def _backend_table(general: Table, key: str) -> Table | None:
+    table = general.table(key)
+    if table:
+        table.known(_BACKEND_TABLES[key])
+    return table
+
+
+def _binding(table: Table) -> Binding:
+    torch = table.path == ("torch",)
+    table.known(_TORCH if torch else _TVM_FFI)
+    return Binding(
+        sources=table.texts("src"),
+        include=table.texts("include"),
+        cxx_flags=table.texts("cxx-flags"),
+        minver=table.version("minver") if torch else None,
+        maxver=table.version("maxver") if torch else None,
+        stable_abi=_stable_abi(table) if torch else {},
+    )
+
+
+def _stable_abi(table: Table) -> dict[str, VersionPair]:
+    """`"2.11"`, or a table from backends to versions."""
+    if not isinstance(table.raw("stable-abi"), dict):
+        version = table.version("stable-abi")
+        return {"": version} if version else {}
+    per_backend = table.table("stable-abi")
+    assert per_backend is not None
+    per_backend.known(set(BY_NAME))
+    return {key: version for key in BY_NAME if (version := per_backend.version(key))}
+
+
+def _sections(top: Table, backends: tuple[str, ...]) -> tuple[Section, ...]:
+    tables = top.table("kernel")
+    if not tables:
+        return ()
+    found = [(name, tables.table(name)) for name in tables.value]
+    return tuple(_section(name, table, backends) for name, table in found if table is not None)
+
+
+def _section(name: str, table: Table, backends: tuple[str, ...]) -> Section:
+    backend = table.string("backend")
+    if backend not in _KERNEL_OF:
+        raise table.error("backend", f"expected one of {', '.join(sorted(_KERNEL_OF))}, got {backend!r}")
+    table.known(_KERNEL | _KERNEL_OF[backend])
+    if backend not in backends:
+        raise table.error("backend", f"{backend!r} is not in general.backends")
+    depends = table.texts("depends")
+    for item in depends:
+        if not _DEPENDS.fullmatch(item):
+            raise table.error(
+                "depends", f"expected torch, cutlass_<major>_<minor>, sycl_tla or metal-cpp, got {item!r}"
             )
+    if not table.texts("src"):
+        raise table.error("src", "expected a list of source files, got none")
+    flags = {"cuda": "cuda-flags", "rocm": "hip-flags", "xpu": "sycl-flags"}.get(backend)
+    archs = {"cuda": "cuda-capabilities", "rocm": "rocm-archs"}.get(backend)
+    return Section(
+        name=name,
+        backend=backend,
+        sources=table.texts("src"),
+        depends=depends,
+        include=table.texts("include"),
+        cxx_flags=table.texts("cxx-flags"),
+        flags=table.texts(flags) if flags else (),
+        archs=table.texts(archs) if archs else (),
+        minver=table.version("cuda-minver") if backend == "cuda" else None,
+    )
+
+
+def _kernel_depends(table: Table) -> tuple[KernelDepend, ...]:
+    value = table.raw("kernel-depends") or []
+    if not isinstance(value, list):
+        raise table.error("kernel-depends", f"expected a list of tables, got {value!r}")
+    found = []
+    for item in value:
+        if not isinstance(item, dict) or ("version" in item) == ("revision" in item):
+            raise table.error(
+                "kernel-depends", f'expected {{repo-id = "org/name", version = 1}} or a revision, got {item!r}'
+            )
+        if unknown := item.keys() - {"repo-id", "version", "revision"}:
+            raise table.error("kernel-depends", f"unknown key {sorted(unknown)[0]!r}")
         try:
             pin = Version.parse(f"v{item['version']}") if "version" in item else Revision.parse(str(item["revision"]))
             found.append(KernelDepend(RepoId.parse(str(item.get("repo-id"))), pin))
         except InvalidReference as error:
-            raise InvalidMetadata(f"{where}kernel-depends: {error.message}") from error
+            raise table.error("kernel-depends", error.message) from error
     return tuple(found)

@@ -82,6 +82,9 @@ class _Bar:
         else:
             self._bars.update(self._task, total=self._total)
 
+    def note(self, text: str) -> None:
+        self._bars.console.print(text, markup=False, highlight=False)
+
     def advance(self, size: int) -> None:
         if self._task is not None:
             self._bars.advance(self._task, size)

@@ -33,6 +33,7 @@ from kernelhub.core.select import rank
 from kernelhub.core.trust import Origin, Published, TrustPolicy
 from kernelhub.core.variants import BuildVariant, VariantAccepted, VariantRejected
 from kernelhub.errors import (
+    BuildFailed,
     CompatibilityWarning,
     HubUnavailable,
     IncompatibleDevice,
@@ -50,9 +51,10 @@ from kernelhub.errors import (
 )
 from kernelhub.hub.importer import Importer, LoadedKernel, RepoInfo
 from kernelhub.hub.probe import current_device, detect_host, visible_archs
-from kernelhub.hub.sources.base import LOCAL, Listing, Moved, NoProgress, Progress, Source
+from kernelhub.hub.progress import TerminalLine
+from kernelhub.hub.sources.base import LOCAL, UNAVAILABLE, Listing, Moved, Progress, Source
 from kernelhub.hub.sources.local import LocalSource, local_source
-from kernelhub.hub.sources.project import EMBEDDED_ORG, ProjectSource
+from kernelhub.hub.sources.project import EMBEDDED_ORG, Building, ProjectSource
 from kernelhub.hub.store import Place, RefRecord, Store
 from kernelhub.hub.telemetry import UserAgent, user_agent
 from kernelhub.hub.verify import Verified, verify
@@ -115,7 +117,7 @@ class Hub:
     ) -> None:
         self.settings = Settings.from_env() if settings is None else settings
         self.store = Store(self.settings.cache_folder, self.settings.verify_always)
-        self.progress: Progress = progress or NoProgress()
+        self.progress: Progress = progress or TerminalLine()
         self._sources = None if sources is None else tuple(sources)
         self._by_agent: dict[object, tuple[Source, ...]] = {}
         self._host = host
@@ -184,9 +186,9 @@ class Hub:
         try:
             with context(f"while looking for {ref}"):
                 found = self._trusted(self.find(ref, sources, options), options)
-                variant = self._select(found, options)
+                variants = self._select(found, options)
                 if check_arch and self.host.choose_backend(backend).name in ("cuda", "rocm"):
-                    self._check_archs(self._fetch(found, variant, options).metadata, options)
+                    self._check_archs(self._fetch(found, variants[0], options).metadata, options)
         except (KernelNotFound, NoCompatibleVariant, IncompatibleDevice):
             return False
         return True
@@ -195,7 +197,7 @@ class Hub:
         """All builds of the kernel: those that run here, best first, then the others with the reason."""
         with context(f"while looking for {ref}"):
             found = self.find(ref, self.sources(), Options(backend=backend, offline=self.settings.offline))
-            return rank(found.listing.variants, self.host, self.host.choose_backend(backend))
+            return self._ranked(found, backend)
 
     def describe(
         self, ref: KernelRef, *, backend: str | None = None, trust_remote_code: Trust = False
@@ -241,7 +243,7 @@ class Hub:
         user_agent: UserAgent = None,
     ) -> LoadedKernel:
         """The kernel in a folder of the user's. Trust is for the kernels that it depends on."""
-        source, repo = local_source(path)
+        source, repo = local_source(path, building=building_of(self.settings))
         options = Options(self._policy(trust_remote_code), backend, offline=self.settings.offline)
         return self._load(KernelRef(repo, Revision("main")), (source, *self.sources(user_agent)), options)
 
@@ -295,7 +297,14 @@ class Hub:
         """The commit: from the pin itself, from the store where the hub was asked not long ago, or from the hub."""
         if isinstance(pin, Revision) and pin.commit:
             known = self.store.listing(source.key, repo, pin.commit)
-            return pin.commit if known else self._ask(source, options, lambda: source.resolve(repo, pin))
+            if known and not isinstance(source, ProjectSource):
+                return pin.commit
+            try:  # the same sources may be built with other tools by now, and then lie elsewhere
+                return self._ask(source, options, lambda: source.resolve(repo, pin))
+            except KernelNotFound:
+                if known:
+                    return pin.commit
+                raise
         record = self.store.ref(source.key, repo, str(pin))
         if record and self._fresh(record, source, options):
             if record.commit is None:
@@ -364,11 +373,24 @@ class Hub:
         trusted = record["publisher_trusted"]
         return trusted if isinstance(trusted, bool) else None
 
-    def _select(self, found: Found, options: Options) -> BuildVariant:
-        backend = self.host.choose_backend(options.backend)
-        ranked = rank(found.listing.variants, self.host, backend)
-        if ranked and isinstance(best := ranked[0], VariantAccepted):
-            return best.variant
+    def _ranked(self, found: Found, backend: str | None) -> list[VariantAccepted | VariantRejected]:
+        """The variants, best first, then those that do not run here; what the source cannot give is among the latter."""
+        ranked = rank(found.listing.variants, self.host, self.host.choose_backend(backend))
+        accepted: list[VariantAccepted | VariantRejected] = []
+        rejected: list[VariantAccepted | VariantRejected] = []
+        for item in ranked:
+            reason = found.listing.variants[item.variant.variant_str].get(UNAVAILABLE)
+            if isinstance(item, VariantAccepted) and isinstance(reason, str):
+                rejected.append(VariantRejected(item.variant, reason))
+            else:
+                (accepted if isinstance(item, VariantAccepted) else rejected).append(item)
+        return accepted + sorted(rejected, key=lambda item: item.variant.variant_str)
+
+    def _select(self, found: Found, options: Options) -> list[BuildVariant]:
+        """The variants that run here, the best first; there is at least one, or `NoCompatibleVariant` is raised."""
+        ranked = self._ranked(found, options.backend)
+        if accepted := [item.variant for item in ranked if isinstance(item, VariantAccepted)]:
+            return accepted
         rejected = [(item.variant.variant_str, item.reason) for item in ranked if isinstance(item, VariantRejected)]
         raise NoCompatibleVariant(str(found.ref), str(self.host), rejected)
 
@@ -416,8 +438,19 @@ class Hub:
         self, ref: KernelRef, sources: Sequence[Source], options: Options
     ) -> tuple[Found, BuildVariant, Verified]:
         found = self._trusted(self.find(ref, sources, options), options)
-        variant = self._select(found, options)
-        return found, variant, self._fetch(found, variant, options)
+        variants = self._select(found, options)
+        for variant, other in zip(variants, [*variants[1:], None], strict=True):
+            try:
+                return found, variant, self._fetch(found, variant, options)
+            except BuildFailed as error:
+                if other is None or self.settings.build == "always":
+                    raise
+                self._warn(
+                    f"{found.repo}: {variant} does not compile: {error.error}\n"
+                    f"  {other} serves instead. `kernelhub get {found.repo}` with KERNELHUB_BUILD=always says more.",
+                    KernelHubWarning,
+                )
+        raise AssertionError("there is at least one variant")
 
     def _load(self, ref: KernelRef, sources: Sequence[Source], options: Options) -> LoadedKernel:
         with context(f"while loading {ref}"):
@@ -511,6 +544,11 @@ class Hub:
             warnings.warn(text, category, stacklevel=2)
 
 
+def building_of(settings: Settings) -> Building:
+    """How kernels are compiled here when they are asked for."""
+    return Building(settings.build, settings.cache_folder / "build", settings.cxx, settings.cuda_home)
+
+
 def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]:
     """Local overrides, the embedded hub, the hubs of the settings, the Hugging Face Hub."""
     from kernelhub.hub.sources.huggingface import HuggingFaceSource
@@ -519,8 +557,9 @@ def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]
     def header() -> str:
         return user_agent(enabled=settings.telemetry, caller=agent)
 
-    found: list[Source] = [local_source(path, RepoId.parse(name))[0] for name, path in settings.local_kernels]
-    found.append(ProjectSource.embedded())
+    building = building_of(settings)
+    found: list[Source] = [local_source(path, RepoId.parse(name), building)[0] for name, path in settings.local_kernels]
+    found.append(ProjectSource.embedded(building))
     found += [LayoutSource(url, header) for url in settings.hubs]
     found.append(HuggingFaceSource(settings.hf_endpoint, header))
     return found

@@ -26,6 +26,10 @@ from kernelhub.core.trust import Origin
 LOCAL = "0" * 40
 
 
+# The key of a variant's details under which a source says why the variant cannot be had, as a user reads it.
+UNAVAILABLE = "unavailable"
+
+
 @dataclass(frozen=True)
 class Listing:
     """What a hub has of a repository at one commit; the store keeps it, so it is asked once.
@@ -46,11 +50,13 @@ class Moved(Exception):
 
 
 class Progress(Protocol):
-    """Who wants to know how far a transfer is: bytes to come, and bytes that came."""
+    """Who wants to know how far a transfer is: bytes to come, and bytes that came; and what takes seconds, in words."""
 
     def expect(self, size: int) -> None: ...
 
     def advance(self, size: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 class NoProgress:
@@ -60,6 +66,9 @@ class NoProgress:
         pass
 
     def advance(self, size: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass
 
 

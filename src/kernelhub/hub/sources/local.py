@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernelhub.core.metadata import Metadata
 from kernelhub.core.refs import Pin, RepoId
 from kernelhub.core.trust import Origin
 from kernelhub.core.variants import BuildVariant, parse_variant
-from kernelhub.errors import InvalidReference, RepositoryNotFound
+from kernelhub.errors import InvalidMetadata, InvalidReference, RepositoryNotFound
 from kernelhub.hub.sources.base import LOCAL, Listing, Progress, Source
-from kernelhub.hub.sources.project import ProjectSource
+from kernelhub.hub.sources.project import Building, ProjectSource
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,19 @@ class LocalSource:
             raise RepositoryNotFound(f"{self.folder} is {self.repo}, not {repo}")
 
 
-def local_source(path: Path, repo: RepoId | None = None) -> tuple[Source, RepoId]:
+def local_source(path: Path, repo: RepoId | None = None, building: Building | None = None) -> tuple[Source, RepoId]:
     """The source for a folder that the user named, and what its kernel is called.
 
     The folder is a kernel repository (with `build/`), its `build` folder, one variant's folder, or a source tree (with
-    `build.toml` and no `build/`). Raises `InvalidReference`, which says what was expected.
+    `build.toml`, and no `build/` or one that `kernelhub build` made from other sources than are there now). `building` is
+    for source trees. Raises `InvalidReference`, which says what was expected.
     """
     path = path.expanduser().absolute()
     if not path.is_dir():
         raise InvalidReference(f"{path} is not a folder", hint="Expected the folder of a kernel.")
     repo = repo or RepoId("local", _name(path))
-    if (path / "build.toml").is_file() and not (path / "build").is_dir():
-        return ProjectSource.of(path, repo), repo
+    if (path / "build.toml").is_file() and (not (path / "build").is_dir() or _edited(path)):
+        return ProjectSource.of(path, repo, building), repo
     if (path / "metadata.json").is_file() and isinstance(parse_variant(path.name), BuildVariant):
         return LocalSource(repo, path, {path.name: path}), repo
     builds = path / "build" if (path / "build").is_dir() else path
@@ -84,6 +86,24 @@ def local_source(path: Path, repo: RepoId | None = None) -> tuple[Source, RepoId
             "source tree with build.toml.",
         )
     return LocalSource(repo, path, variants), repo
+
+
+def _edited(project: Path) -> bool:
+    """Whether what lies in `build/` was made here, and from other sources; builds of other tools are taken as they are."""
+    from kernelhub.build.assemble import BUILT_WITH
+    from kernelhub.build.recipe import Recipe
+    from kernelhub.build.sources import source_digest
+
+    made_of = set()
+    for file in sorted((project / "build").glob("*/metadata.json")):
+        try:
+            made_of.add(Metadata.parse(file.read_bytes()).raw[BUILT_WITH]["sources"])
+        except (InvalidMetadata, KeyError, TypeError):
+            return False
+    try:
+        return bool(made_of) and made_of != {source_digest(project, Recipe.load(project))}
+    except InvalidMetadata:  # a build.toml of another time; the builds need none
+        return False
 
 
 def _name(path: Path) -> str:

@@ -1,21 +1,48 @@
-"""Kernels' source trees: variants are made when they are asked for. The embedded hub is a folder of them."""
+"""Kernels' source trees: variants are made when they are asked for. The embedded hub is a folder of them.
+
+A commit is 28 hex digits of the sources and 12 of what they are built with: the compilers, torch, the devices. So an edited
+source and a new compiler both give a new build, and a commit that a lock names on another machine is found here by its
+first part.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import kernelhub
-from kernelhub.core.refs import Pin, RepoId, Version
+from kernelhub.core.canonical import canonical_json, sha256_hex
+from kernelhub.core.refs import Pin, RepoId, Revision, Version
 from kernelhub.core.trust import Origin
-from kernelhub.core.variants import BuildVariant
 from kernelhub.errors import KernelNotFound, RepositoryNotFound
-from kernelhub.hub.sources.base import Listing, Progress
+from kernelhub.hub.sources.base import UNAVAILABLE, Listing, Progress
+
+if TYPE_CHECKING:
+    from kernelhub.build.recipe import Recipe
+    from kernelhub.build.targets import Target
+    from kernelhub.build.toolchain import Toolchain
 
 # The organisation whose repositories come from this package, whatever others serve under that name.
 EMBEDDED_ORG = "kernelhub"
+
+_SOURCES = 28  # hex digits of a commit that stand for the sources
+_NOTHING_COMPILED = "0" * (40 - _SOURCES)
+
+
+@dataclass(frozen=True)
+class Building:
+    """Whether and how kernels are compiled on this machine when they are asked for.
+
+    `mode`: `never`; `auto`, where a compiler is there, the noarch variant serving else; `always`, an error else.
+    `folder` is for the compilers' work; `cxx` and `cuda_home` are the tools that the user chose.
+    """
+
+    mode: str = "never"
+    folder: Path = Path("build")
+    cxx: str | None = None
+    cuda_home: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -28,43 +55,64 @@ class ProjectSource:
     key: str
     origin: Origin
     single: str | None = None
+    building: Building = field(default_factory=Building)
 
     @classmethod
-    def embedded(cls) -> ProjectSource:
+    def embedded(cls, building: Building | None = None) -> ProjectSource:
         """The kernels inside this package."""
-        return cls(_embedded_folder(), EMBEDDED_ORG, "the embedded hub", "embedded", Origin.EMBEDDED)
+        return cls(
+            _embedded_folder(), EMBEDDED_ORG, "the embedded hub", "embedded", Origin.EMBEDDED,
+            building=building or Building(),
+        )  # fmt: skip
 
     @classmethod
-    def of(cls, project: Path, repo: RepoId) -> ProjectSource:
+    def of(cls, project: Path, repo: RepoId, building: Building | None = None) -> ProjectSource:
         """One project that the user named."""
-        return cls(project, repo.org, str(project), "projects", Origin.FOLDER, single=repo.name)
+        return cls(
+            project, repo.org, str(project), "projects", Origin.FOLDER, single=repo.name,
+            building=building or Building(),
+        )  # fmt: skip
 
     def check(self) -> None:
         """Nothing to ask: the folder is looked into whenever it is asked."""
 
     def resolve(self, repo: RepoId, pin: Pin) -> str:
         refs = self.refs(repo)
-        if str(pin) in refs.values():
-            return str(pin)
-        if str(pin) not in refs:
-            raise KernelNotFound(f"{self.name} has no {repo}@{pin} (there: {', '.join(sorted(refs))})")
-        return refs[str(pin)]
+        if isinstance(pin, Revision) and pin.commit:
+            if pin.commit[:_SOURCES] == refs["main"][:_SOURCES]:
+                return refs["main"]
+        elif str(pin) in refs:
+            return refs[str(pin)]
+        raise KernelNotFound(f"{self.name} has no {repo}@{pin} (there: {', '.join(sorted(refs))})")
 
     def refs(self, repo: RepoId) -> Mapping[str, str]:
-        from kernelhub.build.assemble import source_digest
         from kernelhub.build.recipe import Recipe
 
         project = self._project(repo)
         recipe = Recipe.load(project)
-        commit = source_digest(project, recipe)[:40]
+        commit = self._commit(project, recipe)
         return {"main": commit, str(Version(recipe.version)): commit}
 
     def listing(self, repo: RepoId, commit: str) -> Listing:
-        from kernelhub.build.assemble import noarch_variants
         from kernelhub.build.recipe import Recipe
+        from kernelhub.build.targets import compiled_target, noarch_targets
 
-        variants = noarch_variants(Recipe.load(self._project(repo)))
-        return Listing({str(variant): {"backend": backend} for variant, backend in variants.items()})
+        recipe = Recipe.load(self._project(repo))
+        found: dict[str, dict[str, str]] = {}
+        compiled = set()
+        if recipe.binding:
+            toolchain, devices = self._machine(recipe)
+            for backend in recipe.backends:
+                made = compiled_target(recipe, backend, toolchain, devices)
+                if made.variant is not None:
+                    reason = "KERNELHUB_BUILD=never: nothing is built here" if self._never else made.reason
+                    found[str(made.variant)] = _details(backend, reason)
+                    compiled.add(backend)
+        for target in noarch_targets(recipe):
+            instead = self.building.mode == "always" and target.backend in compiled
+            reason = "KERNELHUB_BUILD=always asks for the compiled build" if instead else None
+            found[str(target.variant)] = _details(target.backend, reason)
+        return Listing(found)
 
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         return None
@@ -72,29 +120,76 @@ class ProjectSource:
     def fetch(
         self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
-        from kernelhub.build.assemble import assemble, source_digest
+        from kernelhub.build.assemble import Workshop, make_variant
         from kernelhub.build.recipe import Recipe
 
         project = self._project(repo)
         recipe = Recipe.load(project)
-        if source_digest(project, recipe)[:40] != commit:
-            raise KernelNotFound(f"{project} changed while {repo} {BuildVariant.parse(variant)} was made from it")
-        files = assemble(project, recipe, details["backend"])
+        if self._commit(project, recipe)[:_SOURCES] != commit[:_SOURCES]:
+            raise KernelNotFound(f"{project} changed while {repo} {variant} was made from it")
+        target = self._target(recipe, variant, details["backend"])
+        workshop = None
+        if target.compiled:
+            progress.note(f"building {repo} {variant}")
+            workshop = Workshop(self._machine(recipe)[0], self.building.folder)
+        files = make_variant(project, recipe, target, workshop)
         progress.expect(sum(map(len, files.values())))
         for path, data in files.items():
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
+            place = folder / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
             progress.advance(len(data))
 
     def locate(self, repo: RepoId, variant: str) -> Path | None:
         return None
+
+    @property
+    def _never(self) -> bool:
+        return self.building.mode == "never"
 
     def _project(self, repo: RepoId) -> Path:
         project = self.folder if self.single else self.folder / repo.name
         if repo.org != self.org or self.single not in (None, repo.name) or not (project / "build.toml").is_file():
             raise RepositoryNotFound(f"{self.name} has no {repo}")
         return project
+
+    def _commit(self, project: Path, recipe: Recipe) -> str:
+        """What the project is now, and what it would be built with."""
+        from kernelhub.build.sources import source_digest
+
+        sources = source_digest(project, recipe)[:_SOURCES]
+        if recipe.binding is None or self._never:
+            return sources + _NOTHING_COMPILED
+        toolchain, devices = self._machine(recipe)
+        machine = {"mode": self.building.mode, "toolchain": toolchain.identity, "devices": devices}
+        return sources + sha256_hex(canonical_json(machine))[: len(_NOTHING_COMPILED)]
+
+    def _target(self, recipe: Recipe, variant: str, backend: str) -> Target:
+        from kernelhub.build.targets import Skipped, compiled_target, noarch_targets
+
+        for target in noarch_targets(recipe):
+            if str(target.variant) == variant:
+                return target
+        made = compiled_target(recipe, backend, *self._machine(recipe))
+        if isinstance(made, Skipped) or str(made.variant) != variant:
+            reason = f": {made.reason}" if made.reason else ""
+            raise KernelNotFound(f"{variant} cannot be built here any more{reason}")
+        return made
+
+    def _machine(self, recipe: Recipe) -> tuple[Toolchain, tuple[str, ...] | None]:
+        """The toolchain, and the devices to build for; None where there is none to see: a release build serves all."""
+        from kernelhub.build.toolchain import find_toolchain
+        from kernelhub.core.backends import BY_NAME
+        from kernelhub.hub.probe import detect_host, visible_archs
+
+        cuda = detect_host().backend == "cuda" and "cuda" in recipe.backends
+        toolchain = find_toolchain(self.building.cxx, self.building.cuda_home, with_cuda=cuda)
+        devices = tuple(sorted(set(visible_archs(BY_NAME["cuda"])))) if cuda else ()
+        return toolchain, devices or None
+
+
+def _details(backend: str, reason: str | None) -> dict[str, str]:
+    return {"backend": backend, UNAVAILABLE: reason} if reason else {"backend": backend}
 
 
 def _embedded_folder() -> Path:

@@ -1,0 +1,143 @@
+"""Run a build: a folder, ninja in it, and the first thing that a compiler complains of."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernelhub.build.ninja import Plan
+from kernelhub.build.toolchain import Toolchain
+from kernelhub.errors import BuildFailed
+
+# Told how many of how many steps are done.
+Steps = Callable[[int, int], None]
+
+_STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
+_COMPILER = re.compile(
+    r"^(?P<where>[^\s:(][^:(]*)(?::(?P<line>\d+)(?::\d+)?|\((?P<nvcc>\d+)\)):?\s(?:fatal |catastrophic )?error:? (?P<text>.+)$"
+)
+_LINKER = re.compile(r"(undefined reference to .*|undefined symbol: .*|cannot find -l\S+.*|multiple definition of .*)")
+_DRIVER = re.compile(
+    r"^(?:nvcc|g\+\+|clang\S*|c\+\+|\S*cc1plus|zig|ld|\S+)\s*:?\s*(?:fatal )?\s*:? ?error ?: (.+)$", re.IGNORECASE
+)
+
+# The usual causes, the most telling first.
+_HINTS = (
+    (r"Python\.h.*(No such file|not found)", "The Python headers are missing: apt-get install python3-dev."),
+    (
+        r"should not be included when either TORCH_STABLE_ONLY or TORCH_TARGET_VERSION",
+        "torch.stable-abi is set: sources may include torch/csrc/stable/*, torch/headeronly/* and the AOTI shim, "
+        "and no other header of torch.",
+    ),
+    (
+        r"(requires? C\+\+|C\+\+ ?(17|20|23) (or later )?(is required|compiler|compatible)|need C\+\+|unrecognized command[- ]line option .-std=|invalid value .*-std=)",
+        "The C++ standard: torch's headers need C++20 here. Use g++ 11, clang 16 or newer; a -std in cxx-flags wins.",
+    ),
+    (
+        r"(cublas|cusparse|cusolver|curand|cufft)\w*\.h.*(No such file|not found)",
+        "The CUDA toolkit here lacks this library's headers: install it whole. Kernels on the stable ABI do not need them.",
+    ),
+    (r"\.(h|hpp|cuh|hxx|inc).*(No such file|file not found|cannot open source file)", "Is its folder in `include` of the section? Paths are relative to build.toml."),
+    (r"unsupported GNU version|unsupported clang version", "nvcc does not take this host compiler: set CXX to an older one."),
+    (r"[Uu]nsupported gpu architecture", "nvcc here does not know an architecture of cuda-capabilities."),
+    (r"is not a member of .torch::stable|no member named .* in namespace 'torch::stable", "Newer torch has it: raise torch.stable-abi."),
+    (r"cannot find -l|unable to find library", "The linker does not find this library."),
+    (r"undefined reference|undefined symbol", "Is the source that defines it in `src` of a section?"),
+    (r"Killed|out of memory|cannot allocate memory", "The compiler ran out of memory: try --jobs 1."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong first: the compiler's line, where, and the command that was run."""
+
+    text: str
+    command: str
+    log: str
+
+
+def compile_plan(
+    plan: Plan, toolchain: Toolchain, folder: Path, *, jobs: int | None = None, steps: Steps | None = None
+) -> bytes:
+    """The shared library that a plan makes. It is built in a folder of its own below `folder`.
+
+    The folder goes when it is done. After a failure it stays as `<folder>/<ident>.failed`, so that the command that
+    failed can be run again; it replaces the one before. Raises `BuildFailed`.
+    """
+    work = folder / f".{plan.ident}.{uuid.uuid4().hex[:8]}"
+    try:
+        _write(plan, work)
+        failed = _run(toolchain, work, jobs, steps)
+        if failed is None:
+            return (work / plan.output).read_bytes()
+        kept = folder / f"{plan.ident}.failed"
+        shutil.rmtree(kept, ignore_errors=True)
+        work.rename(kept)
+        raise _error(failed, kept)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(plan: Plan, work: Path) -> None:
+    for path, data in plan.files.items():
+        target = work / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+
+
+def _run(toolchain: Toolchain, work: Path, jobs: int | None, steps: Steps | None) -> Failure | None:
+    assert toolchain.ninja is not None
+    command = [*toolchain.ninja, "-C", str(work), *(["-j", str(jobs)] if jobs else [])]
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as ran:
+        assert ran.stdout is not None
+        for line in ran.stdout:
+            lines.append(line.rstrip("\n"))
+            if steps and (status := _STATUS.match(line)):
+                steps(int(status[1]), int(status[2]))
+    return None if ran.returncode == 0 else read_failure(lines)
+
+
+def read_failure(lines: list[str]) -> Failure:
+    """What ninja printed, read: the first step that failed, and the first error that its compiler names."""
+    at = next((number for number, line in enumerate(lines) if line.startswith("FAILED:")), None)
+    command = lines[at + 1] if at is not None and at + 1 < len(lines) else ""
+    output = [line for line in lines[at + 2 if at is not None else 0 :] if not _STATUS.match(line)]
+    text = next(_errors(output), None) or next((line for line in output if line.strip()), "the compiler said nothing")
+    return Failure(text, command, "\n".join(output))
+
+
+def _errors(output: Iterable[str]) -> Iterator[str]:
+    """Errors in the order of their worth: where in a source, what a linker misses, what a compiler's driver says."""
+    kept = list(output)
+    for line in kept:
+        if match := _COMPILER.match(line):
+            where = match["where"].removeprefix("./")
+            yield f"{where}:{match['line'] or match['nvcc']}: {match['text']}"
+    for line in kept:
+        if match := _LINKER.search(line):
+            yield match[1]
+    for line in kept:
+        if match := _DRIVER.match(line):
+            yield match[1]
+
+
+def _error(failure: Failure, folder: Path) -> BuildFailed:
+    hint = next((text for pattern, text in _HINTS if re.search(pattern, failure.text)), None) or next(
+        (text for pattern, text in _HINTS if re.search(pattern, failure.log)), None
+    )
+    command = f"cd {folder} && {failure.command}"
+    return BuildFailed(
+        f"the kernel's sources do not compile\n    {failure.text}",
+        error=failure.text,
+        command=command,
+        log=failure.log,
+        hint="\n  ".join(filter(None, (hint, f"To repeat it: {command}"))),
+    )
