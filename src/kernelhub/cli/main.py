@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kernelhub import __version__
-from kernelhub.cli import cache, doctor, get, info, publish, serve, variants, versions
+from kernelhub.cli import cache, demo, doctor, get, info, publish, serve, variants, versions
 from kernelhub.cli.render import show_error
 from kernelhub.errors import KernelHubError
 
@@ -25,7 +25,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (get.get, info.info, versions.versions, variants.variants, publish.publish, doctor.doctor, serve.serve):
+for command in (
+    demo.demo,
+    get.get,
+    info.info,
+    versions.versions,
+    variants.variants,
+    publish.publish,
+    doctor.doctor,
+    serve.serve,
+):
     app.command()(command)
 app.add_typer(cache.app, name="cache")
 
