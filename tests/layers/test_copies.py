@@ -274,5 +274,7 @@ def test_a_spawned_process_gets_a_kernelized_model(
     assert {row["outcome"] for row in report["rows"]} == {"kernel"}
     assert bound
     assert (output == model(x).detach().numpy()).all()
-    assert outcomes(pickle.loads(file)) == outcomes(model)
+    back = pickle.loads(file)
+    assert outcomes(back) == outcomes(model)
     unkernelize(model)
+    unkernelize(back)

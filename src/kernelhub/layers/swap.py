@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary, finalize, ref
 
 from torch import nn
 
@@ -184,11 +184,9 @@ class Transaction:
     def use(self, function: nn.Module, swap: Swap, forward: Any) -> None:
         """Let a process-wide function run a kernel, or another one than before."""
         self._remember(function)
-        users = _users(function)
         if in_effect(function):
             take(function)
         put(function, swap, forward)
-        function.__dict__[MARKER].users = users
 
     def join(self, module: nn.Module, functions: Mapping[str, tuple[nn.Module, Swap]]) -> None:
         """Give a module its stake in functions that run the kernels named."""
@@ -208,7 +206,7 @@ class Transaction:
             if uses in users:
                 self._remember(function)
                 users.discard(uses)
-                if not users:
+                if not has_users(function):
                     take(function)
 
     def undo(self) -> None:
@@ -241,7 +239,7 @@ def _reinstate(module: nn.Module, before: Mapping[str, Any]) -> None:
 
 def has_users(function: nn.Module) -> bool:
     """Whether anybody has a stake in the function's kernel."""
-    return bool(_users(function))
+    return any(True for _ in _users(function))  # iterating skips those that are gone, which the length may count
 
 
 def holds(uses: Uses, function: nn.Module, swap: Swap) -> bool:
@@ -263,6 +261,15 @@ def _join(uses: Uses, function: nn.Module, swap: Swap) -> None:
     marker = in_effect(function)
     if marker is not None and marker.swap.content == swap.content:
         _users(function).add(uses)
+        finalize(uses, _gone, function, ref(marker)).atexit = False
+
+
+def _gone(function: nn.Module, joined: ref[Marker]) -> None:
+    """A module with a stake is gone: if it was the last, its function must not run the kernel for everybody else."""
+    with functions_lock:
+        marker = in_effect(function)
+        if marker is not None and marker is joined() and not has_users(function):
+            take(function)
 
 
 # Reading models from files: each of these is called by pickle while the module is still empty.
