@@ -15,9 +15,9 @@ from kernelhub.hub.server import running
 @pytest.fixture(scope="session")
 def _loopback() -> Iterator[LoopbackHub]:
     hub = LoopbackHub("")
-    logging.getLogger("uvicorn.error").disabled = True  # it reports the bodies that the tests cut
     with running(hub) as server:
         hub.url = server.url
+        logging.getLogger("uvicorn.error").disabled = True  # it reports the bodies that the tests cut
         yield hub
 
 

@@ -25,11 +25,12 @@ from kernelhub.errors import (
 )
 from kernelhub.hub.http import Patience
 from kernelhub.hub.server import app
-from kernelhub.hub.sources.base import Moved, NoProgress
+from kernelhub.hub.sources.base import Moved, NoProgress, Progress
 from kernelhub.hub.sources.huggingface import HuggingFaceSource, read_redirect
 from kernelhub.hub.sources.huggingface_cache import HuggingFaceCacheSource
 
 REPO = RepoId("acme", "relu")
+V1 = Version(1)
 VARIANT = "torch-universal"
 TREE = "/tree/"
 RESOLVE = "/resolve/"
@@ -52,10 +53,10 @@ def tree_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def fetch(source: Any, folder: Path, pin: Pin = Version(1)) -> str:  # noqa: B008 - a frozen value
+def fetch(source: Any, folder: Path, pin: Pin = V1, progress: Progress | None = None) -> str:
     commit: str = source.resolve(REPO, pin)
     details = source.listing(REPO, commit).variants[VARIANT]
-    source.fetch(REPO, commit, VARIANT, details, folder, NoProgress())
+    source.fetch(REPO, commit, VARIANT, details, folder, progress or NoProgress())
     return commit
 
 
@@ -402,9 +403,11 @@ def test_an_altered_body_is_fetched_again_once(
     data = os.urandom(size)
     write_kernel(kernels, files={"data.bin": data})
     hub.alter("data.bin", times=1)
-    fetch(source, folder)
+    progress = Counted()
+    fetch(source, folder, progress=progress)
     assert (folder / "data.bin").read_bytes() == data
     assert len(hub.targets("data.bin")) == 2
+    assert progress.arrived == progress.expected  # no byte is counted twice
 
 
 @pytest.mark.parametrize("size", [300, 1_200_000])
@@ -432,6 +435,7 @@ def test_a_listed_size_that_is_a_lie(
     hub.rewrite("universal?", _with_size(change))
     with pytest.raises(IntegrityError, match="different: data.bin"):
         fetch(source, folder)
+    assert (folder / "data.bin").stat().st_size <= 1000 + change
 
 
 def test_an_empty_file_has_the_hash_of_nothing(
