@@ -16,6 +16,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.func import grad, hessian, jvp, vmap
 from transformers import activations
 
+import kernelhub
+from kernelhub.hub.client import Hub, set_default_hub
+from kernelhub.settings import Settings
+
 ROOT = Path(__file__).parents[2] / "kernels/activation/torch-ext/activation"
 
 
@@ -243,3 +247,15 @@ def test_layers_have_nothing_but_what_the_contract_allows() -> None:
         assert members <= {"forward", "can_torch_compile", "has_backward"}
         assert layer.can_torch_compile is True
         assert layer.has_backward is True
+
+
+def test_comes_from_the_embedded_hub(tmp_path: Path) -> None:
+    """What the tests above read from the folder is what users get by name."""
+    set_default_hub(Hub(settings=Settings(cache=tmp_path, offline=True)))
+    try:
+        kernel = kernelhub.get_kernel("kernelhub/activation", version=1)
+    finally:
+        set_default_hub(None)
+    assert kernel.__all__ == activation.__all__
+    assert kernel.layers.__all__ == activation.layers.__all__
+    assert torch.equal(kernel.gelu_quick(values((3, 8))), activation.gelu_quick(values((3, 8))))

@@ -21,6 +21,10 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+import kernelhub
+from kernelhub.hub.client import Hub, set_default_hub
+from kernelhub.settings import Settings
+
 ROOT = Path(__file__).parents[2] / "kernels/norm/torch-ext/norm"
 
 
@@ -370,3 +374,16 @@ def test_layers_have_nothing_but_what_the_contract_allows() -> None:
         assert layer.has_backward is True
         assert "__init__" not in vars(layer)
     assert set(ALL) == set(norm.layers.__all__)
+
+
+def test_comes_from_the_embedded_hub(tmp_path: Path) -> None:
+    """What the tests above read from the folder is what users get by name."""
+    set_default_hub(Hub(settings=Settings(cache=tmp_path, offline=True)))
+    try:
+        kernel = kernelhub.get_kernel("kernelhub/norm", version=1)
+    finally:
+        set_default_hub(None)
+    assert kernel.__all__ == norm.__all__
+    assert kernel.layers.__all__ == norm.layers.__all__
+    x, weight = torch.randn(3, HIDDEN), torch.randn(HIDDEN)
+    assert torch.equal(kernel.rms_norm(x, weight), norm.rms_norm(x, weight))

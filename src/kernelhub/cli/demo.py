@@ -138,7 +138,8 @@ class Demo:
 def demo(model: Model = None, save: Save = None, as_json: Json = False) -> int:
     """Kernelize two real models (a Llama and a BERT, random weights), check and time them; 1 if that is no success."""
     _needs_transformers()
-    result = run_demo([model_case(model)] if model is not None else built_in_cases())
+    cases = [model_case(model)] if model is not None else built_in_cases()
+    result = run_demo(cases, rounds=ROUNDS)
     if save is not None:
         _write(save, result)
     if as_json:
@@ -148,12 +149,12 @@ def demo(model: Model = None, save: Save = None, as_json: Json = False) -> int:
     return 0 if result.ok else 1
 
 
-def run_demo(cases: list[Case], mapping: KernelMapping | None = None, *, rounds: int = ROUNDS) -> Demo:
+def run_demo(cases: list[Case], mapping: KernelMapping | None = None, *, rounds: int) -> Demo:
     """Compare each model with itself; `mapping` None is what comes with this package."""
     return Demo(tuple(compare(case, mapping, rounds=rounds) for case in cases))
 
 
-def compare(case: Case, mapping: KernelMapping | None = None, *, rounds: int = ROUNDS) -> Comparison:
+def compare(case: Case, mapping: KernelMapping | None = None, *, rounds: int) -> Comparison:
     """Kernelize the model, check its outputs against those from before, and time both in turns.
 
     The model is left kernelized. Each round undoes and redoes the swap, so that both states see the same weather.

