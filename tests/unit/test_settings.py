@@ -30,6 +30,8 @@ def test_every_setting_has_a_variable(name: str, tmp_path: Path) -> None:
         "trust": {"KERNELHUB_TRUST": "org/*"},
         "trusted_keys": {"KERNELHUB_TRUSTED_KEYS": "abc"},
         "local_kernels": {"LOCAL_KERNELS": f"org/name={tmp_path}"},
+        "cxx": {"CXX": "clang++"},
+        "cuda_home": {"CUDA_HOME": str(tmp_path)},
         "mapping_disabled": {"DISABLE_KERNEL_MAPPING": "1"},
         "hf_endpoint": {"HF_ENDPOINT": "https://hub.example"},
         "telemetry": {"DO_NOT_TRACK": "1"},
