@@ -61,6 +61,21 @@ class NoBackward(nn.Module):
         return torch.ops.kernelhub_tests.plus_thousand(x)
 
 
+class _Double(torch.autograd.Function):  # with a backward, without rules for vmap and forward-mode AD
+    @staticmethod
+    def forward(ctx, x):
+        return x + 1000
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Function(nn.Module):
+    def forward(self, x):
+        return _Double.apply(x)
+
+
 class NoBackwardNoCompile(nn.Module):
     has_backward = False
 
