@@ -122,6 +122,19 @@ def test_a_cut_answer_is_asked_for_again(hub: LoopbackHub, patience: Patience) -
     assert len(hub.requests) == 2
 
 
+def test_a_large_answer_that_is_always_cut(hub: LoopbackHub, patience: Patience) -> None:
+    """An answer is not resumed, so its bytes are no progress."""
+    hub.break_with("/x", _always_cut)
+    with pytest.raises(HubUnavailable, match="5 times"):
+        client_of(hub, patience).get("/x")
+    assert len(hub.requests) == patience.attempts
+
+
+def _always_cut(_: Request, reply: Reply) -> None:
+    reply.set_body(b" " * 1_000_000)
+    reply.cut = 500_000
+
+
 def test_a_hub_that_stalls_ends_in_an_error(hub: LoopbackHub) -> None:
     hub.stall("/x")
     with pytest.raises(HubUnavailable, match="ReadTimeout"):

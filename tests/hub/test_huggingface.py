@@ -396,6 +396,30 @@ def test_a_hub_that_does_not_resume(
     assert (folder / "large.bin").read_bytes() == large
 
 
+@pytest.mark.parametrize("resume", [_from_the_beginning, _at_another_place])
+def test_a_hub_that_never_resumes_and_always_cuts(
+    hub: LoopbackHub,
+    source: HuggingFaceSource,
+    kernels: Path,
+    folder: Path,
+    resume: Callable[[Reply, bytes], None],
+) -> None:
+    """Every attempt brings bytes, so no deadline ends this."""
+    large = os.urandom(700_000)
+    write_kernel(kernels, files={"large.bin": large})
+
+    def answer(request: Request, reply: Reply) -> None:
+        assert len(hub.targets("large.bin")) < 30
+        if "range" in request.headers:
+            resume(reply, large)
+        reply.cut = 300_000
+
+    hub.break_with("large.bin", answer)
+    with pytest.raises(HubUnavailable, match="does not resume"):
+        fetch(source, folder)
+    assert len(hub.targets("large.bin")) < 15
+
+
 @pytest.mark.parametrize("size", [300, 1_200_000])
 def test_an_altered_body_is_fetched_again_once(
     hub: LoopbackHub, source: HuggingFaceSource, kernels: Path, folder: Path, size: int

@@ -69,19 +69,19 @@ class Budget:
         self._deadline = patience.clock() + patience.total
 
     def received(self, size: int) -> None:
-        """Count bytes of a body. Raises `Interrupted` where they come too slowly, `Cancelled` where nobody wants them."""
-        self.check()
+        """Count bytes of a body that no attempt before had: enough of them renew the budget. Raises as `check` does."""
         self._since_progress += size
         if self._since_progress >= _PROGRESS:
             self._since_progress, self.failures = 0, 0
             self._deadline = self.patience.clock() + self.patience.total
-        elif self.remaining() <= 0:
-            raise Interrupted("it sent almost nothing")
+        self.check()
 
     def check(self) -> None:
-        """Raises `Cancelled` where the call that this request belongs to is over."""
+        """Raises `Cancelled` where the call that this request belongs to is over, `Interrupted` after the deadline."""
         if self.cancelled:
             raise Cancelled
+        if self.remaining() <= 0:
+            raise Interrupted("it sent almost nothing")
 
     def remaining(self) -> float:
         """Seconds until the deadline; negative after it."""
@@ -164,7 +164,7 @@ class HttpClient:
                 body += chunk
                 if len(body) > limit:
                     raise InvalidMetadata(f"{self.hub_name}: GET {target}: the answer has more than {limit:,} bytes")
-                budget.received(len(chunk))
+                budget.check()
             return Answer(bytes(body), self._next_page(response, target))
 
         def job(budget: Budget) -> Answer:
@@ -196,8 +196,8 @@ class HttpClient:
         """
         budget.request = target
         while True:
-            budget.check()
             try:
+                budget.check()
                 return self._attempt(target, consume, budget, {**headers, **more_headers()}, absent)
             except Interrupted as interrupted:
                 self._pause(target, interrupted, budget)

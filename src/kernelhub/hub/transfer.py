@@ -12,6 +12,9 @@ from typing import Any
 from kernelhub.errors import HubUnavailable, IntegrityError, KernelHubError, StoreError, Violation
 from kernelhub.hub.http import Budget, Headers, HttpClient, Interrupted
 
+# How often a file is begun again: once for wrong bytes, and for hubs that do not resume.
+_MAX_RESTARTS = 4
+
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -40,7 +43,7 @@ class Download:
     ) -> None:
         self._http, self._target, self._headers = http, target, headers
         self._file, self._path, self._report = file, path, report
-        self._received = self._reported = 0
+        self._received = self._reported = self._restarts = 0
         self._hash = _content_hash(file)
 
     def run(self, budget: Budget) -> None:
@@ -72,6 +75,15 @@ class Download:
         return self._right
 
     def _restart(self) -> None:
+        """Begin again. Bytes that come twice renew the budget too, so it is this that ends a hub that never resumes."""
+        self._restarts += 1
+        if self._restarts > _MAX_RESTARTS:
+            raise HubUnavailable(
+                f"{self._http.hub_name} is not available: GET {self._target}: it is cut off each time and does not resume",
+                hub=self._http.hub_name,
+                request=f"GET {self._target}",
+                hint="Try again later, or over another connection.",
+            )
         self._received, self._hash = 0, _content_hash(self._file)
 
     def _range(self) -> Headers:
