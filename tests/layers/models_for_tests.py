@@ -39,6 +39,14 @@ class Mlp(nn.Module):
         return self.down(self.up(x).relu())
 
 
+@use_kernel_forward_from_hub("Linear")
+class Linear(nn.Linear):
+    """A layer whose kernel takes any weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
 class Block(nn.Module):
     def __init__(self, size: int = 8) -> None:
         super().__init__()
