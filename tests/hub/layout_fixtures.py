@@ -71,7 +71,8 @@ def repository(folder: Path, *, text: str = "one", files: int = 0, variants: tup
 class Web:
     """A static web host, what it was asked, and how it is to misbehave.
 
-    `answers` maps a path's end to what is answered instead, in order: a status, or a status with headers.
+    Each by a path's last part: `answers` are given instead, in order; `bodies` stand in for files; `cuts` is how often a
+    body ends after a byte, or goes no further where it is in `stalled_within` too; `stalled` gets no answer at all.
     """
 
     folder: Path
@@ -81,6 +82,8 @@ class Web:
     bodies: dict[str, bytes] = field(default_factory=dict)
     cuts: dict[str, int] = field(default_factory=dict)
     stalled: set[str] = field(default_factory=set)
+    stalled_within: set[str] = field(default_factory=set)
+    encodings: set[str] = field(default_factory=set)
     closing: threading.Event = field(default_factory=threading.Event)
 
     def handler(self) -> type[http.server.SimpleHTTPRequestHandler]:
@@ -92,6 +95,7 @@ class Web:
 
             def do_GET(self) -> None:
                 web.requests.append((self.path, self.headers.get("User-Agent", "")))
+                web.encodings.add(self.headers.get("Accept-Encoding", ""))
                 name = self.path.rpartition("/")[2]
                 if name in web.stalled:
                     web.closing.wait(60)
@@ -107,6 +111,8 @@ class Web:
                     self.send_header("Content-Length", "1000000")
                     self.end_headers()
                     self.wfile.write(b"{")
+                    if name in web.stalled_within:
+                        web.closing.wait(60)
                 elif name in web.bodies:
                     self.send_response(200)
                     self.send_header("Content-Length", str(len(web.bodies[name])))

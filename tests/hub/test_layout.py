@@ -182,6 +182,7 @@ def test_a_cold_load_asks_three_times(web: Web, tmp_path: Path) -> None:
     assert {sent for _, sent in web.requests} == {AGENT}
     found.check()
     assert web.requests[5:] == [("/hub.json", AGENT)]
+    assert web.encodings == {"identity"}, "what is unpacked on the way has no bound"
 
 
 def test_the_user_agent_is_asked_each_time(web: Web) -> None:
@@ -344,6 +345,26 @@ def test_a_cut_is_made_good(web: Web, hub: Path, tmp_path: Path) -> None:
     assert len(files) == 30
     assert sum(progress.came) == details["size"]
     assert len(waits.waited) == 2
+
+
+def test_a_body_that_stalls_is_begun_again(web: Web, hub: Path, tmp_path: Path) -> None:
+    waits, progress = Waits(), Counted()
+    found = source(web.url, waits.patience(read=0.2))
+    details = found.listing(REPO, found.resolve(REPO, V1)).variants["torch-cpu"]
+    web.cuts[details["archive"]] = 2
+    web.stalled_within = {details["archive"]}
+    assert len(fetch(found, details, tmp_path / "out", progress)) == 30
+    assert sum(progress.came) == details["size"], "what comes twice counts once"
+    assert len(waits.waited) == 2
+
+
+def test_a_body_without_end_is_not_read_on(web: Web, tmp_path: Path) -> None:
+    found, progress = source(web.url), Counted()
+    details = found.listing(REPO, found.resolve(REPO, V1)).variants["torch-cpu"]
+    web.bodies[details["archive"]] = bytes(64 << 20)
+    with pytest.raises(IntegrityError, match="has more than"):
+        fetch(found, details, tmp_path / "out", progress)
+    assert sum(progress.came) <= details["size"] + 1
 
 
 def test_a_host_that_stalls_is_given_up(web: Web) -> None:

@@ -88,8 +88,9 @@ class WebFiles:
             into.truncate()
             count = 0
             for chunk in chunks:
-                into.write(chunk[: size + 1 - count])
-                count += len(chunk)
+                taken = chunk[: size + 1 - count]
+                into.write(taken)
+                count += len(taken)
                 progress.advance(max(count - furthest, 0))
                 furthest = max(count, furthest)
                 if count > size:
@@ -105,7 +106,7 @@ class WebFiles:
             return None
         url = f"{self.url}/{folder}/"
         links = {urljoin(url, link) for link in _HREF.findall(page.decode(errors="replace"))}
-        names = {unquote(link.removeprefix(url)) for link in links if link.startswith(url)}
+        names = {unquote(link.removeprefix(url)) for link in links}
         return sorted(name for name in names if _is_plain(name))
 
     def check_root(self) -> None:
