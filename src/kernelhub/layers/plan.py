@@ -10,7 +10,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -550,17 +550,7 @@ class PlanRow:
     shared: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "class": self.class_name,
-            "layer": self.layer_name,
-            "device": self.device,
-            "mode": self.mode,
-            "action": self.action,
-            "repository": self.repository,
-            "reason": self.reason,
-            "shared": self.shared,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""The report: what runs in each layer, or why its own forward does."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import models_for_tests as models
+import pytest
+from torch import nn
+
+from kernelhub import Mode, kernel_report, kernelize, register_kernel_mapping, unkernelize
+from kernelhub.layers import plan, report
+from kernelhub.layers.mapping import use_kernel_mapping
+from kernelhub.layers.mode import KernelizeFallback
+from kernelhub.layers.report import KernelReport
+from kernelhub.layers.repositories import Repository
+from kernelhub.layers.tables import table
+
+pytestmark = [pytest.mark.usefixtures("hub"), pytest.mark.filterwarnings("ignore::kernelhub.errors.KernelHubWarning")]
+
+Kernel = Callable[[str], Repository]
+
+
+@pytest.fixture
+def model(registered: None) -> nn.Module:
+    return kernelize(models.Model(), mode=Mode.INFERENCE, exclude="norm")
+
+
+def test_a_row_says_which_kernel_runs_with_its_digest(model: nn.Module, folder: Path) -> None:
+    """needs 1: everyone can see what ran."""
+    row = kernel_report(model).rows[0]
+    assert row.digest is not None
+    assert row.digest.startswith("sha256-")
+    assert row.to_dict() == {
+        "path": "layers.0.norm",
+        "class_name": "Norm",
+        "layer_name": "RMSNorm",
+        "device": "cpu",
+        "mode": "INFERENCE",
+        "outcome": "kernel",
+        "reason": "",
+        "repository": str(folder),
+        "layer": "RMSNorm",
+        "commit": None,
+        "variant": "torch-cpu",
+        "digest": row.digest,
+        "max_error": None,
+        "speedup": None,
+        "shared": False,
+        "stale": False,
+    }
+
+
+def test_a_layer_that_kept_its_forward_has_a_row_with_the_reason(model: nn.Module) -> None:
+    row = kernel_report(model).rows[-1]
+    assert (row.path, row.outcome, row.reason, row.digest) == ("norm", "original", "it is in `exclude`", None)
+
+
+def test_a_report_prints_a_table_and_a_summary(model: nn.Module, folder: Path) -> None:
+    found = kernel_report(model)
+    lines = str(found).splitlines()
+    assert lines[0] == found.summary() == f"4 of 5 kernel-aware layers run a kernel: 4 x {folder}"
+    assert lines[1].split()[:6] == ["path", "class", "layer", "device", "mode", "runs"]
+    assert len(lines) == 7
+    assert "it is in `exclude`" in lines[-1]
+    assert str(kernel_report(nn.Linear(1, 1))).splitlines()[0] == "0 of 0 kernel-aware layers run a kernel"
+
+
+def test_a_report_is_saved_read_and_compared(model: nn.Module, tmp_path: Path) -> None:
+    before = kernel_report(model)
+    before.save(tmp_path / "report.json")
+    read = KernelReport.from_dict(json.loads((tmp_path / "report.json").read_text()))
+    assert read == before
+    assert read.diff(before) == ()
+    unkernelize(model, include="layers.0.gate")
+    (line,) = before.diff(kernel_report(model))
+    assert line.startswith("layers.0.gate: ")
+    assert ":Gate torch-cpu sha256-" in line
+    assert "-> original" in line
+    other = kernel_report(models.Model(layers=1))
+    assert any(line.endswith("not there") for line in before.diff(other))
+
+
+def test_reasons_are_those_of_the_call_also_when_the_registrations_are_others_by_now(kernel: Kernel) -> None:
+    model = models.Model()
+    with use_kernel_mapping(
+        {"RMSNorm": {"cpu": {Mode.INFERENCE: kernel("TooMany")}}, "Gate": {"cuda": kernel("Gate")}}
+    ):
+        kernelize(model, mode=Mode.INFERENCE, use_fallback=KernelizeFallback.ALL)
+    found = {row.path: row.reason for row in kernel_report(model).rows}
+    assert "cannot stand in for" in found["norm"]
+    assert found["layers.0.gate"] == "no kernel is registered for Gate on cpu (only cuda)"
+    assert {row.mode for row in kernel_report(model).rows} == {"INFERENCE"}
+
+
+def test_reasons_are_found_for_a_model_that_was_wrapped_or_is_part_of_another(kernel: Kernel) -> None:
+    register_kernel_mapping({"Gate": {"cuda": kernel("Gate")}, "RMSNorm": {"cpu": kernel("RMSNorm")}})
+    model = kernelize(models.Model(), mode=Mode.INFERENCE)
+    register_kernel_mapping({}, inherit_mapping=False)
+    rows = {row.path: row.reason for row in kernel_report(nn.ModuleDict({"inner": model})).rows}
+    assert rows["inner.layers.0.gate"] == "no kernel is registered for Gate on cpu (only cuda)"
+    part = {row.path: row.reason for row in kernel_report(model.layers[0]).rows}
+    assert part == {"norm": "", "gate": "no kernel is registered for Gate"}, "what a plan says now"
+
+
+def test_a_model_that_was_never_kernelized_has_the_reasons_of_a_plan(registered: None) -> None:
+    rows = kernel_report(nn.ModuleList([models.Norm(), models.Mlp()])).rows
+    assert [row.outcome for row in rows] == ["original"] * 2
+    assert "kernelize was not called" in rows[0].reason
+    assert rows[1].reason == "no kernel is registered for Mlp"
+    assert "parameters" in kernel_report(models.Gate()).rows[0].reason
+
+
+def test_what_is_kept_about_a_model_goes_with_it(registered: None) -> None:
+    gc.collect()
+    before = len(report._runs)
+    model = kernelize(models.Model(), mode=Mode.INFERENCE)
+    assert len(report._runs) == before + 1
+    del model
+    gc.collect()
+    assert len(report._runs) == before
+    model = kernelize(models.Model(), mode=Mode.INFERENCE)
+    unkernelize(model)
+    assert len(report._runs) == before
+
+
+def test_a_walk_looks_at_each_module_a_fixed_number_of_times(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear in the number of modules, also where layers take their device from far away."""
+    register_kernel_mapping({"Gate": {"cpu": kernel("Gate")}})
+    looks = []
+    look = plan._own_device
+    monkeypatch.setattr(plan, "_own_device", lambda module: looks.append(1) or look(module))
+
+    def count(layers: int) -> int:
+        looks.clear()
+        gates = [nn.Sequential(models.Gate(), nn.Identity()) for _ in range(layers)]
+        kernelize(nn.Sequential(*gates, nn.Linear(1, 1)), mode=Mode.INFERENCE)
+        return len(looks)
+
+    few, many = count(50), count(500)
+    assert many <= 10 * few + 10
+
+
+def test_tables_leave_out_empty_columns() -> None:
+    assert table(("a", "b"), [("1", "")]) == "a\n1"
+    assert table(("a", "b"), []) == "a  b"
