@@ -70,6 +70,7 @@ class Counted:
         self.expected += size
 
     def advance(self, size: int) -> None:
+        assert size > 0
         self.arrived += size
 
 

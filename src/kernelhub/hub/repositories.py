@@ -202,7 +202,7 @@ def _versions(snapshot: Snapshot) -> tuple[str, ...]:
         try:
             value = json.loads(metadata.path.read_bytes()) if metadata else None
             version = value.get("version") if isinstance(value, dict) else None
-            if isinstance(version, int) and not isinstance(version, bool):
+            if isinstance(version, int):
                 found.add(Version.parse(f"v{version}"))
         except (ValueError, OSError):
             continue
