@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import threading
@@ -84,6 +85,7 @@ class Web:
     stalled: set[str] = field(default_factory=set)
     stalled_within: set[str] = field(default_factory=set)
     encodings: set[str] = field(default_factory=set)
+    sent: set[str] = field(default_factory=set)
     closing: threading.Event = field(default_factory=threading.Event)
 
     def handler(self) -> type[http.server.SimpleHTTPRequestHandler]:
@@ -117,7 +119,9 @@ class Web:
                     self.send_response(200)
                     self.send_header("Content-Length", str(len(web.bodies[name])))
                     self.end_headers()
-                    self.wfile.write(web.bodies[name])
+                    with contextlib.suppress(ConnectionError):  # the client had enough
+                        self.wfile.write(web.bodies[name])
+                        web.sent.add(name)
                 else:
                     super().do_GET()
 

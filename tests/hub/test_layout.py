@@ -365,6 +365,7 @@ def test_a_body_without_end_is_not_read_on(web: Web, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="has more than"):
         fetch(found, details, tmp_path / "out", progress)
     assert sum(progress.came) <= details["size"] + 1
+    assert not web.sent
 
 
 def test_a_host_that_stalls_is_given_up(web: Web) -> None:
