@@ -41,7 +41,7 @@ else:
 # More files than any kernel has; a hub that lists more is broken or hostile.
 MAX_ENTRIES = 100_000
 
-# Bodies in flight. On loopback more than 4 gain nothing (the interpreter is busy); over a network waiting dominates.
+# Bodies in flight. 500 small files on loopback, two busy cores: 2.4 s with 2, 1.6 s with 4, 1.0 s with 8, 1.2 s with 16.
 CONNECTIONS = 8
 
 _REDIRECT_FILE = "kernel-status.toml"
