@@ -36,7 +36,6 @@ class Settings:
     verify_always: bool = False
     build: str = "auto"
     trust: tuple[str, ...] = ()
-    trusted_keys: tuple[str, ...] = ()
     local_kernels: tuple[tuple[str, Path], ...] = ()
     mapping_disabled: bool = False
     cxx: str | None = None
@@ -59,7 +58,6 @@ class Settings:
             verify_always=_choice(env, "KERNELHUB_VERIFY", ("auto", "always")) == "always",
             build=_choice(env, "KERNELHUB_BUILD", ("auto", "never", "always")),
             trust=_trust(env),
-            trusted_keys=_listed(env.get("KERNELHUB_TRUSTED_KEYS", "")),
             local_kernels=_local_kernels(env.get("LOCAL_KERNELS", "")),
             mapping_disabled=_flag(env, "DISABLE_KERNEL_MAPPING"),
             cxx=env.get("CXX", "").strip() or None,

@@ -28,7 +28,6 @@ def test_every_setting_has_a_variable(name: str, tmp_path: Path) -> None:
         "verify_always": {"KERNELHUB_VERIFY": "always"},
         "build": {"KERNELHUB_BUILD": "never"},
         "trust": {"KERNELHUB_TRUST": "org/*"},
-        "trusted_keys": {"KERNELHUB_TRUSTED_KEYS": "abc"},
         "local_kernels": {"LOCAL_KERNELS": f"org/name={tmp_path}"},
         "cxx": {"CXX": "clang++"},
         "cuda_home": {"CUDA_HOME": str(tmp_path)},

@@ -1,0 +1,44 @@
+"""The examples of the documentation run as they are printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def examples(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_examples_run(page, tmp_path, monkeypatch):
+    from kernelhub.hub.client import set_default_hub
+
+    monkeypatch.setenv("KERNELHUB_CACHE", str(tmp_path / "store"))
+    monkeypatch.setenv("KERNELHUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    set_default_hub(None)
+    try:
+        for code in examples(page):
+            exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+    finally:
+        set_default_hub(None)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_variable_that_settings_read_is_documented():
+    settings = (ROOT / "src/kernelhub/settings.py").read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    names = set(re.findall(r'"((?:KERNEL|HF_|DISABLE_|DO_NOT|LOCAL_)[A-Z_]+)"', settings))
+    assert len(names) >= 12
+    assert {name for name in names if name not in text} == set()
