@@ -72,20 +72,24 @@ def tiny_case() -> Case:
     return Case("tiny", tiny_llama(), {"input_ids": torch.arange(20).reshape(2, 10), "use_cache": False})
 
 
-@pytest.fixture
-def wrong_kernel(tmp_path: Path) -> dict:
-    """A mapping to a kernel that computes something else."""
-    package = tmp_path / "wrong/torch-ext/wrong"
+def mapping_to(folder: Path, body: str) -> dict:
+    """A mapping to a kernel whose RMSNorm computes `body`."""
+    package = folder / "wrong/torch-ext/wrong"
     package.mkdir(parents=True)
-    (tmp_path / "wrong/build.toml").write_text(
+    (folder / "wrong/build.toml").write_text(
         '[general]\nname = "wrong"\nversion = 1\nedition = 5\nlicense = "Apache-2.0"\nbackends = ["cpu"]\n\n[torch-noarch]\n'
     )
     (package / "__init__.py").write_text("from . import layers\n")
     (package / "layers.py").write_text(
-        "from torch import nn\n\n\nclass RMSNorm(nn.Module):\n"
-        "    def forward(self, hidden_states):\n        return hidden_states * self.weight\n"
+        f"from torch import nn\n\n\nclass RMSNorm(nn.Module):\n    def forward(self, hidden_states):\n        {body}\n"
     )
-    return {"RMSNorm": {"cpu": LocalLayerRepository(tmp_path / "wrong", layer_name="RMSNorm")}}
+    return {"RMSNorm": {"cpu": LocalLayerRepository(folder / "wrong", layer_name="RMSNorm")}}
+
+
+@pytest.fixture
+def wrong_kernel(tmp_path: Path) -> dict:
+    """A kernel that computes something else."""
+    return mapping_to(tmp_path, "return hidden_states * self.weight")
 
 
 # The two models
@@ -170,6 +174,13 @@ def test_ends_with_1_where_the_outputs_differ(
     assert len(comparison.report.kernels) == 3
 
 
+def test_a_kernel_that_writes_to_the_model_is_found_out(tmp_path: Path) -> None:
+    """Taking the forward away does not undo that."""
+    found = compare(tiny_case(), mapping_to(tmp_path, "return hidden_states * self.weight.mul_(1.5)"), rounds=1)
+    assert not found.restored
+    assert "the outputs after unkernelize are not those from before" in found.problems
+
+
 def test_ends_with_1_where_nothing_was_swapped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -245,6 +256,12 @@ def test_rows_that_are_alike_but_for_numbers_are_one() -> None:
     assert rows["model.layers.*.mlp.act_fn"][1:4] == ("3 x", "SiLUActivation", "kernelhub/activation:SiLU")
     assert rows["model.norm"][1:4] == ("1 x", "LlamaRMSNorm", "its own forward")
     assert "no kernel is registered for RMSNorm" in rows["model.norm"][-1]
+
+
+def test_only_whole_segments_of_a_path_are_numbers() -> None:
+    model = nn.ModuleDict({"block1": nn.ModuleList([nn.ModuleDict({"norm2": nn.LayerNorm(4)}) for _ in range(12)])})
+    mark(model)
+    assert [row[:2] for row in grouped(kernel_report(model))] == [("block1.*.norm2", "12 x")]
 
 
 def test_a_missing_package_is_said_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -304,7 +304,7 @@ def test_vmap_over_inputs_and_over_weights(layer: str, enabled: bool, path: str)
 
 
 @pytest.mark.parametrize("layer", ALL)
-def test_gradients_through_vmap_and_forward_mode(layer: str, path: str) -> None:
+def test_gradients_through_vmap(layer: str, path: str) -> None:
     original, kernelized = pair(layer)
     arguments = inputs(layer, (4, 3, HIDDEN))
     rest = arguments[1:]
@@ -313,10 +313,34 @@ def test_gradients_through_vmap_and_forward_mode(layer: str, path: str) -> None:
         return grad(lambda x: vmap(module)(x, *rest).square().sum())(arguments[0])
 
     torch.testing.assert_close(through_vmap(kernelized), through_vmap(original), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layer", ALL)
+def test_forward_mode_without_a_graph(layer: str, dtype: torch.dtype, path: str) -> None:
+    """In place is where forward mode goes wrong: `y.mul_(y)` halves the tangent."""
+    original, kernelized = pair(layer, dtype)
+    arguments = inputs(layer, (4, 3, HIDDEN), dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     with torch.no_grad():
         tangents = tuple(torch.ones_like(argument) for argument in arguments)
         expected = jvp(original, tuple(arguments), tangents)[1]
-        torch.testing.assert_close(jvp(kernelized, tuple(arguments), tangents)[1], expected, rtol=1e-4, atol=1e-4)
+        got = jvp(kernelized, tuple(arguments), tangents)[1]
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("layer", [name for name in BIT_EQUAL if name != "LayerNorm"])
+def test_rounds_in_the_same_places_where_autocast_widens_the_norm(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA and XPU autocast lets `rms_norm` return float32; this machine may have neither, so it is told to."""
+    original, kernelized = pair(layer, torch.bfloat16)
+    arguments = inputs(layer, dtype=torch.bfloat16)
+    expected, plain = original(*arguments), torch.nn.functional.rms_norm
+
+    def widened(x: Tensor, shape: torch.Size, weight: Tensor | None, eps: float) -> Tensor:
+        return plain(x.float(), shape, None if weight is None else weight.float(), eps)
+
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", widened)
+    assert torch.equal(kernelized(*arguments), expected)
 
 
 @pytest.mark.parametrize("layer", ALL)

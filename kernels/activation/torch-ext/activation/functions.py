@@ -71,6 +71,7 @@ def gelu_fast(x: Tensor) -> Tensor:
 
 def gelu_quick(x: Tensor) -> Tensor:
     """`x * sigmoid(1.702 * x)`."""
+    # By the mode: a tensor that vmap batches inside a gradient says of itself that it requires none.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return x * torch.sigmoid(1.702 * x)
     return (x * 1.702).sigmoid_().mul_(x)
@@ -95,10 +96,7 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
 
 
 def _times(y: Tensor, other: Tensor) -> Tensor:
-    """`y * other`; y is nobody else's, so without a graph to keep it for its memory is used again.
-
-    By the mode and not by `requires_grad`, which says False of a tensor that `vmap` batches inside a gradient.
-    """
+    """`y * other`; y is nobody else's, so its memory is used again, but for a graph, which would copy it first."""
     return y * other if torch.is_grad_enabled() else y.mul_(other)
 
 
