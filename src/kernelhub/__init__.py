@@ -12,10 +12,11 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "kernelhub.errors": (
-        "CompatibilityWarning HubUnavailable IncompatibleDevice IntegrityError InvalidMetadata InvalidReference KernelCycle "
+        "BuildFailed CompatibilityWarning HubUnavailable IncompatibleDevice IntegrityError InvalidMetadata InvalidReference KernelCycle "
         "KernelHubError KernelHubWarning KernelNotFound LayerContractError MissingDependency NoCompatibleVariant "
         "NoKernelForLayer PublishConflict StoreError UntrustedKernel"
     ),
+    "kernelhub.benchmark": "Benchmark",
     "kernelhub.core.metadata": "Metadata",
     "kernelhub.core.trust": "TrustPolicy",
     "kernelhub.core.variants": "VariantAccepted VariantRejected",
@@ -45,10 +46,12 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names.spli
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
+    from kernelhub.benchmark import Benchmark
     from kernelhub.core.metadata import Metadata
     from kernelhub.core.trust import TrustPolicy
     from kernelhub.core.variants import VariantAccepted, VariantRejected
     from kernelhub.errors import (
+        BuildFailed,
         CompatibilityWarning,
         HubUnavailable,
         IncompatibleDevice,

@@ -50,8 +50,9 @@ struct Message {
   char text[2048];
 };
 
+// Not inlined: the frame that torch's exception passes must have no handlers, or torch's runtime asks ours what they are.
 template <typename FuncT, FuncT* func>
-bool run(StableIValue* stack, uint64_t inputs, uint64_t outputs, Message& message) noexcept {
+[[gnu::noinline]] bool run(StableIValue* stack, uint64_t inputs, uint64_t outputs, Message& message) noexcept {
   const char* what = "the kernel threw what is no std::exception";
   try {
     torch::stable::detail::boxer<FuncT, func>::boxed_fn(stack, inputs, outputs);
@@ -69,7 +70,7 @@ template <typename FuncT, FuncT* func>
 void boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   Message message;
   if (!run<FuncT, func>(stack, inputs, outputs, message)) {
-    aoti_torch_check(false, "", 0, "", message.text);
+    aoti_torch_check(false, "", "", 0, message.text);
   }
 }
 

@@ -23,7 +23,7 @@ _CUDA = (".cu",)
 
 # The oldest Python whose limited API is used: what is built serves it and everything newer.
 _LIMITED_API = "0x03090000"
-# Headers of torch from this version on need C++20.
+# Headers of torch from this version on, but for the stable ones, need C++20.
 _CXX20_FROM = (2, 10)
 _IDENT = "KERNELHUB_IDENT"  # stands for the namespace while the hash that names it is taken
 
@@ -106,7 +106,7 @@ def _steps(recipe: Recipe, target: Target, toolchain: Toolchain) -> Iterator[Ste
         raise InvalidMetadata("there is nothing to compile: [torch] and [kernel.*] list no C++ or CUDA source in src")
     stubs = list(_stubs(target, toolchain))
     yield from stubs
-    yield _link(recipe, target, objects, [step.output for step in stubs])
+    yield _link(recipe, target, toolchain, objects, [step.output for step in stubs])
 
 
 def _check_header(source: str, section: str) -> None:
@@ -142,9 +142,10 @@ def _includes(part: Binding | Section) -> tuple[str, ...]:
     return (f"-I{GENERATED}", *own, "-I.", "-Itorch-ext", *(item for path in theirs for item in ("-isystem", path)))
 
 
-def _standard(toolchain: Toolchain) -> str:
+def _standard(target: Target, toolchain: Toolchain) -> str:
+    """C++17 for the stable headers, which need no more: in C++20, g++ asks for a libstdc++ three years newer."""
     assert toolchain.torch is not None
-    return "-std=c++20" if toolchain.torch.pair >= _CXX20_FROM else "-std=c++17"
+    return "-std=c++17" if target.stable_abi or toolchain.torch.pair < _CXX20_FROM else "-std=c++20"
 
 
 # Paths are written into binaries by __FILE__, which torch's checks use: those are the same on every machine.
@@ -152,14 +153,14 @@ _SAME_PATHS = ("-ffile-prefix-map=@torch@=torch", "-ffile-prefix-map=@python@=py
 
 
 def _cxx_flags(part: Binding | Section, target: Target, toolchain: Toolchain, _: tuple[str, ...]) -> tuple[str, ...]:
-    flags = [_standard(toolchain), "-O3", "-DNDEBUG", "-fPIC", *_SAME_PATHS]
+    flags = [_standard(target, toolchain), "-O3", "-DNDEBUG", "-fPIC", *_SAME_PATHS]
     if target.stable_abi:
         # Nothing but the module's entry is seen from outside; torch's own symbols are not shared through this build.
         flags.append("-fvisibility=hidden")
         if toolchain.cxx and toolchain.cxx.kind == "gcc":
             flags.append("-fno-gnu-unique")
     if toolchain.portable:
-        flags += ["-include", f"{GENERATED}/portable.h"]
+        flags += ["-g0", "-include", f"{GENERATED}/portable.h"]
     cuda = ("-isystem", "@cuda@/include") if target.backend == "cuda" else ()
     return (*flags, *_defines(target), *_includes(part), *cuda, *part.cxx_flags)
 
@@ -172,7 +173,7 @@ def _cuda_flags(
         host.append("-fvisibility=hidden")
     own = part.flags if isinstance(part, Section) else ()
     return (
-        "-ccbin", "@cxx@", _standard(toolchain), "-O3", "-DNDEBUG", "--expt-relaxed-constexpr",
+        "-ccbin", "@cxx@", _standard(target, toolchain), "-O3", "-DNDEBUG", "--expt-relaxed-constexpr",
         *(item for flag in host for item in ("-Xcompiler", flag)),
         *(flag for arch in archs for flag in _gencode(arch)),
         *_defines(target), *_includes(part), *own,
@@ -195,9 +196,11 @@ def _stubs(target: Target, toolchain: Toolchain) -> Iterator[Step]:
             yield Step("cxx", flags, (f"{GENERATED}/empty.cpp",), f"{OBJECTS}/stubs/lib{name}.so")
 
 
-def _link(recipe: Recipe, target: Target, objects: list[str], stubs: list[str]) -> Step:
+def _link(recipe: Recipe, target: Target, toolchain: Toolchain, objects: list[str], stubs: list[str]) -> Step:
     libraries = ["-ltorch_cpu"] if target.stable_abi else ["-lc10", "-ltorch_cpu", "-ltorch"]
     flags = ["-shared", "-L@torch@/lib"]
+    if toolchain.portable:
+        flags.append("-s")  # else it carries the symbols of the whole C++ library: 5 MB
     if target.backend == "cuda":
         flags += [f"-L{OBJECTS}/stubs"] if stubs else []
         flags += ["-L@cuda@/lib64"]

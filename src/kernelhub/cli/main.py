@@ -8,7 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from kernelhub import __version__
-from kernelhub.cli import cache, demo, doctor, get, info, publish, serve, variants, versions
+from kernelhub.cli import (
+    benchmark,
+    build,
+    cache,
+    check_abi,
+    demo,
+    doctor,
+    get,
+    info,
+    init,
+    publish,
+    serve,
+    variants,
+    versions,
+)
 from kernelhub.cli.render import show_error
 from kernelhub.errors import KernelHubError
 
@@ -32,6 +46,10 @@ for command in (
     versions.versions,
     variants.variants,
     publish.publish,
+    build.build,
+    init.init,
+    check_abi.check_abi,
+    benchmark.benchmark,
     doctor.doctor,
     serve.serve,
 ):

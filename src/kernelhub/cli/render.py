@@ -35,6 +35,11 @@ def show_line(text: str = "") -> None:
     print(text)
 
 
+def show_note(text: str) -> None:
+    """Print a line beside the output, on standard error."""
+    print(text, file=sys.stderr)
+
+
 def show_error(error: KernelHubError, *, as_json: bool = False) -> None:
     """Print an error, and where it was asked for the same as JSON on standard output."""
     if as_json:

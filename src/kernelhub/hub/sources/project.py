@@ -88,7 +88,7 @@ class ProjectSource:
     def refs(self, repo: RepoId) -> Mapping[str, str]:
         from kernelhub.build.recipe import Recipe
 
-        project = self._project(repo)
+        project = self.project(repo)
         recipe = Recipe.load(project)
         commit = self._commit(project, recipe)
         return {"main": commit, str(Version(recipe.version)): commit}
@@ -97,7 +97,7 @@ class ProjectSource:
         from kernelhub.build.recipe import Recipe
         from kernelhub.build.targets import compiled_target, noarch_targets
 
-        recipe = Recipe.load(self._project(repo))
+        recipe = Recipe.load(self.project(repo))
         found: dict[str, dict[str, str]] = {}
         compiled = set()
         if recipe.binding:
@@ -123,7 +123,7 @@ class ProjectSource:
         from kernelhub.build.assemble import Workshop, make_variant
         from kernelhub.build.recipe import Recipe
 
-        project = self._project(repo)
+        project = self.project(repo)
         recipe = Recipe.load(project)
         if self._commit(project, recipe)[:_SOURCES] != commit[:_SOURCES]:
             raise KernelNotFound(f"{project} changed while {repo} {variant} was made from it")
@@ -147,7 +147,8 @@ class ProjectSource:
     def _never(self) -> bool:
         return self.building.mode == "never"
 
-    def _project(self, repo: RepoId) -> Path:
+    def project(self, repo: RepoId) -> Path:
+        """The folder of a repository's project. Raises `RepositoryNotFound`."""
         project = self.folder if self.single else self.folder / repo.name
         if repo.org != self.org or self.single not in (None, repo.name) or not (project / "build.toml").is_file():
             raise RepositoryNotFound(f"{self.name} has no {repo}")

@@ -1,0 +1,234 @@
+"""Benchmarks that kernels bring: `benchmarks/benchmark*.py`, run, checked and summarised.
+
+A script has classes with `benchmark_<workload>` methods. For each workload a new instance gets `kernel` and `device`, then
+`setup_<workload>` (or `setup`) makes the inputs, `benchmark_<workload>` is timed, and `verify_<workload>`, where there is
+one, gives what `self.out` (or what the benchmark returned) must be equal to; it is timed too, as the reference.
+
+    from kernelhub import Benchmark
+
+    class Relu(Benchmark):
+        def setup(self):
+            self.x = torch.randn(1024, 1024, device=self.device)
+
+        def benchmark_square(self):
+            self.out = self.kernel.relu(self.x)
+
+        def verify_square(self):
+            return torch.relu(self.x)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from kernelhub.errors import InvalidReference
+
+if TYPE_CHECKING:
+    import torch
+
+# Relative and absolute differences that pass, per dtype: those of torch.testing.assert_close, twice.
+TOLERANCES = {"float16": (2e-3, 2e-5), "bfloat16": (3.2e-2, 2e-5), "float32": (2.6e-6, 2e-5), "float64": (2e-7, 2e-7)}
+
+
+class Benchmark:
+    """The base of a kernel's benchmarks; `kernel`, `device` and, from `seed`, the random state are set before `setup`."""
+
+    kernel: Any = None
+    device: str = "cpu"
+    seed: int | None = None
+    out: Any = None
+
+    def setup(self) -> None:
+        """Make the inputs, as attributes of self."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Times in seconds: the median, and the 95 % confidence interval of the median."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One workload. `reference` is the time of `verify_*`; `max_error` and `equal` are None where there is none."""
+
+    benchmark: str
+    workload: str
+    kernel: Summary
+    reference: Summary | None = None
+    max_error: float | None = None
+    equal: bool | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than the reference."""
+        return self.reference.median / self.kernel.median if self.reference else None
+
+
+def summarize(times: Sequence[float]) -> Summary:
+    """The median with its confidence interval, by order statistics: nothing is assumed of how times are distributed.
+
+    The interval lies between the ranks n/2 -+ 0.98 sqrt(n), the binomial's 2.5 % and 97.5 % points. It is the range of all
+    where there are few.
+
+    >>> summarize([3.0, 1.0, 2.0])
+    Summary(median=2.0, low=1.0, high=3.0, count=3)
+    """
+    ordered, count = sorted(times), len(times)
+    middle = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+    margin = 0.98 * math.sqrt(count)
+    low, high = math.floor(count / 2 - margin), math.ceil(count / 2 + margin)
+    return Summary(middle, ordered[max(low, 0)], ordered[min(high, count - 1)], count)
+
+
+def scripts(folder: Path) -> list[Path]:
+    """The benchmark scripts of a kernel repository or project. Raises `InvalidReference` where there is none."""
+    found = sorted((folder / "benchmarks").glob("benchmark*.py"))
+    if not found:
+        raise InvalidReference(f"{folder} has no benchmarks", hint="Expected benchmarks/benchmark*.py.")
+    return found
+
+
+def run_script(
+    script: Path, kernel: ModuleType, device: str, *, rounds: int = 100, warmup: int = 10
+) -> Iterator[Measurement]:
+    """Run every workload of a script, one after the other.
+
+    Raises `InvalidReference` where the script has no benchmarks. What the script raises goes through.
+    """
+    module = _import(script)
+    classes = [
+        value
+        for name, value in sorted(vars(module).items())
+        if inspect.isclass(value) and value.__name__ == name and _workloads(value)
+    ]
+    if not classes:
+        raise InvalidReference(f"{script} has no class with benchmark_* methods")
+    for benchmark in classes:
+        for workload in _workloads(benchmark):
+            yield _measure(benchmark, workload, kernel, device, rounds, warmup)
+
+
+def _workloads(benchmark: type) -> list[str]:
+    """The names of a class's workloads, in the order in which they are written."""
+    names: dict[str, None] = {}
+    for base in reversed(benchmark.__mro__):
+        names.update(dict.fromkeys(name for name in vars(base) if name.startswith("benchmark_")))
+    return [name.removeprefix("benchmark_") for name in names]
+
+
+def _measure(benchmark: type, workload: str, kernel: ModuleType, device: str, rounds: int, warmup: int) -> Measurement:
+    import torch
+
+    instance = benchmark()
+    instance.kernel, instance.device = kernel, device
+    torch.manual_seed(getattr(instance, "seed", None) or 0)
+    getattr(instance, f"setup_{workload}", instance.setup)()
+    timed: Callable[[], Any] = getattr(instance, f"benchmark_{workload}")
+    reference: Callable[[], Any] | None = getattr(instance, f"verify_{workload}", None)
+    calls = [timed, reference] if reference else [timed]
+    max_error, equal = None, None
+    if reference:
+        given = timed()
+        out = getattr(instance, "out", None)
+        max_error, equal = compare(given if out is None else out, reference())
+    times = _times(calls, device, rounds, warmup)
+    return Measurement(
+        benchmark.__name__,
+        workload,
+        summarize(times[0]),
+        summarize(times[1]) if reference else None,
+        max_error,
+        equal,
+    )
+
+
+def _times(calls: Sequence[Callable[[], Any]], device: str, rounds: int, warmup: int) -> list[list[float]]:
+    """Seconds of each call, taken in turns: what slows the machine for a while slows all of them."""
+    wait = _synchronizer(device)
+    found: list[list[float]] = [[] for _ in calls]
+    for number in range(warmup + rounds):
+        for times, call in zip(found, calls, strict=True):
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            if number >= warmup:
+                times.append(time.perf_counter() - start)
+    return found
+
+
+def _synchronizer(device: str) -> Callable[[], None]:
+    """What waits until a device has done what it was given."""
+    import torch
+
+    kind = torch.device(device).type
+    module = getattr(torch, kind, None)
+    wait: Callable[[], None] = getattr(module, "synchronize", None) or (lambda: None)
+    return wait
+
+
+def compare(given: Any, expected: Any) -> tuple[float | None, bool]:
+    """The largest difference, and whether it is within the tolerance of the dtype; of several tensors the worst."""
+    import torch
+
+    if isinstance(expected, torch.Tensor):
+        if not isinstance(given, torch.Tensor) or given.shape != expected.shape:
+            return None, False
+        return _compare_tensors(given, expected)
+    if isinstance(expected, (tuple, list)) and isinstance(given, (tuple, list)) and len(given) == len(expected):
+        pairs = [compare(one, other) for one, other in zip(given, expected, strict=True)]
+        errors = [error for error, _ in pairs if error is not None]
+        return max(errors, default=None), all(equal for _, equal in pairs)
+    return None, bool(given == expected)
+
+
+def _compare_tensors(given: torch.Tensor, expected: torch.Tensor) -> tuple[float | None, bool]:
+    import torch
+
+    relative, absolute = TOLERANCES.get(str(given.dtype).removeprefix("torch."), (0.0, 0.0))
+    one, other = given.detach().cpu().to(torch.float64), expected.detach().cpu().to(torch.float64)
+    error = (one - other).abs().max().item() if one.numel() else 0.0
+    return error, torch.allclose(one, other, rtol=relative, atol=absolute, equal_nan=True)
+
+
+def _import(script: Path) -> ModuleType:
+    name = f"_kernelhub_benchmark_{script.stem}"
+    spec = importlib.util.spec_from_file_location(name, script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    with _importable_as_kernels():
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _importable_as_kernels() -> Iterator[None]:
+    """Scripts that import `Benchmark` from the `kernels` package run without it, and with it where it is installed."""
+    if "kernels" in sys.modules or importlib.util.find_spec("kernels") is not None:
+        yield
+        return
+    package, module = ModuleType("kernels"), ModuleType("kernels.benchmark")
+    for stand_in in (package, module):
+        stand_in.Benchmark = Benchmark  # type: ignore[attr-defined]
+    sys.modules.update({"kernels": package, "kernels.benchmark": module})
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"], sys.modules["kernels.benchmark"]

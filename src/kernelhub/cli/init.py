@@ -1,0 +1,31 @@
+"""`kernelhub init`: a new kernel project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kernelhub.cli.options import Json
+from kernelhub.cli.render import show_json, show_line
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="NAME", help="The kernel's name, or a path that ends in it.")],
+    backends: Annotated[
+        list[str] | None, typer.Option("--backends", metavar="NAMES", help="cpu (the default), cuda, or cpu,cuda.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a kernel project that builds, tests and benchmarks as it is."""
+    from kernelhub.build.scaffold import create
+
+    wanted = [name for item in backends or ["cpu"] for name in item.split(",") if name]
+    written = create(folder, wanted)
+    if as_json:
+        show_json({"folder": str(folder), "files": [str(path) for path in written]})
+        return
+    for path in written:
+        show_line(f"wrote    {path}")
+    show_line(f"next     cd {folder} && kernelhub build && pytest && kernelhub benchmark")

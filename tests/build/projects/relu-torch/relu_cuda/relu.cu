@@ -1,0 +1,1 @@
+#error "never compiled here: it needs CUTLASS"
