@@ -94,6 +94,23 @@ def test_what_is_no_longer_in_effect_is_not_brought_back(make: Callable[[nn.Modu
 
 
 @pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("make", COPIES)
+def test_a_forward_that_stood_on_the_instance_before_does_not_hide_the_kernel(
+    make: Callable[[nn.Module], nn.Module],
+) -> None:
+    """What accelerate leaves behind lies in the dict before the marker, and is read before it unless it is moved."""
+    model, x = models.Norm(), torch.randn(2, 8)
+    model.forward = model.forward
+    kernelize(model, mode=Mode.INFERENCE)
+    twin = make(model)
+    assert outcomes(twin) == ["kernel"]
+    assert torch.equal(twin(x), model(x))
+    unkernelize(twin)
+    assert twin.__dict__["forward"].__func__ is models.Norm.forward
+    assert bound_to_themselves(twin)
+
+
+@pytest.mark.usefixtures("registered")
 def test_a_shallow_copy_is_told_apart_and_put_right_by_kernelizing_again() -> None:
     model = kernelize(models.Norm(), mode=Mode.INFERENCE)
     twin = copy.copy(model)

@@ -79,7 +79,8 @@ def test_a_report_is_saved_read_and_compared(model: nn.Module, tmp_path: Path) -
     (line,) = before.diff(kernel_report(model))
     assert line.startswith("layers.0.gate: ")
     assert ":Gate torch-cpu sha256-" in line
-    assert "-> original" in line
+    assert line.endswith("-> original (its original was given back)")
+    assert kernel_report(model).rows[-1].reason == "it is in `exclude`"
     other = kernel_report(models.Model(layers=1))
     assert any(line.endswith("not there") for line in before.diff(other))
 
@@ -109,7 +110,7 @@ def test_reasons_are_found_for_a_model_that_was_wrapped_or_is_part_of_another(ke
 def test_a_model_that_was_never_kernelized_has_the_reasons_of_a_plan(registered: None) -> None:
     rows = kernel_report(nn.ModuleList([models.Norm(), models.Mlp()])).rows
     assert [row.outcome for row in rows] == ["original"] * 2
-    assert "kernelize was not called" in rows[0].reason
+    assert rows[0].reason == "a kernel is registered for it; kernelize to run it"
     assert rows[1].reason == "no kernel is registered for Mlp"
     assert "parameters" in kernel_report(models.Gate()).rows[0].reason
 

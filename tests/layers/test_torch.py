@@ -230,3 +230,35 @@ def test_data_parallel_replicas_share_the_first_modules_weights_and_devices() ->
     model = kernelize(models.Model(), mode=Mode.INFERENCE)
     x = torch.randn(2, 8)
     assert torch.equal(nn.DataParallel(model)(x), model(x))
+
+
+def test_models_with_scripted_traced_lazy_and_parametrized_parts_are_walked() -> None:
+    """None of these is kernel-aware; the layers beside them are."""
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8)))
+    parts = [torch.jit.script(nn.Linear(8, 8)), traced, nn.LazyLinear(8)]
+    parts.append(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    model, x = nn.Sequential(*parts, models.Norm(), models.Gate()), torch.randn(2, 8)
+    kernelize(model, mode=Mode.INFERENCE)
+    assert [row.path for row in kernel_report(model).kernels] == ["4", "5"]
+    assert (model(x) >= 0).any()
+    unkernelize(model)
+
+
+def test_a_layer_whose_weight_is_not_initialised_keeps_its_forward() -> None:
+    model = models.Norm()
+    model.weight = nn.UninitializedParameter()
+    kernelize(model, mode=Mode.INFERENCE)
+    row = kernel_report(model).rows[0]
+    assert (row.outcome, "UninitializedParameter" in row.reason) == ("original", True)
+
+
+def test_a_parametrized_weight_is_computed_for_the_kernel_as_for_the_original() -> None:
+    class Double(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    model, x = models.Norm(), torch.randn(2, 8)
+    plain = model(x)
+    nn.utils.parametrize.register_parametrization(model, "weight", Double())
+    kernelize(model, mode=Mode.INFERENCE)
+    assert torch.allclose(model(x), 2 * plain)

@@ -119,7 +119,8 @@ def unkernelize(model: nn.Module, *, include: Selection = None, exclude: Selecti
                 transaction.take(module)
         for path, module in found.users:
             _leave_some(transaction, module, path, selector)
-    forget(model)
+    if selector.idle:
+        forget(model)
     return model
 
 

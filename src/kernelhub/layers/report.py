@@ -174,7 +174,7 @@ def _why_not(site: Site, kept: tuple[str, Mode | None]) -> tuple[str, Mode | Non
         not holds(uses, *stake) for stake in uses.functions.values() if stake[0] is site.module
     ):
         return "somebody else gave the function its original back; kernelize again", kept[1]
-    return kept
+    return (kept[0] or "its original was given back", kept[1])
 
 
 def _stale(site: Site, marker: Marker, device: torch.device | None) -> str:
@@ -259,7 +259,7 @@ def _planned(model: nn.Module, found: Survey) -> dict[str, tuple[str, Mode | Non
     except KernelHubError as error:
         return {site.path: (error.message, mode) for site in plain.sites}
     return {
-        site.path: (decision.reason or "a kernel is registered for it, and kernelize was not called", mode)
+        site.path: (decision.reason or "a kernel is registered for it; kernelize to run it", mode)
         for site, decision in zip(plain.sites, decisions, strict=True)
     }
 

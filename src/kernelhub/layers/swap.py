@@ -265,11 +265,18 @@ def _join(uses: Uses, function: nn.Module, swap: Swap) -> None:
 
 
 def _gone(function: nn.Module, joined: ref[Marker]) -> None:
-    """A module with a stake is gone: if it was the last, its function must not run the kernel for everybody else."""
-    with functions_lock:
+    """A module with a stake is gone: if it was the last, its function must not run the kernel for everybody else.
+
+    The collector calls this anywhere, so it waits for nobody: whoever is changing functions just now looks for himself.
+    """
+    if not functions_lock.acquire(blocking=False):
+        return
+    try:
         marker = in_effect(function)
         if marker is not None and marker is joined() and not has_users(function):
             take(function)
+    finally:
+        functions_lock.release()
 
 
 # Reading models from files: each of these is called by pickle while the module is still empty.
