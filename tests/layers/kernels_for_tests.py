@@ -170,10 +170,12 @@ except (AttributeError, RuntimeError):
 """
 
 
-def write_kernel(folder: Path, *, name: str = "small", layers: str = LAYERS, init: str = INIT) -> Path:
-    """A kernel repository with one noarch variant for the CPU and one for all; returns its folder."""
-    for variant in ("torch-cpu",):
-        build = folder / "build" / variant
+def write_kernel(
+    folder: Path, *, name: str = "small", layers: str = LAYERS, init: str = INIT, backends: tuple[str, ...] = ("cpu",)
+) -> Path:
+    """A kernel repository with a noarch variant for each backend; returns its folder."""
+    for backend in backends:
+        build = folder / "build" / f"torch-{backend}"
         build.mkdir(parents=True, exist_ok=True)
         (build / "__init__.py").write_text(init)
         (build / "layers.py").write_text(layers)
@@ -183,7 +185,7 @@ def write_kernel(folder: Path, *, name: str = "small", layers: str = LAYERS, ini
             "version": 1,
             "license": "Apache-2.0",
             "python-depends": [],
-            "backend": {"type": "cpu"},
+            "backend": {"type": backend},
         }
         (build / "metadata.json").write_text(json.dumps(metadata))
     return folder

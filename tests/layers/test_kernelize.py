@@ -336,8 +336,7 @@ def test_cannot_load_is_an_error_unless_it_is_allowed(
     """needs 12: no build for this machine says so, and keeps the original where that is allowed."""
     model = Layer()
     missing = LayerRepository("org/none", layer_name="Gate", version=1)
-    write_kernel(tmp_path / "other")
-    (tmp_path / "other" / "build" / "torch-cpu").rename(tmp_path / "other" / "build" / "torch-cuda")
+    write_kernel(tmp_path / "other", backends=("cuda",))
     unfit = LocalLayerRepository(tmp_path / "other", layer_name="Gate")
     broken = write_kernel(
         tmp_path / "broken", name="broken", init="import package_that_is_not_there\nfrom . import layers\n"
