@@ -44,6 +44,7 @@ def counting(inner: Any) -> Any:
 
 def main() -> None:
     listener = socket.socket()
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does so only for sockets of its own
     listener.bind(("127.0.0.1", 0))
     listener.listen(128)
     config = uvicorn.Config(counting(app(Path(sys.argv[1]), trusted=True)), log_level="error")

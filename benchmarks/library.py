@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import http.server
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -28,24 +30,27 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".peers"
 COMMIT_TIME = 1_700_000_000
+PACKAGES = ("kernelhub", "kernels")
 
 # What a measured process runs: it prints one JSON line.
 GET = """
 import json, sys, time, warnings
 warnings.simplefilter("ignore")
 import torch
+begin = time.perf_counter()
 from {package} import get_kernel
 arguments = dict(version=1, trust_remote_code=True)
 start = time.perf_counter()
 module = get_kernel({repo!r}, **arguments)
 first = time.perf_counter() - start
+whole = time.perf_counter() - begin
 again = []
 for _ in range({again}):
     start = time.perf_counter()
     get_kernel({repo!r}, **arguments)
     again.append(time.perf_counter() - start)
 assert module.VALUE == 1
-print(json.dumps({{"first": first, "again": sorted(again)[len(again) // 2] if again else None}}))
+print(json.dumps({{"first": first, "whole": whole, "again": sorted(again)[len(again) // 2] if again else None}}))
 """
 IMPORT = """
 import json, time
@@ -116,57 +121,33 @@ def protocol_rows(folder: Path, hub: Server, rounds: int) -> list[dict[str, Any]
     """`get_kernel` over the Hugging Face Hub's protocol: cold, warm, again, and eight processes at once."""
     rows = []
     for count in (5, 50, 500):
-        cold: dict[str, list[dict[str, Any]]] = {"kernelhub": [], "kernels": []}
-        warm: dict[str, list[dict[str, Any]]] = {"kernelhub": [], "kernels": []}
-        requests: dict[str, list[int]] = {"kernelhub": [], "kernels": []}
-        quiet: dict[str, list[int]] = {"kernelhub": [], "kernels": []}
-        for index in range(rounds):
-            for package in cold:
-                cache = folder / f"{package}-{count}-{index}"
+        runs: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+        for index, package in itertools.product(range(rounds), PACKAGES):
+            cache = folder / f"{package}-{count}-{index}"
+            for state, again in (("cold", 0), ("warm", 0), ("again", 50)):
                 hub.count()
-                cold[package].append(run(get(package, f"org/files{count}"), cache, hub.url))
-                requests[package].append(hub.count())
-                warm[package].append(run(get(package, f"org/files{count}", again=50), cache, hub.url))
-                quiet[package].append(hub.count())
-        rows.append(
-            row(
-                f"get_kernel cold, {count} files, protocol",
-                "ms",
-                *(1e3 * median(runs, "first") for runs in cold.values()),
-                requests,
-            )
-        )
-        rows.append(
-            row(
-                f"get_kernel warm in a new process, {count} files",
-                "ms",
-                *(1e3 * median(runs, "first") for runs in warm.values()),
-                quiet,
-            )
-        )
-        rows.append(
-            row(
-                f"get_kernel again in one process, {count} files",
-                "us",
-                *(1e6 * median(runs, "again") for runs in warm.values()),
-            )
-        )
-    together: dict[str, list[float]] = {"kernelhub": [], "kernels": []}
-    requests = {"kernelhub": [], "kernels": []}
-    for index in range(max(1, rounds // 3)):
-        for package in together:
-            hub.count()
-            together[package].append(eight(package, folder / f"{package}-eight-{index}", hub.url))
-            requests[package].append(hub.count())
-    rows.append(
-        row(
-            "8 processes cold, 500 files, slowest",
-            "s",
-            *(statistics.median(values) for values in together.values()),
-            requests,
-        )
-    )
-    return rows
+                result = run(get(package, f"org/files{count}", again), cache, hub.url)
+                runs[state, package].append({**result, "requests": hub.count()})
+
+        def figures(what: str, unit: str, scale: float, state: str, key: str) -> dict[str, Any]:
+            values = [scale * median(runs[state, package], key) for package in PACKAGES]  # noqa: B023 - called at once
+            sent = {package: [one["requests"] for one in runs[state, package]] for package in PACKAGES}  # noqa: B023
+            return row(what, unit, *values, None if state == "again" else sent)
+
+        rows += [
+            figures(f"get_kernel cold, {count} files", "ms", 1e3, "cold", "first"),
+            figures(f"import and get_kernel cold, {count} files", "ms", 1e3, "cold", "whole"),
+            figures(f"get_kernel warm in a new process, {count} files", "ms", 1e3, "warm", "first"),
+            figures(f"get_kernel again in one process, {count} files", "us", 1e6, "again", "again"),
+        ]
+    times: dict[str, list[float]] = defaultdict(list)
+    requests: dict[str, list[int]] = defaultdict(list)
+    for index, package in itertools.product(range(max(1, rounds // 3)), PACKAGES):
+        hub.count()
+        times[package].append(eight(package, folder / f"{package}-eight-{index}", hub.url))
+        requests[package].append(hub.count())
+    slowest = [statistics.median(times[package]) for package in PACKAGES]
+    return [*rows, row("8 processes cold, 500 files, the slowest", "s", *slowest, requests)]
 
 
 def folder_rows(folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -184,28 +165,18 @@ def folder_rows(folder: Path, rounds: int) -> list[dict[str, Any]]:
         )
     rows = []
     with static(hub) as (url, log):
-        for kind, place in (("a folder", str(hub)), ("a web host", url)):
-            for count in (50, 500):
-                runs, requests = [], []
-                for index in range(rounds):
-                    log.clear()
-                    cache = folder / f"layout-{kind[2:5]}-{count}-{index}"
-                    runs.append(
-                        run(get("kernelhub", f"org/files{count}"), cache, "http://127.0.0.1:9", KERNELHUB_HUBS=place)
-                    )
-                    requests.append(len(log))
-                counted = {"kernelhub": requests} if place == url else None
-                rows.append(
-                    row(
-                        f"get_kernel cold, {count} files, hub on {kind}"
-                        if place == url
-                        else f"get_kernel cold, {count} files, hub in {kind}",
-                        "ms",
-                        1e3 * median(runs, "first"),
-                        None,
-                        counted,
-                    )
-                )
+        for (kind, place), count in itertools.product((("in a folder", str(hub)), ("on a web host", url)), (50, 500)):
+            runs, requests = [], []
+            for index in range(rounds):
+                log.clear()
+                cache = folder / f"layout-{kind[-4:]}-{count}-{index}"
+                code = get("kernelhub", f"org/files{count}", 0)
+                runs.append(run(code, cache, "http://127.0.0.1:9", KERNELHUB_HUBS=place))
+                requests.append(len(log))
+            counted = {"kernelhub": requests} if place == url else None
+            rows.append(
+                row(f"get_kernel cold, {count} files, hub {kind}", "ms", 1e3 * median(runs, "first"), None, counted)
+            )
     return rows
 
 
@@ -228,7 +199,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{item['what']:52} {item['kernelhub']:9.2f} {item['unit']:2} {theirs:>12} {ratio:>8}   {requests}")
 
 
-def get(package: str, repo: str, again: int = 0) -> str:
+def get(package: str, repo: str, again: int) -> str:
     return GET.format(package=package, repo=repo, again=again)
 
 
@@ -274,7 +245,7 @@ def run(code: str, cache: Path, endpoint: str, **more: str) -> dict[str, Any]:
 def eight(package: str, cache: Path, endpoint: str) -> float:
     """The slowest of eight processes that load the same kernel into one empty cache; each waits for the others first."""
     gate = f"import sys, torch; from {package} import get_kernel; print('ready', flush=True); sys.stdin.readline()\n"
-    code = gate + get(package, "org/files500")
+    code = gate + get(package, "org/files500", 0)
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code],
@@ -340,6 +311,7 @@ def static(folder: Path) -> Any:
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def log_message(self, *_: Any) -> None:
             log.append(self.path)

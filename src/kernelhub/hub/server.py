@@ -103,7 +103,10 @@ def _listener(host: str, port: int) -> socket.socket:
     """A socket that listens already, so that a client which comes before the server's thread waits in its queue."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
+        listener = socket.create_server((host, port), family=family, backlog=128)
+        # asyncio does this for sockets that it makes itself; without it each answer of two writes waits 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         raise InvalidReference(
             f"cannot listen on {host} port {port}: {error.strerror or error}", hint="Use another address, or port 0."
