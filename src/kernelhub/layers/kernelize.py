@@ -93,7 +93,7 @@ def kernelize(
     found = survey(model)
     resolver = _Resolver(default_hub(), request, fallback)
     decisions = decide(found, request)
-    outcomes = [resolver.outcome(site, decision) for site, decision in zip(found.sites, decisions, strict=True)]
+    outcomes = resolver.outcomes(found.sites, decisions)
     with functions_lock, Transaction() as transaction:
         for _, module in found.marked:
             transaction.take(module)
@@ -101,8 +101,7 @@ def kernelize(
             transaction.leave(module)
         _swap_layers(found.sites, outcomes, transaction)
         told = _swap_functions(found.sites, outcomes, transaction, fallback)
-    kept = {site.path: outcome.reason for site, outcome in zip(found.sites, outcomes, strict=True) if outcome.reason}
-    remember(model, Run(mode, None, {**kept, **told}))
+    remember(model, Run(mode, None, {**_kept(found.sites, outcomes), **told}))
     _say(model, outcomes)
     return model
 
@@ -180,14 +179,17 @@ class _Resolver:
     _kernels: dict[tuple[Any, str], LayerKernel | _Failure] = field(default_factory=dict)
     _outcomes: dict[tuple[type, int, bool], tuple[Outcome, Decision]] = field(default_factory=dict)
 
-    def outcome(self, site: Site, decision: Decision) -> Outcome:
-        """Raises what `use_fallback` does not allow, saying at which layer."""
-        # Keyed by the decision's identity, which is cheaper than its value, and kept so that it stays this one's.
-        key = (type(site.module), id(decision), site.module.training)
-        known = self._outcomes.get(key)
-        if known is None:
-            known = self._outcomes[key] = self._outcome(site, decision), decision
-        return known[0]
+    def outcomes(self, sites: list[Site], decisions: list[Decision]) -> list[Outcome]:
+        """What comes of each site. Raises what `use_fallback` does not allow, saying at which layer."""
+        found = []
+        for site, decision in zip(sites, decisions, strict=True):
+            # Keyed by the decision's identity, which is cheaper than its value, and kept so that it stays this one's.
+            key = (type(site.module), id(decision), site.module.training)
+            known = self._outcomes.get(key)
+            if known is None:
+                known = self._outcomes[key] = self._outcome(site, decision), decision
+            found.append(known[0])
+        return found
 
     def _outcome(self, site: Site, decision: Decision) -> Outcome:
         name, device, row = class_name(site.module), decision.device, decision.row
@@ -356,17 +358,29 @@ def _leave_some(transaction: Transaction, module: nn.Module, path: str, selector
         transaction.join(module, kept)
 
 
+def _kept(sites: list[Site], outcomes: list[Outcome]) -> dict[str, str]:
+    """Why layers keep their forwards, by path."""
+    if not any(outcome.reason for outcome in _distinct(outcomes).values()):
+        return {}
+    return {site.path: outcome.reason for site, outcome in zip(sites, outcomes, strict=True) if outcome.reason}
+
+
+def _distinct(outcomes: list[Outcome]) -> dict[int, Outcome]:
+    """The outcomes by identity: a few, shared by all layers."""
+    return dict(zip(map(id, outcomes), outcomes, strict=True))
+
+
 def _say(model: nn.Module, outcomes: list[Outcome]) -> None:
     """One line per class that runs a kernel; a warning where there is none at all."""
     swapped: Counter[tuple[str, str]] = Counter()
     kept: Counter[str] = Counter()
-    different = {id(outcome): outcome for outcome in outcomes}
+    distinct = _distinct(outcomes)
     for key, count in Counter(map(id, outcomes)).items():
-        swap = different[key].swap
+        swap = distinct[key].swap
         if swap is None:
-            kept[different[key].reason] += count
+            kept[distinct[key].reason] += count
         else:
-            swapped[different[key].name, f"{swap.repository} ({swap.variant or swap.digest})"] += count
+            swapped[distinct[key].name, f"{swap.repository} ({swap.variant or swap.digest})"] += count
     for (name, kernel), count in swapped.items():
         _log.info("%d x %s run %s", count, name, kernel)
     if not swapped:

@@ -40,11 +40,7 @@ class AwareClass:
     layer_name: str
     condition: Callable[[nn.Module], bool] | None
     keeps: str | None
-
-    @property
-    def always(self) -> bool:
-        """Whether a kernel may stand in for every instance."""
-        return self.keeps is None and self.condition is None
+    always: bool  # a kernel may stand in for every instance
 
 
 def aware_class(cls: type[nn.Module]) -> AwareClass | None:
@@ -57,7 +53,8 @@ def aware_class(cls: type[nn.Module]) -> AwareClass | None:
     keeps = None
     if getattr(cls, "forward", None) is not getattr(marked, "forward", None):
         keeps = f"{cls.__name__} has a forward of its own, and {marked.__name__} is what is marked as {name}"
-    return AwareClass(name, None if condition in (None, always) else condition, keeps)
+    asked = None if condition in (None, always) else condition
+    return AwareClass(name, asked, keeps, keeps is None and asked is None)
 
 
 class Site(NamedTuple):
@@ -424,8 +421,17 @@ class Decision(NamedTuple):
 def decide(found: Survey, request: Request) -> list[Decision]:
     """A decision for each site. Raises `NoKernelForLayer` where no device can be told, and what conditions raise."""
     managed = functools.cache(lambda: gathered_by_fsdp(found.tree.modules))
-    facts = _Facts(request, Devices(found.tree), {}, managed)
-    return [_decide(site, facts) for site in found.sites]
+    rows: dict[tuple[str, torch.device], Decision] = {}
+    facts = _Facts(request, Devices(found.tree), rows, managed)
+    idle, given, decisions = request.selector.idle, request.device, []
+    for site in found.sites:
+        decision = None
+        if idle and site.user is None and site.aware.always:
+            # Layers that nothing is special about take a short way: one look at their weights.
+            device = _plain_device(site.module.__dict__)
+            decision = rows.get((site.aware.layer_name, given or device)) if device else None
+        decisions.append(decision or _decide(site, facts))
+    return decisions
 
 
 class _Facts(NamedTuple):
@@ -435,16 +441,6 @@ class _Facts(NamedTuple):
     devices: Devices
     rows: dict[tuple[str, torch.device], Decision]
     managed: Callable[[], frozenset[int]]
-
-
-def _decide(site: Site, facts: _Facts) -> Decision:
-    """Layers that nothing is special about take the first way out: one look at their weights."""
-    if facts.request.selector.idle and site.user is None and site.aware.always:
-        device = _plain_device(site.module.__dict__)
-        known = device and facts.rows.get((site.aware.layer_name, facts.request.device or device))
-        if known:
-            return known
-    return _look_closer(site, facts)
 
 
 def _plain_device(attributes: dict[str, Any]) -> torch.device | None:
@@ -460,7 +456,7 @@ def _plain_device(attributes: dict[str, Any]) -> torch.device | None:
     return device
 
 
-def _look_closer(site: Site, facts: _Facts) -> Decision:
+def _decide(site: Site, facts: _Facts) -> Decision:
     _, module, aware, index, _, elsewhere = site
     request, devices, rows, _ = facts
     reason = _left_out(site, request.selector)

@@ -126,9 +126,11 @@ def of_class(module: nn.Module, forward: Any) -> bool:
 def put(module: nn.Module, swap: Swap, function: Any) -> None:
     """Let the module run the kernel's forward `function`. The module has its own forward now (see `take`)."""
     attributes = module.__dict__
-    name = slot(attributes)
-    attributes[MARKER] = Marker(module, swap, function, name in attributes)
-    attributes.pop(name, None)  # what stands in the dict first is pickled first, and the marker must be
+    name = slot(attributes) if "_hf_hook" in attributes else "forward"
+    explicit = name in attributes
+    if explicit:
+        del attributes[name]  # what stands in the dict first is pickled first, and the marker must be
+    attributes[MARKER] = Marker(module, swap, function, explicit)
     attributes[name] = MethodType(function, module)
     if name != "forward":
         attributes["forward"] = attributes.pop("forward")
