@@ -177,14 +177,15 @@ class _Resolver:
     request: Request
     fallback: KernelizeFallback
     _kernels: dict[tuple[Any, str], LayerKernel | _Failure] = field(default_factory=dict)
-    _outcomes: dict[tuple[type, int, bool], tuple[Outcome, Decision]] = field(default_factory=dict)
+    _outcomes: dict[tuple[int, int, bool], tuple[Outcome, Decision]] = field(default_factory=dict)
 
     def outcomes(self, sites: list[Site], decisions: list[Decision]) -> list[Outcome]:
         """What comes of each site. Raises what `use_fallback` does not allow, saying at which layer."""
         found = []
         for site, decision in zip(sites, decisions, strict=True):
-            # Keyed by the decision's identity, which is cheaper than its value, and kept so that it stays this one's.
-            key = (type(site.module), id(decision), site.module.training)
+            # By identity, which is cheaper than the value; the survey and the outcome keep both alive. A survey has one
+            # AwareClass for each class.
+            key = (id(site.aware), id(decision), site.training)
             known = self._outcomes.get(key)
             if known is None:
                 known = self._outcomes[key] = self._outcome(site, decision), decision

@@ -60,13 +60,17 @@ def aware_class(cls: type[nn.Module]) -> AwareClass | None:
 class Site(NamedTuple):
     """A place where a kernel can go: a layer, or a function (`user` is then the module that calls it).
 
-    `at` is where the layer (or the user) stands in the tree, `elsewhere` where it stands too if it is shared.
+    `at` is where the layer (or the user) stands in the tree, `elsewhere` where it stands too if it is shared. What a
+    layer mostly is asked for is noted while it is looked at: whether it is in training mode, and where it runs if nothing
+    is special about it (`plain`). Later its memory would have to be fetched again.
     """
 
     path: str
     module: nn.Module
     aware: AwareClass
     at: int
+    training: bool
+    plain: torch.device | None = None
     user: nn.Module | None = None
     elsewhere: tuple[int, ...] = ()
 
@@ -111,11 +115,11 @@ def survey(model: nn.Module) -> Survey:
         aware = classes[cls]
         seen[id(module)] = -1 if aware is None else len(sites)
         if aware is not None:
-            sites.append(Site(path, module, aware, index))
+            sites.append(Site(path, module, aware, index, attributes["training"], _plain_device(attributes)))
         if MARKER in attributes:
             found.marked.append((path, module))
         if FUNCS in attributes or USES in attributes:
-            _functions(found, path, module, index)
+            _functions(found, classes, path, module, index)
         children = module._modules
         if children:
             prefix = f"{path}." if path else ""
@@ -139,14 +143,17 @@ def _meet_again(sites: list[Site], at: int, index: int) -> None:
         sites[at] = sites[at]._replace(elsewhere=(*sites[at].elsewhere, index))
 
 
-def _functions(found: Survey, path: str, module: nn.Module, index: int) -> None:
+def _functions(found: Survey, classes: dict[type, AwareClass | None], path: str, module: nn.Module, index: int) -> None:
     if USES in module.__dict__:
         found.users.append((path, module))
     for name, function in module.__dict__.get(FUNCS, {}).items():
-        aware = aware_class(type(function))
+        cls = type(function)
+        if cls not in classes:
+            classes[cls] = aware_class(cls)
+        aware = classes[cls]
         if aware is not None:
             place = f"{path}.{name}" if path else name
-            found.sites.append(Site(place, function, aware, index, module))
+            found.sites.append(Site(place, function, aware, index, function.training, None, module))
 
 
 # Where a layer runs
@@ -425,11 +432,12 @@ def decide(found: Survey, request: Request) -> list[Decision]:
     facts = _Facts(request, Devices(found.tree), rows, managed)
     idle, given, decisions = request.selector.idle, request.device, []
     for site in found.sites:
+        _, _, aware, _, _, device, _, _ = site
         decision = None
-        if idle and site.user is None and site.aware.always:
-            # Layers that nothing is special about take a short way: one look at their weights.
-            device = _plain_device(site.module.__dict__)
-            decision = rows.get((site.aware.layer_name, given or device)) if device else None
+        if (
+            device is not None and idle and aware.always
+        ):  # nothing is special about it: decided with the first of its kind
+            decision = rows.get((aware.layer_name, given or device))
         decisions.append(decision or _decide(site, facts))
     return decisions
 
@@ -457,7 +465,7 @@ def _plain_device(attributes: dict[str, Any]) -> torch.device | None:
 
 
 def _decide(site: Site, facts: _Facts) -> Decision:
-    _, module, aware, index, _, elsewhere = site
+    module, aware, elsewhere = site.module, site.aware, site.elsewhere
     request, devices, rows, _ = facts
     reason = _left_out(site, request.selector)
     if reason is not None:
@@ -465,7 +473,7 @@ def _decide(site: Site, facts: _Facts) -> Decision:
     name = aware.layer_name
     if not request.table.get(name):
         return Decision(None, None, KernelizeFallback.NO_LAYER, f"no kernel is registered for {name}")
-    device = request.device or devices.of(index)
+    device = request.device or devices.of(site.at)
     if device is None:
         raise NoKernelForLayer(
             f"{site.path or type(module).__name__}: neither the layer nor the model around it has parameters",
