@@ -22,9 +22,7 @@ _COMPILER = re.compile(
     r"^(?P<where>[^\s:(][^:(]*)(?::(?P<line>\d+)(?::\d+)?|\((?P<nvcc>\d+)\)):?\s(?:fatal |catastrophic )?error:? (?P<text>.+)$"
 )
 _LINKER = re.compile(r"(undefined reference to .*|undefined symbol: .*|cannot find -l\S+.*|multiple definition of .*)")
-_DRIVER = re.compile(
-    r"^(?:nvcc|g\+\+|clang\S*|c\+\+|\S*cc1plus|zig|ld|\S+)\s*:?\s*(?:fatal )?\s*:? ?error ?: (.+)$", re.IGNORECASE
-)
+_DRIVER = re.compile(r"^(?:\S+: (?:fatal )?error: |nvcc fatal\s*: )(.+)$")
 
 # The usual causes, the most telling first.
 _HINTS = (

@@ -92,9 +92,13 @@ def key_line(text: str, path: tuple[str, ...]) -> int:
     for number, line in enumerate(text.splitlines(), 1):
         if header := _HEADER.match(line):
             section = _split(header[1])
-            found.setdefault(section, number)
+            here = section
         elif key := _KEY.match(line):
-            found.setdefault((*section, *_split(key[1])), number)
+            here = (*section, *_split(key[1]))
+        else:
+            continue
+        for length in range(1, len(here) + 1):
+            found.setdefault(here[:length], number)
     while path and path not in found:
         path = path[:-1]
     return found.get(path, 1)

@@ -1,0 +1,218 @@
+"""Kernels that are built when they are asked for: once, into the store, and again when anything of it changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from build_projects import BINDING, TOML, counting_compiler, tiny
+
+from kernelhub import Hub, Settings
+from kernelhub.build.assemble import Workshop
+from kernelhub.build.project import build_project
+from kernelhub.core.refs import KernelRef
+from kernelhub.core.variants import VariantRejected
+from kernelhub.errors import BuildFailed, KernelHubWarning, KernelNotFound, NoCompatibleVariant
+from kernelhub.hub.probe import detect_host
+
+COMPILED = f"torch-stable-abi210-cpu-{detect_host().cpu}-linux"
+NAME = KernelRef.parse("acme/tiny@v1")
+
+
+@pytest.fixture
+def compiler(tmp_path, toolchain):
+    return counting_compiler(tmp_path / "bin")
+
+
+@pytest.fixture
+def make_hub(tmp_path, compiler):
+    """A client of one project under the name acme/tiny, as LOCAL_KERNELS gives it."""
+
+    def make(project: Path | None = None, **settings) -> Hub:
+        settings.setdefault("cxx", str(compiler[0]))
+        local = (("acme/tiny", project),) if project else ()
+        return Hub(Settings(cache=tmp_path / "store", local_kernels=local, offline=True, **settings))
+
+    return make
+
+
+def compiled(compiler) -> int:
+    return len(compiler[1].read_text().splitlines())
+
+
+def test_it_is_built_once_and_then_lies_in_the_store(make_hub, compiler, tmp_path):
+    project = tiny(tmp_path / "tiny")
+    loaded = make_hub(project).load(NAME)
+    assert str(loaded.variant) == COMPILED
+    assert loaded.module.VALUE == 1
+    assert loaded.path.is_relative_to(tmp_path / "store" / "kernels")
+    assert compiled(compiler) == 1
+    assert make_hub(project).load(NAME).module is loaded.module
+    assert make_hub().load_local(project).module is loaded.module
+    assert make_hub().load_local(project).path != loaded.path  # under the name that a folder gives
+    assert compiled(compiler) == 2
+
+
+def test_an_edited_source_is_built_again_and_an_undone_edit_is_not(make_hub, compiler, tmp_path):
+    project = tiny(tmp_path / "tiny")
+    first = make_hub(project).load(NAME)
+    tiny(project, value=2)
+    second = make_hub(project).load(NAME)
+    assert first.metadata.id != second.metadata.id
+    assert first.module.NAMESPACE != second.module.NAMESPACE
+    tiny(project, value=1)
+    assert make_hub(project).load(NAME).path == first.path
+    assert compiled(compiler) == 2
+
+
+def test_another_compiler_builds_again_and_the_sources_part_of_the_commit_stays(make_hub, compiler, tmp_path):
+    project = tiny(tmp_path / "tiny", noarch=True)
+    first = make_hub(project).load(NAME)
+    other = tmp_path / "bin" / "other-g++"
+    other.write_text(
+        compiler[0].read_text().replace("exec g++", '[ "$1" = --version ] && echo "g++ 99.0" && exit\nexec g++')
+    )
+    other.chmod(0o755)
+    second = make_hub(project, cxx=str(other)).load(NAME)
+    assert (str(first.variant), str(second.variant)) == (COMPILED, COMPILED)
+    assert second.path != first.path
+    one, two = first.repo_info.revision, second.repo_info.revision
+    assert one != two
+    assert one[:28] == two[:28]
+    # What a lock names on one machine is found on another, which builds its own.
+    pinned = KernelRef.parse(f"acme/tiny@{one}")
+    assert make_hub(project, cxx=str(other)).load(pinned).path == second.path
+    assert make_hub(project).load(pinned).path == first.path
+    tiny(project, value=2, noarch=True)
+    assert make_hub(project).load(pinned).path == first.path  # the sources are others now, and the store has this
+    with pytest.raises(KernelNotFound):
+        make_hub(project).load(KernelRef.parse("acme/tiny@" + "1" * 40))
+
+
+def test_eight_processes_build_once(compiler, tmp_path):
+    project = tiny(tmp_path / "tiny")
+    code = f"""
+from pathlib import Path
+from kernelhub import Hub, Settings
+from kernelhub.core.refs import KernelRef
+settings = Settings(cache=Path({str(tmp_path / "store")!r}), local_kernels=(("acme/tiny", Path({str(project)!r})),),
+                    offline=True, cxx={str(compiler[0])!r})
+input()
+print(Hub(settings).install(KernelRef.parse("acme/tiny@v1")))
+"""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(8)
+    ]
+    for process in running:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    answers = [process.communicate(timeout=300) for process in running]
+    assert {out for out, _ in answers} == {answers[0][0]}, answers
+    assert answers[0][0].strip().endswith(COMPILED)
+    assert compiled(compiler) == 1
+
+
+def test_without_a_compiler_the_noarch_variant_serves_and_nothing_is_said(make_hub, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = make_hub(tiny(tmp_path / "tiny", noarch=True), cxx="/nowhere/g++").load(NAME)
+    assert str(loaded.variant) == "torch-cpu"
+    assert loaded.module.VALUE == 1
+
+
+def test_without_a_compiler_and_without_noarch_the_error_has_the_reason(make_hub, tmp_path):
+    hub = make_hub(tiny(tmp_path / "tiny"), cxx="/nowhere/g++")
+    with pytest.raises(NoCompatibleVariant, match=r"no C\+\+ compiler was found"):
+        hub.load(NAME)
+    assert not hub.has(NAME)
+    (rejected,) = hub.variants(NAME)
+    assert isinstance(rejected, VariantRejected)
+    assert rejected.variant.variant_str == COMPILED
+
+
+def test_never_builds_nothing(make_hub, compiler, tmp_path):
+    project = tiny(tmp_path / "tiny", noarch=True)
+    assert str(make_hub(project, build="never").load(NAME).variant) == "torch-cpu"
+    with pytest.raises(NoCompatibleVariant, match="KERNELHUB_BUILD=never"):
+        make_hub(tiny(tmp_path / "other"), build="never").load(NAME)
+    assert str(make_hub(project).load(NAME).variant) == COMPILED  # what was known under `never` is not believed
+    assert compiled(compiler) == 1
+
+
+def test_a_build_that_fails_is_one_warning_and_the_noarch_variant(make_hub, tmp_path):
+    project = tiny(tmp_path / "tiny", binding=BINDING + "int broken = missing_name;\n", noarch=True)
+    hub = make_hub(project)
+    with pytest.warns(KernelHubWarning, match=r"torch-ext/binding\.cpp:4: .*missing_name") as caught:
+        loaded = hub.load(NAME)
+    assert len(caught) == 1
+    assert str(loaded.variant) == "torch-cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hub.load(NAME) is loaded
+
+
+def test_always_wants_the_compiled_build(make_hub, compiler, tmp_path):
+    project = tiny(tmp_path / "tiny", noarch=True)
+    assert str(make_hub(project, build="always").load(NAME).variant) == COMPILED
+    broken = tiny(tmp_path / "broken", binding="int broken = ;\n", noarch=True)
+    with pytest.raises(BuildFailed, match=r"while loading acme/tiny@v1.*do not compile"):
+        make_hub(broken, build="always").load(NAME)
+    with pytest.raises(NoCompatibleVariant, match=r"(?s)always asks for the compiled build.*no C\+\+ compiler"):
+        make_hub(project, build="always", cxx="/nowhere/g++").load(NAME)
+
+
+def test_a_failed_build_without_noarch_is_the_error(make_hub, tmp_path):
+    with pytest.raises(BuildFailed, match="do not compile"):
+        make_hub(tiny(tmp_path / "tiny", binding="int broken = ;\n")).load(NAME)
+    assert not list((tmp_path / "store" / "kernels").rglob("*.tmp"))
+
+
+def test_the_build_folder_serves_until_a_source_is_edited(make_hub, compiler, toolchain, tmp_path):
+    project = tiny(tmp_path / "tiny")
+    build_project(project, Workshop(toolchain, tmp_path / "work"))
+    assert make_hub().load_local(project).path == project / "build" / COMPILED
+    assert compiled(compiler) == 0
+    tiny(project, value=2)
+    assert make_hub().load_local(project).path.is_relative_to(tmp_path / "store")
+    assert compiled(compiler) == 1
+
+
+def test_builds_of_other_tools_are_taken_as_they_are(make_hub, compiler, toolchain, tmp_path):
+    project = tiny(tmp_path / "tiny")
+    (built,) = build_project(project, Workshop(toolchain, tmp_path / "work"))
+    metadata = built.path / "metadata.json"
+    metadata.write_text(metadata.read_text().replace('"kernelhub"', '"other"'))
+    tiny(project, value=2, toml=TOML.replace("edition = 5", "edition = 99"))
+    assert make_hub().load_local(project).path == built.path
+
+
+def test_a_line_is_said_of_a_build_and_none_of_what_is_there(make_hub, tmp_path):
+    class Notes:
+        def __init__(self):
+            self.said = []
+
+        def note(self, text):
+            self.said.append(text)
+
+        def expect(self, size):
+            pass
+
+        def advance(self, size):
+            pass
+
+    project, notes = tiny(tmp_path / "tiny"), Notes()
+    for _ in range(2):
+        hub = make_hub(project)
+        hub.progress = notes
+        hub.install(NAME)
+    assert notes.said == [f"building acme/tiny {COMPILED}"]
