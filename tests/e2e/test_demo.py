@@ -27,6 +27,7 @@ from transformers.activations import ACT2CLS
 
 from kernelhub.cli import demo as demo_module
 from kernelhub.cli.demo import Case, Comparison, Demo, built_in_cases, compare, demo, difference, model_case, run_demo
+from kernelhub.cli.main import run
 from kernelhub.cli.render_demo import grouped
 from kernelhub.errors import InvalidReference, MissingDependency, StoreError
 from kernelhub.hub.client import Hub, set_default_hub
@@ -313,6 +314,16 @@ def test_takes_bfloat16_as_it_is(tmp_path: Path) -> None:
     comparison = compare(model_case(str(tmp_path)), rounds=1)
     assert comparison.dtype == "bfloat16"
     assert comparison.problems == ()
+
+
+def test_the_command_takes_a_folder_and_its_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    saved = tmp_path / "report.json"
+    capsys.readouterr()
+    assert run(["demo", "--model", str(tmp_path), "--json", "--save", str(saved)]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(saved.read_text())
+    assert run(["demo", "--model", str(tmp_path / "nothing")]) == InvalidReference.exit_code == 2
+    assert "transformers cannot load" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_said(tmp_path: Path) -> None:
