@@ -141,6 +141,20 @@ def test_no_path_of_this_machine_is_in_a_binary(build):
         assert b"projects" not in library
 
 
+def test_a_build_of_the_stable_abi_takes_only_stable_symbols(build):
+    abi = pytest.importorskip("kernelhub.build.abi")
+    (report,) = abi.check(build("relu-stable")[0] / "build")
+    # How old the system may be depends on the compiler here; what the kernel takes of torch and Python does not.
+    assert [problem for problem in report.problems if not problem.startswith("asks for GLIBC")] == []
+    (other,) = abi.check(build("relu-torch")[0] / "build")
+    renamed = build("relu-torch")[0] / "renamed" / "torch-stable-abi210-cpu-x86_64-linux"
+    renamed.mkdir(parents=True, exist_ok=True)
+    (renamed / other.path.name).write_bytes(other.path.read_bytes())
+    (wrong,) = abi.check(renamed)
+    assert any("not in torch's stable ABI" in problem for problem in wrong.problems)
+    assert not any("not in torch's stable ABI" in problem for problem in other.problems)
+
+
 # Namespaces
 
 
