@@ -115,7 +115,9 @@ def rms_norm_gate_first(x: Tensor, weight: Tensor, gate: Tensor | None, eps: flo
     if gate is None:
         return rms_norm(x, weight, eps)
     row = _row("rms_norm_gate_first", weight)
-    gated = _wide(x) * F.silu(_wide(gate))
+    gated = _wide(x) * _silu(gate)
+    if _large(x):
+        return _times(_normalized(gated, eps).to(x.dtype), weight, weight)
     return weight * F.rms_norm(gated, row, None, eps).to(x.dtype)
 
 
@@ -199,12 +201,17 @@ def _row(name: str, weight: Tensor) -> torch.Size:
     return shape
 
 
+def _silu(gate: Tensor) -> Tensor:
+    wide = _wide(gate)
+    return F.silu(wide, inplace=wide is not gate and _large(gate))
+
+
 def _gate(name: str, gate: Tensor | None, activation: str) -> Tensor:
     """The gate's factor, in float32 or wider."""
     if gate is None:
         raise TypeError(f"{name}: there is no gate; expected a tensor of the input's shape")
     if activation in ("silu", "swish"):
-        return F.silu(_wide(gate))
+        return _silu(gate)
     if activation == "sigmoid":
         return torch.sigmoid(_wide(gate))
     raise ValueError(f"{name}: the activation is {activation!r}; expected silu, swish or sigmoid")
