@@ -12,7 +12,8 @@ import pytest
 from torch import nn
 
 from kernelhub import Mode, kernel_report, kernelize, register_kernel_mapping, unkernelize
-from kernelhub.layers import plan, report
+from kernelhub.layers import report
+from kernelhub.layers import survey as survey_module
 from kernelhub.layers.mapping import use_kernel_mapping
 from kernelhub.layers.mode import KernelizeFallback
 from kernelhub.layers.report import KernelReport
@@ -132,8 +133,8 @@ def test_a_walk_looks_at_each_module_a_fixed_number_of_times(kernel: Kernel, mon
     """Linear in the number of modules, also where layers take their device from far away."""
     register_kernel_mapping({"Gate": {"cpu": kernel("Gate")}})
     looks = []
-    look = plan._own_device
-    monkeypatch.setattr(plan, "_own_device", lambda module: looks.append(1) or look(module))
+    look = survey_module._own_device
+    monkeypatch.setattr(survey_module, "_own_device", lambda module: looks.append(1) or look(module))
 
     def count(layers: int) -> int:
         looks.clear()

@@ -166,6 +166,17 @@ def test_kernelized_leaves_a_kernelized_model_as_it_found_it(kernel: Callable[[s
     ]
 
 
+def test_a_with_block_leaves_a_forward_that_was_put_there_inside() -> None:
+    model = kernelize(models.Norm(), mode=Mode.TRAINING)
+
+    def patched(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    with kernelized(model, mode=Mode.INFERENCE):
+        model.forward = patched
+    assert model.__dict__["forward"] is patched
+
+
 # Functions
 
 

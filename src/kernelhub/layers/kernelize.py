@@ -33,23 +33,13 @@ from kernelhub.errors import (
 from kernelhub.hub.probe import visible_archs
 from kernelhub.layers import contract
 from kernelhub.layers.device import DEVICE_BACKENDS
+from kernelhub.layers.fitness import foreign_forward
 from kernelhub.layers.kernel import LayerKernel, Swap, load_layer
 from kernelhub.layers.mapping import Row
 from kernelhub.layers.mode import KernelizeFallback, Mode
-from kernelhub.layers.plan import (
-    Decision,
-    DeviceLike,
-    Request,
-    Selection,
-    Selector,
-    Site,
-    class_name,
-    decide,
-    device_type,
-    reasons,
-    survey,
-)
+from kernelhub.layers.plan import Decision, DeviceLike, Request, Selection, Selector, decide, reasons
 from kernelhub.layers.report import Run, forget, remember
+from kernelhub.layers.survey import Site, class_name, device_type, survey
 from kernelhub.layers.swap import USES, Transaction, functions_lock, has_users, in_effect
 from kernelhub.settings import Settings
 
@@ -136,7 +126,8 @@ def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
         unkernelize(model)
         with functions_lock, Transaction() as transaction:
             for module, marker in before:
-                transaction.put(module, marker.swap, marker.function)
+                if foreign_forward(module) is None:
+                    transaction.put(module, marker.swap, marker.function)
             for module, uses in stakes:
                 for function, swap in uses.functions.values():
                     held = forwards[id(function)]

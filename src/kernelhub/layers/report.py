@@ -20,7 +20,8 @@ from torch import nn
 
 from kernelhub.errors import KernelHubError
 from kernelhub.layers.mode import Mode
-from kernelhub.layers.plan import Devices, Request, Site, Survey, capability, class_name, decide, survey, uncompiled
+from kernelhub.layers.plan import Request, decide
+from kernelhub.layers.survey import Devices, Site, Survey, capability, class_name, survey, uncompiled
 from kernelhub.layers.swap import MARKER, USES, Lost, Marker, Uses, holds, in_effect
 from kernelhub.layers.tables import table
 
