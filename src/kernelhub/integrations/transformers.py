@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from kernelhub.layers.mapping import KernelMapping
 from kernelhub.layers.markers import replace_kernel_forward_from_hub
-from kernelhub.layers.survey import uncompiled
 from kernelhub.layers.repositories import LayerRepository
+from kernelhub.layers.survey import uncompiled
 
 __all__ = ["Marks", "default_mapping", "mark"]
 
