@@ -33,7 +33,7 @@ _CHECKED_THEN = "its variant, backward, torch.compile and contract are checked w
 
 
 class Selector:
-    """`include` and `exclude`: module paths (`*` is one segment, `**` any number) or classes."""
+    """`include` and `exclude`: module paths (`*` is one segment, `**` any number, at the end at least one) or classes."""
 
     def __init__(self, include: Selection, exclude: Selection) -> None:
         self._include = None if include is None else _matcher("include", include)
