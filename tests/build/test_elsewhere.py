@@ -10,7 +10,7 @@ from build_projects import copied
 
 from kernelhub.build.assemble import Workshop
 from kernelhub.build.project import build_project
-from kernelhub.build.toolchain import find_toolchain, missing
+from kernelhub.build.toolchain import find_toolchain, missing, ready
 from kernelhub.core.metadata import Metadata
 
 # What a portable kernel is loaded with in a process of its own: an error that ended the process would be seen.
@@ -58,6 +58,34 @@ def test_a_portable_build_asks_for_little_and_its_errors_arrive(tmp_path):
     assert report.problems == ()
     assert not any("GLIBCXX" in version for version in report.versions)
     assert next(built.path.glob("*.so")).stat().st_size < 2_000_000
+    ran = subprocess.run(
+        [sys.executable, "-c", USE, str(project), str(tmp_path / "store")], capture_output=True, text=True, timeout=300
+    )
+    assert (ran.returncode, ran.stdout.strip()) == (0, "fine"), ran.stderr
+
+
+def compiler_without(folder, toolchain, *names):
+    """g++ of a container that lacks these files: it is asked for them in vain."""
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / "g++"
+    cases = "".join(f'-print-file-name={name}) echo "{name}"; exit ;; ' for name in names)
+    static = "-static-libstdc++" if "libstdc++.so.6" in names else ""
+    script.write_text(f'#!/bin/sh\ncase "$1" in {cases}esac\nexec {toolchain.cxx.command[0]} {static} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize("names", [["libstdc++.so"], ["libstdc++.so", "libstdc++.so.6"]])
+def test_errors_arrive_where_the_compiler_has_only_a_static_cxx_library(names, toolchain, tmp_path):
+    """With the shared one by its other name, and with the static one linked in: the process lives on in both."""
+    if toolchain.cxx.kind != "gcc":
+        pytest.skip("for g++")
+    static = ready(find_toolchain(compiler_without(tmp_path / "bin", toolchain, *names)))
+    assert (bool(static.runtime), static.own_runtime) == (len(names) == 1, len(names) == 2)
+    project = copied("relu-stable", tmp_path)
+    build_project(project, Workshop(static, tmp_path / "work"))
+    (library,) = (project / "build").rglob("*.so")
+    assert (b"libstdc++.so.6" in library.read_bytes()) == (not static.own_runtime)
     ran = subprocess.run(
         [sys.executable, "-c", USE, str(project), str(tmp_path / "store")], capture_output=True, text=True, timeout=300
     )

@@ -13,7 +13,7 @@ from kernelhub.build.ninja import plan
 from kernelhub.build.recipe import Recipe
 from kernelhub.build.sources import native_files, python_files, source_digest
 from kernelhub.build.targets import Target, noarch_targets
-from kernelhub.build.toolchain import Toolchain
+from kernelhub.build.toolchain import Toolchain, ready
 from kernelhub.core.backends import BY_NAME
 from kernelhub.core.digest import Digest
 from kernelhub.core.metadata import BackendInfo, Metadata, Provenance
@@ -78,11 +78,12 @@ def make_variant(
     load = ""
     if target.compiled:
         assert workshop is not None
-        made = plan(recipe, target, workshop.toolchain, native_files(project, recipe), digest)
+        toolchain = ready(workshop.toolchain)
+        made = plan(recipe, target, toolchain, native_files(project, recipe), digest)
         ident = made.ident
-        library = compile_plan(made, workshop.toolchain, workshop.folder, jobs=workshop.jobs, steps=workshop.steps)
+        library = compile_plan(made, toolchain, workshop.folder, jobs=workshop.jobs, steps=workshop.steps)
         _add(files, f"{ident}.abi3.so", library)
-        built_with["toolchain"] = workshop.toolchain.identity
+        built_with["toolchain"] = toolchain.identity
         load = f"\nfrom . import {ident}  # registers the ops\n"
     else:
         ident = f"_{recipe.python_name}_{target.backend}_{digest[:12]}"

@@ -14,7 +14,7 @@ from kernelhub.build.targets import Target
 from kernelhub.build.toolchain import Toolchain
 from kernelhub.core.backends import VersionPair
 from kernelhub.core.canonical import canonical_json, sha256_hex
-from kernelhub.errors import InvalidMetadata
+from kernelhub.errors import BuildFailed, InvalidMetadata
 
 GENERATED = "_generated"
 OBJECTS = "_objects"
@@ -75,7 +75,7 @@ def plan(recipe: Recipe, target: Target, toolchain: Toolchain, native: Mapping[s
 
 def _generated(toolchain: Toolchain) -> dict[str, bytes]:
     files = {f"{GENERATED}/registration.h": REGISTRATION}
-    if toolchain.portable:
+    if toolchain.own_runtime:
         files[f"{GENERATED}/portable.h"] = PORTABLE
     if toolchain.torch and toolchain.torch.cuda is None:
         files[f"{GENERATED}/c10/cuda/impl/cuda_cmake_macros.h"] = CUDA_CMAKE_MACROS
@@ -86,6 +86,9 @@ def _generated(toolchain: Toolchain) -> dict[str, bytes]:
 def _steps(recipe: Recipe, target: Target, toolchain: Toolchain) -> Iterator[Step]:
     binding = recipe.binding
     assert binding is not None
+    if toolchain.own_runtime and not target.stable_abi:
+        reason = "the C++ compiler here has only a static libstdc++, and torch's C++ interface needs the shared one"
+        raise BuildFailed(reason, error=reason, hint="Install libstdc++'s development files, or set torch.stable-abi.")
     objects = []
     parts: list[tuple[str, Binding | Section, tuple[str, ...]]] = [("torch", binding, target.archs)]
     parts += [(section.name, section, archs) for section, archs in target.sections]
@@ -160,7 +163,9 @@ def _cxx_flags(part: Binding | Section, target: Target, toolchain: Toolchain, _:
         if toolchain.cxx and toolchain.cxx.kind == "gcc":
             flags.append("-fno-gnu-unique")
     if toolchain.portable:
-        flags += ["-g0", "-include", f"{GENERATED}/portable.h"]
+        flags.append("-g0")
+    if toolchain.own_runtime:
+        flags += ["-include", f"{GENERATED}/portable.h"]
     cuda = ("-isystem", "@cuda@/include") if target.backend == "cuda" else ()
     return (*flags, *_defines(target), *_includes(part), *cuda, *part.cxx_flags)
 
@@ -171,12 +176,13 @@ def _cuda_flags(
     host = ["-fPIC", *_SAME_PATHS, *part.cxx_flags]
     if target.stable_abi:
         host.append("-fvisibility=hidden")
+    guard = ("-include", f"{GENERATED}/portable.h") if toolchain.own_runtime else ()
     own = part.flags if isinstance(part, Section) else ()
     return (
         "-ccbin", "@cxx@", _standard(target, toolchain), "-O3", "-DNDEBUG", "--expt-relaxed-constexpr",
         *(item for flag in host for item in ("-Xcompiler", flag)),
         *(flag for arch in archs for flag in _gencode(arch)),
-        *_defines(target), *_includes(part), *own,
+        *guard, *_defines(target), *_includes(part), *own,
     )  # fmt: skip
 
 
@@ -201,6 +207,9 @@ def _link(recipe: Recipe, target: Target, toolchain: Toolchain, objects: list[st
     flags = ["-shared", "-L@torch@/lib"]
     if toolchain.portable:
         flags.append("-s")  # else it carries the symbols of the whole C++ library: 5 MB
+    elif toolchain.own_runtime:
+        # Else half of its C++ library is bound to the process's own, and streams stop at the first number.
+        flags.append("-Wl,--exclude-libs,ALL")
     if target.backend == "cuda":
         flags += [f"-L{OBJECTS}/stubs"] if stubs else []
         flags += ["-L@cuda@/lib64"]
@@ -210,7 +219,7 @@ def _link(recipe: Recipe, target: Target, toolchain: Toolchain, objects: list[st
     if any("-fopenmp" in part.cxx_flags for part in (recipe.binding, *parts)):
         flags.append("-fopenmp")
     # --no-as-needed: what the library needs must not depend on which symbols this torch happens to define inline
-    tail = ("-Wl,--no-as-needed", *libraries)
+    tail = ("-Wl,--no-as-needed", *libraries, *(["@runtime@"] if toolchain.runtime else []))
     output = f"{_IDENT}.abi3.so"
     return Step("link", (*flags, *tail), tuple(objects), output, tuple(stubs))
 
@@ -229,6 +238,7 @@ def _ninja(steps: tuple[Step, ...], toolchain: Toolchain) -> str:
         "@torch@": str(toolchain.torch.root),
         "@python@": str(toolchain.python_include),
         "@cuda@": str(toolchain.cuda_root or ""),
+        "@runtime@": toolchain.runtime,
     }
     cxx = shlex.join(toolchain.cxx.command)
     nvcc = shlex.join(toolchain.nvcc.command) if toolchain.nvcc else ""

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -56,12 +56,17 @@ class Toolchain:
     os: str
     libc: str
     portable: bool = False
+    # The C++ library is linked into what is built: exceptions may not leave it (headers.PORTABLE).
+    own_runtime: bool = False
+    # The shared C++ library, where the compiler does not find it by itself.
+    runtime: str = ""
 
     @property
     def identity(self) -> list[str]:
         """What makes binaries differ, as text; no path is in it."""
         compilers = [item.identity for item in (self.cxx, self.nvcc) if item]
-        return [*compilers, self.torch.version if self.torch else "", self.cpu, self.os, self.libc]
+        torch = self.torch.version if self.torch else ""
+        return [*compilers, torch, self.cpu, self.os, self.libc, *(["own C++ runtime"] if self.own_runtime else [])]
 
 
 @cache
@@ -86,7 +91,28 @@ def find_toolchain(
         os=host.os,
         libc=f"glibc {PORTABLE_GLIBC}" if portable else _libc(),
         portable=portable,
+        own_runtime=portable,
     )
+
+
+@cache
+def ready(toolchain: Toolchain) -> Toolchain:
+    """The toolchain with what only building needs to know of it: how its compiler links the C++ library.
+
+    Seen in containers: g++ with the static library alone. Linked in, it is a second C++ runtime in the process, and an
+    exception that reaches torch's frames ends it. The shared one is there too, since torch needs it, by another name.
+    """
+    cxx = toolchain.cxx
+    if cxx is None or cxx.kind != "gcc" or _file_of(cxx, "libstdc++.so"):
+        return toolchain
+    shared = _file_of(cxx, "libstdc++.so.6")
+    return replace(toolchain, runtime=shared) if shared else replace(toolchain, own_runtime=True)
+
+
+def _file_of(compiler: Compiler, name: str) -> str:
+    """Where a compiler finds a library; empty where it does not. It then prints the name as it was given."""
+    path = (_ask([*compiler.command, f"-print-file-name={name}"]) or "").strip()
+    return path if path != name else ""
 
 
 def missing(toolchain: Toolchain) -> str | None:
