@@ -16,7 +16,7 @@ from kernelhub.core.digest import Digest
 from kernelhub.core.lockfile import LockedKernel, LockFile
 from kernelhub.core.refs import RepoId
 from kernelhub.errors import IntegrityError, KernelNotFound, LayerContractError, NoKernelForLayer, UntrustedKernel
-from kernelhub.hub.client import Hub, set_default_hub
+from kernelhub.hub.client import Hub, default_hub, set_default_hub
 from kernelhub.layers.kernel import load_layer
 from kernelhub.layers.repositories import (
     FuncRepository,
@@ -25,6 +25,7 @@ from kernelhub.layers.repositories import (
     LocalLayerRepository,
     LockedFuncRepository,
     LockedLayerRepository,
+    Repository,
 )
 from kernelhub.settings import Settings
 
@@ -35,7 +36,7 @@ FILES = kernel_files({"__init__.py": INIT, "layers.py": LAYERS}, name="sources")
 
 @pytest.fixture
 def source(hub: Hub, tmp_path: Path) -> MemorySource:
-    found = MemorySource({"org/k": {"torch-cpu": FILES}})
+    found = MemorySource({"org/k": {"torch-cpu": FILES}, "org/any": {"torch-universal": FILES}})
     set_default_hub(Hub(Settings(cache=tmp_path / "store"), sources=[found]))
     return found
 
@@ -44,6 +45,15 @@ def lock(path: Path, commit: str, files: dict[str, bytes] = FILES) -> Path:
     digest = Digest.of(files).text
     path.write_text(LockFile((LockedKernel(RepoId("org", "k"), commit, variants={"torch-cpu": digest}),)).to_text())
     return path
+
+
+def layer(repository: Repository) -> type[nn.Module]:
+    """The layer's class from the CPU's build, also where torch was built for a GPU."""
+    return load_layer(repository, "cpu", default_hub()).cls
+
+
+def test_a_repository_loads_its_layer_for_what_torch_was_built_for(source: MemorySource) -> None:
+    assert LayerRepository("org/any", layer_name="Gate", version=1).load()()(torch.zeros(1)) == 1000
 
 
 def test_each_kind_of_repository_loads_its_layer(
@@ -60,11 +70,11 @@ def test_each_kind_of_repository_loads_its_layer(
         (LocalFuncRepository(folder / "build" / "torch-cpu", func_name="no_backward"), 1),
         (LockedFuncRepository("org/k", lockfile=lockfile, func_name="no_backward"), 1),
     ):
-        cls = repository.load()
+        cls = layer(repository)
         assert issubclass(cls, nn.Module)
         assert cls()(x) == expected
     monkeypatch.chdir(tmp_path)
-    assert LockedLayerRepository("org/k", layer_name="Gate").load()()(x) == 1000
+    assert layer(LockedLayerRepository("org/k", layer_name="Gate"))()(x) == 1000
 
 
 def test_a_repository_touches_nothing_before_it_is_loaded(source: MemorySource) -> None:
@@ -72,7 +82,7 @@ def test_a_repository_touches_nothing_before_it_is_loaded(source: MemorySource) 
     assert hash(repository) == hash(LayerRepository("org/k", layer_name="Gate", version=1))
     assert repr(repository) + str(repository)
     assert source.asked == []
-    repository.load()
+    layer(repository)
     assert source.asked != []
 
 
@@ -81,18 +91,18 @@ def test_a_lock_is_checked_when_a_layer_is_loaded(source: MemorySource, tmp_path
     other = kernel_files({"__init__.py": INIT, "layers.py": LAYERS + "# changed\n"}, name="sources")
     lockfile = lock(tmp_path / "kernels.lock", source.commit("org/k"), other)
     with pytest.raises(IntegrityError):
-        LockedLayerRepository("org/k", lockfile=lockfile, layer_name="Gate").load()
+        layer(LockedLayerRepository("org/k", lockfile=lockfile, layer_name="Gate"))
     with pytest.raises(KernelNotFound):
-        LockedLayerRepository("org/other", lockfile=lockfile, layer_name="Gate").load()
+        layer(LockedLayerRepository("org/other", lockfile=lockfile, layer_name="Gate"))
 
 
 def test_trust_is_asked_of_remote_kernels_and_not_of_the_users_folder(source: MemorySource, folder: Path) -> None:
     """needs 2, needs 29."""
     source.trusted = False
     with pytest.raises(UntrustedKernel):
-        LayerRepository("org/k", layer_name="Gate", version=1).load()
-    assert LayerRepository("org/k", layer_name="Gate", version=1, trust_remote_code=["org/*"]).load()
-    assert LocalLayerRepository(folder, layer_name="Gate").load()
+        layer(LayerRepository("org/k", layer_name="Gate", version=1))
+    assert layer(LayerRepository("org/k", layer_name="Gate", version=1, trust_remote_code=["org/*"]))
+    assert layer(LocalLayerRepository(folder, layer_name="Gate"))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +118,7 @@ def test_a_name_that_the_kernel_does_not_have_is_told(
     make: Callable[[Path], LocalLayerRepository], error: type[Exception], says: str, folder: Path
 ) -> None:
     with pytest.raises(error, match=says):
-        make(folder).load()
+        layer(make(folder))
 
 
 def test_a_function_says_of_itself_what_its_attributes_say(folder: Path, hub: Hub) -> None:

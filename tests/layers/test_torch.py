@@ -225,6 +225,7 @@ def test_inference_mode_and_no_grad() -> None:
         assert torch.equal(inference.clone(), model(x))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DataParallel wants its module on a GPU then")
 def test_data_parallel_replicas_share_the_first_modules_weights_and_devices() -> None:
     """A replica calls the forward that is bound to the first module; on the CPU there is one of them only."""
     model = kernelize(models.Model(), mode=Mode.INFERENCE)
