@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 
 import pytest
 from build_projects import BINDING, TOML, tiny
@@ -111,3 +112,18 @@ def test_what_compilers_print(printed, first, hint, tmp_path):
     error = _error(found, tmp_path)
     assert error.hint.endswith(f"To repeat it: cd {tmp_path} && g++ -c b.cpp -o _objects/b.o")
     assert (hint in error.hint) if hint else error.hint.startswith("To repeat it")
+
+
+def test_a_library_with_a_second_cxx_runtime_is_not_handed_out(toolchain, tmp_path):
+    static = replace(toolchain, cxx=replace(toolchain.cxx, command=(toolchain.cxx.command[0], "-static-libstdc++")))
+    if toolchain.cxx.kind != "gcc":
+        pytest.skip("for g++")
+    with pytest.raises(BuildFailed, match="was linked into the kernel"):
+        build_project(tiny(tmp_path / "tiny"), Workshop(static, tmp_path / "work"))
+
+
+def test_steps_are_counted(toolchain, tmp_path):
+    said = []
+    workshop = Workshop(toolchain, tmp_path / "work", steps=lambda done, total: said.append((done, total)))
+    build_project(tiny(tmp_path / "tiny"), workshop)
+    assert said == [(1, 2), (2, 2)]

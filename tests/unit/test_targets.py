@@ -156,3 +156,12 @@ def test_other_frameworks_and_backends_say_that_they_are_not_built(machine: Tool
     found = compiled_target(made, backend, machine, None)
     assert isinstance(found, Skipped)
     assert "not built by this version" in found.reason
+
+
+def test_backends_without_sources_of_their_own_have_the_noarch_variant_alone(machine: Toolchain) -> None:
+    made = replace(recipe(backend="cpu"), noarch=True)
+    assert isinstance(compiled_target(made, "cpu", machine, None), Target)
+    found = compiled_target(made, "cuda", machine, None)
+    assert isinstance(found, Skipped)
+    assert (found.variant, "its variant is the noarch one" in found.reason) == (None, True)
+    assert isinstance(compiled_target(replace(made, noarch=False), "cuda", machine, None), Target)

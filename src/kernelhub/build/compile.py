@@ -72,13 +72,24 @@ def compile_plan(
         _write(plan, work)
         failed = _run(toolchain, work, jobs, steps)
         if failed is None:
-            return (work / plan.output).read_bytes()
+            return _checked((work / plan.output).read_bytes(), toolchain)
         kept = folder / f"{plan.ident}.failed"
         shutil.rmtree(kept, ignore_errors=True)
         work.rename(kept)
         raise _error(failed, kept)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _checked(library: bytes, toolchain: Toolchain) -> bytes:
+    """A library that shares torch's C++ runtime, or is made to have its own: else the first error ends the process."""
+    if not toolchain.own_runtime and not any(name in library for name in (b"libstdc++.so", b"libc++.so")):
+        raise BuildFailed(
+            "the C++ library was linked into the kernel",
+            error="the C++ library was linked into the kernel",
+            hint="Errors could not leave it. Is there a -static in cxx-flags or CXX? The compiler needs the shared libstdc++.",
+        )
+    return library
 
 
 def _write(plan: Plan, work: Path) -> None:

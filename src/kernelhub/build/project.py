@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +34,11 @@ def build_project(
     variants: Sequence[str] = (),
     backends: Sequence[str] = (),
     devices: Sequence[str] | None = None,
-    starts: Callable[[str], None] | None = None,
 ) -> list[Built]:
     """Build a project's variants into its `build` folder; those that it had from other sources are removed.
 
     `variants` and `backends` choose; what is chosen and cannot be built is an error, all else is skipped with a reason.
-    `devices` are the architectures to build for, None all that a release has. `starts` is told what is built next.
+    `devices` are the architectures to build for, None all that a release has.
     Raises `BuildFailed`, `InvalidMetadata` or `InvalidReference`.
     """
     recipe = Recipe.load(project)
@@ -51,8 +50,6 @@ def build_project(
         if isinstance(item, Skipped):
             done.append(Built(item.backend, str(item.variant) if item.variant else None, reason=item.reason))
             continue
-        if starts:
-            starts(str(item.variant))
         files = make_variant(project, recipe, item, workshop, provenance)
         done.append(Built(item.backend, str(item.variant), _write(project / "build" / str(item.variant), files)))
     if not any(item.path for item in done):

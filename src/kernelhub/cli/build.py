@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kernelhub.cli.options import Json
-from kernelhub.cli.render import progress_bar, show_json, show_line, show_note
+from kernelhub.cli.render import show_json, show_line, show_note, step_bar
 
 if TYPE_CHECKING:
     from kernelhub.build.recipe import Recipe
@@ -49,15 +49,9 @@ def build(
         show_note(f"{folder / 'build.toml'}: {note} (`kernelhub build --update-toml` writes it)")
     settings = Settings.from_env()
     toolchain = find_toolchain(settings.cxx, settings.cuda_home, portable=portable, with_cuda="cuda" in recipe.backends)
-    with progress_bar(recipe.name) as progress:
-        workshop = Workshop(toolchain, settings.cache_folder / "build", jobs)
-        done = build_project(
-            folder,
-            workshop,
-            variants=variant or (),
-            backends=backend or (),
-            starts=lambda name: progress.note(f"building {name}"),
-        )
+    with step_bar(recipe.name) as steps:
+        workshop = Workshop(toolchain, settings.cache_folder / "build", jobs, steps)
+        done = build_project(folder, workshop, variants=variant or (), backends=backend or ())
     if portable:
         _check([item.path for item in done if item.path])
     if as_json:
