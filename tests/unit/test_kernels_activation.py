@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from kernelprojects import load_noarch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import grad, hessian, jvp, vmap
@@ -20,23 +18,7 @@ import kernelhub
 from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.settings import Settings
 
-ROOT = Path(__file__).parents[2] / "kernels/activation/torch-ext/activation"
-
-
-def load(folder: Path, name: str) -> ModuleType:
-    """Import a package from a folder outside sys.path under a private name, as the loader of kernels does."""
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-activation = load(ROOT, "_activation_under_test")
+activation = load_noarch("activation", "_activation_under_test")
 
 
 def and_mul(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -251,7 +233,7 @@ def test_layers_have_nothing_but_what_the_contract_allows() -> None:
 
 def test_comes_from_the_embedded_hub(tmp_path: Path) -> None:
     """What the tests above read from the folder is what users get by name."""
-    set_default_hub(Hub(settings=Settings(cache=tmp_path, offline=True)))
+    set_default_hub(Hub(settings=Settings(cache=tmp_path, offline=True, build="never")))
     try:
         kernel = kernelhub.get_kernel("kernelhub/activation", version=1)
     finally:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from kernelprojects import load_noarch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, jvp, vmap
@@ -25,23 +24,7 @@ import kernelhub
 from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.settings import Settings
 
-ROOT = Path(__file__).parents[2] / "kernels/norm/torch-ext/norm"
-
-
-def load(folder: Path, name: str) -> ModuleType:
-    """Import a package from a folder outside sys.path under a private name, as the loader of kernels does."""
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-norm = load(ROOT, "_norm_under_test")
+norm = load_noarch("norm", "_norm_under_test")
 functions = sys.modules["_norm_under_test.functions"]
 
 HIDDEN = 96
@@ -402,7 +385,7 @@ def test_layers_have_nothing_but_what_the_contract_allows() -> None:
 
 def test_comes_from_the_embedded_hub(tmp_path: Path) -> None:
     """What the tests above read from the folder is what users get by name."""
-    set_default_hub(Hub(settings=Settings(cache=tmp_path, offline=True)))
+    set_default_hub(Hub(settings=Settings(cache=tmp_path, offline=True, build="never")))
     try:
         kernel = kernelhub.get_kernel("kernelhub/norm", version=1)
     finally:

@@ -1,4 +1,4 @@
-// The functions of rows.h for one level; included once per level, after simd.h, inside the level's namespace.
+// The functions of rows.h for one level; included by one source file per level, after simd.h, inside its namespace.
 
 // The sum of `at(i)` over n elements in the order in which ATen sums an inner dimension: 8 lanes x 4 accumulators, which
 // are emptied into others every 16 steps (or more, for very long rows), so that rounding errors stay small. The same
@@ -168,9 +168,6 @@ void rms_backward(const RmsBackwardRow& row) {
       put<float>(row.weight_grad, i, count, fma(grad, h, get<float>(row.weight_grad, i, count)));
     });
   }
-  if (row.x_grad == nullptr) {
-    return;
-  }
   const float product = cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
     const V g = get<T>(row.grad, i, count) * factor<FORM>(get<T>(row.weight, i, count));
     return g * get<T>(row.x, i, count);
@@ -313,15 +310,13 @@ void layer_backward(const LayerBackwardRow& row) {
   const auto h = [&](int64_t i, int64_t count)
                      KH_LAMBDA { return (get<T>(row.x, i, count) - mean) * scale; };
   const float n = static_cast<float>(row.n);
-  if (row.x_grad != nullptr) {
-    const float first = cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA { return g(i, count); }) / n;
-    const float second =
-        cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA { return g(i, count) * h(i, count); }) / n;
-    const V constant = set(first), slope = set(second);
-    for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-      put<T>(row.x_grad, i, count, (g(i, count) - constant - h(i, count) * slope) * scale);
-    });
-  }
+  const float first = cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA { return g(i, count); }) / n;
+  const float second =
+      cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA { return g(i, count) * h(i, count); }) / n;
+  const V constant = set(first), slope = set(second);
+  for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
+    put<T>(row.x_grad, i, count, (g(i, count) - constant - h(i, count) * slope) * scale);
+  });
   if (row.weight_grad != nullptr) {
     for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
       const V grad = get<T>(row.grad, i, count);
@@ -346,27 +341,25 @@ void narrow_row(void* to, const float* from, int64_t n) {
   for_each(n, [&](int64_t i, int64_t count) KH_LAMBDA { put<T>(to, i, count, get<float>(from, i, count)); });
 }
 
+// In float32 there is nothing to round, and backwards the two ways of rounding are one.
 #define KH_FORMS(FUNCTION, T) {FUNCTION<T, CAST_FIRST>, FUNCTION<T, CAST_LAST>, FUNCTION<T, ZERO_CENTERED>}
-#define KH_GATES(T, FORM) {nullptr, gated<T, FORM, SILU>, gated<T, FORM, SIGMOID>, gated<T, FORM, SILU_FIRST>}
+#define KH_TWO_FORMS(FUNCTION, T) {FUNCTION<T, CAST_LAST>, FUNCTION<T, CAST_LAST>, FUNCTION<T, ZERO_CENTERED>}
+#define KH_GATED(T, FORM, FIRST) {nullptr, gated<T, FORM, SILU>, gated<T, FORM, SIGMOID>, FIRST}
+#define KH_GATED_BACKWARD(T) \
+  {nullptr, gated_backward<T, SILU>, gated_backward<T, SIGMOID>, gated_backward<T, SILU_FIRST>}
+#define KH_GATE_FIRST(T) gated<T, CAST_FIRST, SILU_FIRST>
 #define KH_DTYPES(FUNCTION) {FUNCTION<float>, FUNCTION<BFloat16>, FUNCTION<Half>}
 
-extern const Rows rows;
 const Rows rows = {
-    {KH_FORMS(rms, float), KH_FORMS(rms, BFloat16), KH_FORMS(rms, Half)},
-    {KH_FORMS(add_rms, float), KH_FORMS(add_rms, BFloat16), KH_FORMS(add_rms, Half)},
-    {KH_FORMS(rms_backward, float), KH_FORMS(rms_backward, BFloat16), KH_FORMS(rms_backward, Half)},
-    {{KH_GATES(float, CAST_FIRST), KH_GATES(float, CAST_LAST)},
-     {KH_GATES(BFloat16, CAST_FIRST), KH_GATES(BFloat16, CAST_LAST)},
-     {KH_GATES(Half, CAST_FIRST), KH_GATES(Half, CAST_LAST)}},
-    {{nullptr, gated_backward<float, SILU>, gated_backward<float, SIGMOID>, gated_backward<float, SILU_FIRST>},
-     {nullptr, gated_backward<BFloat16, SILU>, gated_backward<BFloat16, SIGMOID>, gated_backward<BFloat16, SILU_FIRST>},
-     {nullptr, gated_backward<Half, SILU>, gated_backward<Half, SIGMOID>, gated_backward<Half, SILU_FIRST>}},
+    {KH_TWO_FORMS(rms, float), KH_FORMS(rms, BFloat16), KH_FORMS(rms, Half)},
+    {KH_TWO_FORMS(add_rms, float), KH_FORMS(add_rms, BFloat16), KH_FORMS(add_rms, Half)},
+    {KH_TWO_FORMS(rms_backward, float), KH_TWO_FORMS(rms_backward, BFloat16), KH_TWO_FORMS(rms_backward, Half)},
+    {{KH_GATED(float, CAST_LAST, KH_GATE_FIRST(float)), KH_GATED(float, CAST_LAST, nullptr)},
+     {KH_GATED(BFloat16, CAST_FIRST, KH_GATE_FIRST(BFloat16)), KH_GATED(BFloat16, CAST_LAST, nullptr)},
+     {KH_GATED(Half, CAST_FIRST, KH_GATE_FIRST(Half)), KH_GATED(Half, CAST_LAST, nullptr)}},
+    {KH_GATED_BACKWARD(float), KH_GATED_BACKWARD(BFloat16), KH_GATED_BACKWARD(Half)},
     KH_DTYPES(layer),
     KH_DTYPES(layer_backward),
     add,
     KH_DTYPES(narrow_row),
 };
-
-#undef KH_FORMS
-#undef KH_GATES
-#undef KH_DTYPES

@@ -41,7 +41,7 @@ struct RmsBackwardRow {
   const void* sum_grad; // of the second result, x + residual; null where there is none
   const void* x;
   const void* weight;
-  void* x_grad;       // null where it is not wanted
+  void* x_grad;
   float* weight_grad; // added to; null where it is not wanted
   int64_t n;
   float eps;
@@ -74,8 +74,8 @@ struct LayerBackwardRow {
   const void* x;
   const void* weight;
   void* x_grad;
-  float* weight_grad;
-  float* bias_grad;
+  float* weight_grad; // added to; null where it is not wanted
+  float* bias_grad;   // added to; null where it is not wanted
   int64_t n;
   float eps;
 };
@@ -92,7 +92,30 @@ struct Rows {
   void (*narrow[DTYPES])(void* to, const float* from, int64_t n);
 };
 
+// One source file each.
+namespace plain {
+extern const Rows rows;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Rows rows;
+}
+namespace avx512 {
+extern const Rows rows;
+}
+#endif
+
 // The functions for a level that this processor has.
-const Rows& rows_of(Level level);
+inline const Rows& rows_of(Level level) {
+#if defined(__x86_64__)
+  if (level == AVX512) {
+    return avx512::rows;
+  }
+  if (level == AVX2) {
+    return avx2::rows;
+  }
+#endif
+  return plain::rows;
+}
 
 } // namespace kernelhub

@@ -1,10 +1,18 @@
 // A vector of floats: as wide as the instructions of the level that this file is included for.
 //
-// Included once per level, inside its namespace, with KERNELHUB_LEVEL set and the level's instructions allowed; so it has
-// no guard. `V` is L floats; loads widen bfloat16 and float16, stores round to nearest, ties to even. The build does not
+// Included by one source file per level, inside its namespace, with KERNELHUB_LEVEL set and the level's instructions
+// allowed. `V` is L floats; loads widen bfloat16 and float16, stores round to nearest, ties to even. The build does not
 // contract a * b + c (-ffp-contract=off): where a fused multiply-add is meant, `fma` is written.
 
 #define KH_INLINE static inline __attribute__((always_inline))
+#define KH_LAMBDA __attribute__((always_inline))
+#define KH_NO_INLINE static __attribute__((noinline, unused))
+
+#if KERNELHUB_LEVEL == 0
+#define KH_MATH KH_NO_INLINE // its fused multiply-adds may be calls: the code would be large
+#else
+#define KH_MATH KH_INLINE
+#endif
 
 #if KERNELHUB_LEVEL == 2
 
@@ -33,7 +41,6 @@ KH_INLINE void store(Half* p, V v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 KH_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-KH_INLINE V square_root(V v) { return _mm512_sqrt_ps(v); }
 KH_INLINE V absolute(V v) { return _mm512_abs_ps(v); }
 // The sign of `sign` on the size of `size`.
 KH_INLINE V with_sign(V size, V sign) {
@@ -81,7 +88,6 @@ KH_INLINE void store(Half* p, V v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 KH_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-KH_INLINE V square_root(V v) { return _mm256_sqrt_ps(v); }
 KH_INLINE V absolute(V v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 KH_INLINE V with_sign(V size, V sign) {
   return _mm256_or_ps(absolute(size), _mm256_and_ps(_mm256_set1_ps(-0.0f), sign));
@@ -98,9 +104,11 @@ KH_INLINE V times_power_of_two(V v, V q) {
 
 #else
 
-typedef float V __attribute__((vector_size(32)));
-typedef uint32_t U __attribute__((vector_size(32)));
-constexpr int L = 8;
+typedef float V __attribute__((vector_size(16)));
+typedef uint32_t U __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));
+typedef uint16_t Narrow __attribute__((vector_size(8)));
+constexpr int L = 4;
 
 template <typename To, typename From>
 KH_INLINE To same_bits(From from) {
@@ -110,112 +118,83 @@ KH_INLINE To same_bits(From from) {
   return to;
 }
 
-KH_INLINE float widen(BFloat16 x) { return same_bits<float>(static_cast<uint32_t>(x.bits) << 16); }
-KH_INLINE float widen(Half x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16, size = x.bits & 0x7fffu;
-  if (size >= 0x7c00u) { // infinite or NaN
-    return same_bits<float>(sign | 0x7f800000u | (size & 0x3ffu) << 13);
-  }
-  if (size < 0x0400u) { // below the normal ones: a multiple of 2**-24
-    return same_bits<float>(sign | same_bits<uint32_t>(static_cast<float>(size) * 0x1p-24f));
-  }
-  return same_bits<float>(sign | ((size << 13) + (112u << 23)));
+KH_INLINE V choose(I mask, V yes, V no) {
+  return same_bits<V>((same_bits<I>(yes) & mask) | (same_bits<I>(no) & ~mask));
 }
-KH_INLINE void narrow(BFloat16& to, float x) {
-  const uint32_t bits = same_bits<uint32_t>(x);
-  to.bits = x == x ? static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16) : 0x7fc0;
-}
-KH_INLINE void narrow(Half& to, float x) {
-  const uint32_t all = same_bits<uint32_t>(x), sign = all >> 16 & 0x8000u, size = all & 0x7fffffffu;
-  uint32_t bits;
-  if (size > 0x7f800000u) {
-    bits = 0x7e00u;
-  } else if (size >= 0x47800000u) { // 2**16 and more
-    bits = 0x7c00u;
-  } else if (size < 0x38800000u) { // adding 0.5 leaves the multiple of 2**-24 in the last bits, rounded by the processor
-    bits = same_bits<uint32_t>(same_bits<float>(size) + 0.5f) - 0x3f000000u;
-  } else {
-    bits = (size - (112u << 23) + 0x0fffu + (size >> 13 & 1)) >> 13;
-  }
-  to.bits = static_cast<uint16_t>(sign | bits);
-}
-
-KH_INLINE V set(float x) { return V{} + x; }
+KH_INLINE V set(float x) { return V{x, x, x, x}; }
 KH_INLINE V load(const float* p) {
   V v;
   __builtin_memcpy(&v, p, sizeof(V));
   return v;
 }
 KH_INLINE void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof(V)); }
-template <typename T>
-KH_INLINE V load(const T* p) {
-  V v;
-  for (int lane = 0; lane < L; ++lane) {
-    v[lane] = widen(p[lane]);
-  }
-  return v;
+KH_INLINE V load(const BFloat16* p) {
+  Narrow bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return same_bits<V>(__builtin_convertvector(bits, U) << 16);
 }
-template <typename T>
-KH_INLINE void store(T* p, V v) {
-  for (int lane = 0; lane < L; ++lane) {
-    narrow(p[lane], v[lane]);
-  }
+KH_INLINE void store(BFloat16* p, V v) {
+  const U bits = same_bits<U>(v), nan = (U)(v != v);
+  const U kept = ((bits + 0x7fffu + (bits >> 16 & 1)) & ~nan) | (nan & 0x7fc00000u);
+  const Narrow high = __builtin_convertvector(kept >> 16, Narrow);
+  __builtin_memcpy(p, &high, sizeof(high));
 }
-KH_INLINE V fma(V a, V b, V c) {
-  V v;
-  for (int lane = 0; lane < L; ++lane) {
-    v[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
-  }
-  return v;
+KH_NO_INLINE V load(const Half* p) {
+  Narrow half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  const U bits = __builtin_convertvector(half, U), sign = (bits & 0x8000u) << 16, size = bits & 0x7fffu;
+  // Below 2**-14 the bits are a multiple of 2**-24; from 31 << 10 on they are of infinity and NaNs.
+  const V small = __builtin_convertvector((I)size, V) * 0x1p-24f;
+  const U normal = (size << 13) + (112u << 23), special = (size << 13) | 0x7f800000u;
+  const U is_small = (U)(size < 0x0400u), is_special = (U)(size >= 0x7c00u);
+  const U found = (same_bits<U>(small) & is_small) | (special & is_special) | (normal & ~(is_small | is_special));
+  return same_bits<V>(found | sign);
 }
-KH_INLINE V square_root(V a) {
-  V v;
+KH_NO_INLINE void store(Half* p, V v) {
+  const U all = same_bits<U>(v), sign = all >> 16 & 0x8000u, size = all & 0x7fffffffu;
+  // Adding 0.5 leaves the multiple of 2**-24 in the last bits, rounded by the processor.
+  const U small = same_bits<U>(same_bits<V>(size) + 0.5f) - 0x3f000000u;
+  const U normal = (size - (112u << 23) + 0x0fffu + (size >> 13 & 1)) >> 13;
+  const U is_small = (U)(size < 0x38800000u), is_huge = (U)(size >= 0x47800000u), is_nan = (U)(size > 0x7f800000u);
+  const U finite = (small & is_small) | (normal & ~is_small);
+  const U bits = (finite & ~is_huge) | (0x7c00u & is_huge) | (0x0200u & is_nan) | sign;
+  const Narrow half = __builtin_convertvector(bits, Narrow);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+KH_NO_INLINE V fma(V a, V b, V c) {
   for (int lane = 0; lane < L; ++lane) {
-    v[lane] = __builtin_sqrtf(a[lane]);
+    c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
   }
-  return v;
+  return c;
 }
 KH_INLINE V absolute(V v) { return same_bits<V>(same_bits<U>(v) & 0x7fffffffu); }
 KH_INLINE V with_sign(V size, V sign) {
   return same_bits<V>((same_bits<U>(size) & 0x7fffffffu) | (same_bits<U>(sign) & 0x80000000u));
 }
-KH_INLINE V if_less(V a, V b, V yes, V no) {
-  V v;
-  for (int lane = 0; lane < L; ++lane) {
-    v[lane] = a[lane] < b[lane] ? yes[lane] : no[lane];
-  }
-  return v;
+KH_INLINE V if_less(V a, V b, V yes, V no) { return choose(a < b, yes, no); }
+KH_INLINE V nearest(V v) {
+  // From 2**23 on floats are whole; below, adding and taking away 2**23 rounds to whole.
+  const V size = absolute(v), whole = (size + 0x1p23f) - 0x1p23f;
+  return with_sign(choose(size < 0x1p23f, whole, size), v);
 }
-KH_INLINE V nearest(V a) {
-  V v;
-  for (int lane = 0; lane < L; ++lane) {
-    v[lane] = __builtin_rintf(a[lane]);
-  }
-  return v;
-}
-KH_INLINE V times_power_of_two(V a, V q) {
-  V v;
-  for (int lane = 0; lane < L; ++lane) {
-    // The compare is false for a NaN, of which a whole number would be undefined.
-    const int whole = q[lane] > -252.0f && q[lane] < 252.0f ? static_cast<int>(q[lane]) : 0, half = whole >> 1;
-    const float first = same_bits<float>(static_cast<uint32_t>(half + 127) << 23);
-    const float second = same_bits<float>(static_cast<uint32_t>(whole - half + 127) << 23);
-    v[lane] = a[lane] * first * second;
-  }
-  return v;
+KH_INLINE V times_power_of_two(V v, V q) {
+  // Held to where the callers' results are not replaced anyway; of a NaN, a whole number would be undefined.
+  const V held = choose((q > -252.0f) & (q < 252.0f), q, set(0.0f));
+  const I whole = __builtin_convertvector(held, I), half = whole >> 1;
+  return v * same_bits<V>((half + 127) << 23) * same_bits<V>((whole - half + 127) << 23);
 }
 
 #endif
 
 // The first `count` elements, zeros behind them.
 template <typename T>
-KH_INLINE V load_some(const T* p, int64_t count) {
+KH_NO_INLINE V load_some(const T* p, int64_t count) {
   T padded[L] = {};
   __builtin_memcpy(padded, p, count * sizeof(T));
   return load(padded);
 }
 template <typename T>
-KH_INLINE void store_some(T* p, V v, int64_t count) {
+KH_NO_INLINE void store_some(T* p, V v, int64_t count) {
   T padded[L];
   store(padded, v);
   __builtin_memcpy(p, padded, count * sizeof(T));
@@ -235,7 +214,7 @@ KH_INLINE V rounded(V v) {
 
 // e**x, at most 1 ulp off. The constants (log2(e), ln 2 in two parts, the polynomial) are those of SLEEF, which ATen uses,
 // in the same order: models' gates then come out bit for bit as PyTorch's. Below -104 it is 0, above 100 infinite.
-KH_INLINE V exponential(V x) {
+KH_MATH V exponential(V x) {
   const V q = nearest(x * set(1.442695040888963407359924681001892137f));
   V s = fma(q, set(-0.693145751953125f), x);
   s = fma(q, set(-1.428606765330187045e-06f), s);

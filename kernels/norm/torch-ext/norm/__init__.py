@@ -1,9 +1,10 @@
-"""RMS and layer normalisation in plain PyTorch: fewer temporaries than the usual formulas, the same rounding."""
+"""RMS and layer normalisation: fewer passes over memory than the usual formulas, the same rounding."""
 
 from __future__ import annotations
 
 from . import layers
 from .functions import (
+    add_rms_norm,
     layer_norm,
     layer_norm_cast_last,
     rms_norm,
@@ -16,6 +17,7 @@ from .functions import (
 )
 
 __all__ = [
+    "add_rms_norm",
     "layer_norm",
     "layer_norm_cast_last",
     "layers",

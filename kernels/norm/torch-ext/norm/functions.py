@@ -1,9 +1,9 @@
-"""Normalisation over the last dimension, in plain PyTorch, rounded where the models' own code rounds.
+"""Normalisation over the last dimension, rounded where the models' own code rounds.
 
 Every function takes any leading shape, any strides, and float16, bfloat16, float32 or float64. The statistics are
-computed in float32 (float64 inputs: in float64). Gradients, `torch.compile`, export, vmap and forward-mode AD are
-PyTorch's own: nothing here is a custom operator. Operands on several devices and weights of another length are
-RuntimeErrors of PyTorch's; a weight of more dimensions than one is a ValueError.
+computed in float32 (float64 inputs: in float64). What the compiled ops take, where the build has any, they compute; their
+gradients have none of their own. All else is plain PyTorch, as are its gradients, vmap and forward-mode AD. Operands on
+several devices and weights of another length are RuntimeErrors; a weight of more dimensions than one is a ValueError.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import compiled
+from .compiled import CAST_FIRST, CAST_LAST, SIGMOID, SILU, SILU_FIRST, ZERO_CENTERED, takes, takes_too
+
 __all__ = [
+    "add_rms_norm",
     "layer_norm",
     "layer_norm_cast_last",
     "rms_norm",
@@ -34,6 +38,7 @@ __all__ = [
 _LARGE = 1 << 16
 _HUGE = 1 << 22
 _WIDE = (torch.float32, torch.float64)
+_KINDS = {"silu": SILU, "swish": SILU, "sigmoid": SIGMOID}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -41,6 +46,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
     x: (..., hidden), weight: (hidden,) -> (..., hidden) in the dtype that x's and the weight's promote to.
     """
+    if takes(x, weight):
+        return compiled.rms_norm(x, weight, eps, CAST_FIRST)
     row = _row("rms_norm", weight)
     dtype = x.dtype
     if _large(x):
@@ -50,11 +57,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return weight * _narrow(F.rms_norm(x, row, None, eps), dtype)  # under autocast it may come back in float32
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """`rms_norm(x + residual, weight, eps)` and the sum, which the next layer adds to.
+
+    x, residual: (..., hidden), weight: (hidden,) -> two tensors (..., hidden), in the dtypes of `rms_norm` and of the sum.
+    """
+    if takes(x, weight) and takes_too(x, residual):
+        return compiled.add_rms_norm(x, residual, weight, eps, CAST_FIRST)
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def rms_norm_cast_last(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """As `rms_norm`, but the product too is taken in float32, and its result rounded to x's dtype (OLMo 2, gpt-oss).
 
     x: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype.
     """
+    if takes(x, weight):
+        return compiled.rms_norm(x, weight, eps, CAST_LAST)
     row = _row("rms_norm_cast_last", weight)
     if _large(x):
         return _times(_normalized(x, eps), weight, weight).to(x.dtype)
@@ -66,6 +86,8 @@ def rms_norm_zero_centered(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tens
 
     x: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype.
     """
+    if takes(x, weight):
+        return compiled.rms_norm(x, weight, eps, ZERO_CENTERED)
     row = _row("rms_norm_zero_centered", weight)
     scale = 1.0 + _wide(weight)
     if _large(x):
@@ -79,6 +101,8 @@ def rms_norm_weight_dtype(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tenso
     x: (..., hidden), weight: (hidden,) -> (..., hidden), in the weight's dtype where that has 16 bits, else float32
     or wider.
     """
+    if takes(x, weight):  # of one dtype
+        return compiled.rms_norm(x, weight, eps, CAST_FIRST)
     row = _row("rms_norm_weight_dtype", weight)
     dtype = _wide(x).dtype if weight.dtype in _WIDE else weight.dtype
     if _large(x):
@@ -93,6 +117,8 @@ def rms_norm_gated(
 
     x, gate: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype. `activation`: silu, swish or sigmoid.
     """
+    if activation in _KINDS and takes(x, weight) and takes_too(x, gate):
+        return compiled.rms_norm_gated(x, gate, weight, eps, CAST_FIRST, _KINDS[activation])
     return (rms_norm(x, weight, eps) * _gate("rms_norm_gated", gate, activation)).to(x.dtype)
 
 
@@ -103,6 +129,8 @@ def rms_norm_gated_cast_last(
 
     x, gate: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype. `activation`: silu, swish or sigmoid.
     """
+    if activation in _KINDS and takes(x, weight) and takes_too(x, gate):
+        return compiled.rms_norm_gated(x, gate, weight, eps, CAST_LAST, _KINDS[activation])
     normalized = F.rms_norm(_wide(x), _row("rms_norm_gated_cast_last", weight), _wide(weight), eps)
     return (normalized * _gate("rms_norm_gated_cast_last", gate, activation)).to(x.dtype)
 
@@ -114,6 +142,8 @@ def rms_norm_gate_first(x: Tensor, weight: Tensor, gate: Tensor | None, eps: flo
     """
     if gate is None:
         return rms_norm(x, weight, eps)
+    if takes(x, weight) and takes_too(x, gate):
+        return compiled.rms_norm_gated(x, gate, weight, eps, CAST_FIRST, SILU_FIRST)
     row = _row("rms_norm_gate_first", weight)
     gated = _wide(x) * _silu(gate)
     if _large(x):
@@ -135,6 +165,8 @@ def layer_norm(
     """
     if normalized_shape is None:
         normalized_shape = x.shape[-1:] if weight is None else weight.shape
+    if compiled.takes_layer(x, (weight, bias), len(normalized_shape)):
+        return compiled.layer_norm(x, weight, bias, eps)
     return F.layer_norm(x, normalized_shape, weight, bias, eps)
 
 
@@ -143,6 +175,8 @@ def layer_norm_cast_last(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor
 
     x: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype.
     """
+    if compiled.takes_layer(x, (weight,), weight.dim()):
+        return compiled.layer_norm(x, weight, None, eps)
     row = _row("layer_norm_cast_last", weight)
     return _narrow(F.layer_norm(_wide(x), row, _wide(weight), None, eps), x.dtype)
 

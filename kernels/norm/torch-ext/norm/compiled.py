@@ -1,0 +1,245 @@
+"""The compiled ops: when they take a call, and their gradients.
+
+Where a build has none for the input's device (every noarch one), or the case is not theirs, PyTorch's own code runs.
+"""
+
+# ruff: noqa: ARG001  (what the ops are given and what decides on the shapes is not the same)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from ._ops import add_op_namespace_prefix, ops
+
+__all__ = [
+    "CAST_FIRST",
+    "CAST_LAST",
+    "HERE",
+    "SIGMOID",
+    "SILU",
+    "SILU_FIRST",
+    "ZERO_CENTERED",
+    "add_rms_norm",
+    "layer_norm",
+    "rms_norm",
+    "rms_norm_gated",
+    "takes",
+    "takes_layer",
+    "takes_too",
+]
+
+HERE = hasattr(ops, "rms_norm")
+
+# As in norm_cpu/rows.h.
+CAST_FIRST, CAST_LAST, ZERO_CENTERED = 0, 1, 2
+SILU, SIGMOID, SILU_FIRST = 1, 2, 3
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the ops take x, (..., hidden), and a weight, (hidden,).
+
+    Not while `torch.func` or forward-mode AD is at work, for which they have no rules: a tensor there says neither that
+    it is batched nor that it is differentiated. Nor for subclasses (DTensor and the like), which know their own ways.
+    """
+    dtype = x.dtype
+    return (
+        HERE
+        and dtype in _DTYPES
+        and weight.dtype is dtype
+        and x.is_cpu
+        and weight.is_cpu
+        and type(weight) in _PLAIN
+        and type(x) in _PLAIN
+        and weight.dim() == 1
+        and not _transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def takes_too(x: Tensor, other: Tensor | None) -> bool:
+    """Whether a further operand is one that the ops take beside x: of x's dtype and shape."""
+    return (
+        other is not None
+        and other.dtype is x.dtype
+        and other.is_cpu
+        and type(other) in _PLAIN
+        and other.shape == x.shape
+    )
+
+
+def takes_layer(x: Tensor, rows: tuple[Tensor | None, ...], dims: int) -> bool:
+    """As `takes`, for a layer norm over `dims` dimensions; each of the `rows` may be None."""
+    return (
+        HERE
+        and dims == 1
+        and x.dim() > 0
+        and x.dtype in _DTYPES
+        and x.is_cpu
+        and type(x) in _PLAIN
+        and all(row is None or takes(x, row) for row in rows)
+        and not _transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+if HERE:
+    _rms_norm = ops.rms_norm.default
+    _rms_norm_backward = ops.rms_norm_backward.default
+    _add_rms_norm = ops.add_rms_norm.default
+    _rms_norm_gated = ops.rms_norm_gated.default
+    _rms_norm_gated_backward = ops.rms_norm_gated_backward.default
+    _layer_norm = ops.layer_norm.default
+    _layer_norm_backward = ops.layer_norm_backward.default
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
+    """x: (..., hidden), weight: (hidden,) -> (..., hidden)."""
+    # The op by itself has no gradient. It is called where none can be asked for, because it costs half as much.
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RmsNorm.apply(x, weight, eps, form)
+    return _rms_norm(x, weight, eps, form)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: int) -> tuple[Tensor, Tensor]:
+    """x, residual: (..., hidden), weight: (hidden,) -> the norm of their sum, and the sum: (..., hidden) each."""
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
+        return _AddRmsNorm.apply(x, residual, weight, eps, form)
+    return _add_rms_norm(x, residual, weight, eps, form)
+
+
+def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float, form: int, kind: int) -> Tensor:
+    """x, gate: (..., hidden), weight: (hidden,) -> (..., hidden)."""
+    if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad or weight.requires_grad):
+        return _RmsNormGated.apply(x, gate, weight, eps, form, kind)
+    return _rms_norm_gated(x, gate, weight, eps, form, kind)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """x: (..., hidden), weight, bias: (hidden,) or None -> (..., hidden)."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        return _LayerNorm.apply(x, weight, bias, eps)
+    return _layer_norm(x, weight, bias, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = eps, form
+        return _rms_norm(x, weight, eps, form)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[1]
+        x_grad, weight_grad = _rms_norm_backward(grad, None, x, weight, *ctx.options, needs_weight)
+        return x_grad, weight_grad if needs_weight else None, None, None
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: int) -> tuple[Tensor, Tensor]:
+        y, total = _add_rms_norm(x, residual, weight, eps, form)
+        ctx.save_for_backward(total, weight)
+        ctx.options = eps, form
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, total_grad: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[2]
+        x_grad, weight_grad = _rms_norm_backward(grad, total_grad, total, weight, *ctx.options, needs_weight)
+        return x_grad, x_grad, weight_grad if needs_weight else None, None, None
+
+
+class _RmsNormGated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, form: int, kind: int) -> Tensor:
+        ctx.save_for_backward(x, gate, weight)
+        ctx.options = eps, kind
+        return _rms_norm_gated(x, gate, weight, eps, form, kind)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_rms_norm_gated_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _layer_norm(x, weight, bias, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        x_grad, weight_grad, bias_grad = _layer_norm_backward(grad, x, weight, ctx.eps, needs_weight, needs_bias)
+        return x_grad, weight_grad if needs_weight else None, bias_grad if needs_bias else None, None
+
+
+def _register_shapes() -> None:
+    """What the ops return, for `torch.compile` and export: contiguous tensors, as the C++ makes them."""
+
+    def like(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    def row(x: Tensor, wanted: bool) -> Tensor:
+        return x.new_empty((x.shape[-1] if wanted else 0,))
+
+    def register(name: str) -> Any:
+        return torch.library.register_fake(add_op_namespace_prefix(name))
+
+    @register("rms_norm")
+    def _(x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
+        return like(x)
+
+    @register("rms_norm_backward")
+    def _(
+        grad: Tensor, sum_grad: Tensor | None, x: Tensor, weight: Tensor, eps: float, form: int, needs_weight: bool
+    ) -> tuple[Tensor, Tensor]:
+        return like(x), row(x, needs_weight)
+
+    @register("add_rms_norm")
+    def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: int) -> tuple[Tensor, Tensor]:
+        return like(x), like(x)
+
+    @register("rms_norm_gated")
+    def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float, form: int, kind: int) -> Tensor:
+        return like(x)
+
+    @register("rms_norm_gated_backward")
+    def _(
+        grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, kind: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return like(x), like(x), row(x, True)
+
+    @register("layer_norm")
+    def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        return like(x)
+
+    @register("layer_norm_backward")
+    def _(
+        grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, needs_weight: bool, needs_bias: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return like(x), row(x, needs_weight), row(x, needs_bias)
+
+
+if HERE:
+    _register_shapes()
