@@ -149,6 +149,19 @@ def test_never_builds_nothing(make_hub, compiler, tmp_path):
     assert compiled(compiler) == 1
 
 
+def test_never_starts_no_compiler_for_what_is_known(make_hub, tmp_path, monkeypatch):
+    project = tiny(tmp_path / "tiny", noarch=True)
+    make_hub(project, build="never").load(NAME)
+
+    def find_toolchain(*arguments, **options):
+        raise AssertionError("a compiler was started")
+
+    monkeypatch.setattr("kernelhub.build.toolchain.find_toolchain", find_toolchain)
+    assert str(make_hub(project, build="never").load(NAME).variant) == "torch-cpu"
+    with pytest.raises(AssertionError, match="was started"):
+        make_hub(project).load(NAME)
+
+
 def test_a_build_that_fails_is_one_warning_and_the_noarch_variant(make_hub, tmp_path):
     project = tiny(tmp_path / "tiny", binding=BINDING + "int broken = missing_name;\n", noarch=True)
     hub = make_hub(project)
@@ -167,6 +180,7 @@ def test_always_wants_the_compiled_build(make_hub, compiler, tmp_path):
     broken = tiny(tmp_path / "broken", binding="int broken = ;\n", noarch=True)
     with pytest.raises(BuildFailed, match=r"while loading acme/tiny@v1.*do not compile"):
         make_hub(broken, build="always").load(NAME)
+    assert str(make_hub(project, cxx="/nowhere/g++").load(NAME).variant) == "torch-cpu"
     with pytest.raises(NoCompatibleVariant, match=r"(?s)always asks for the compiled build.*no C\+\+ compiler"):
         make_hub(project, build="always", cxx="/nowhere/g++").load(NAME)
 

@@ -443,7 +443,7 @@ class Hub:
             try:
                 return found, variant, self._fetch(found, variant, options)
             except BuildFailed as error:
-                if other is None or self.settings.build == "always":
+                if other is None:
                     raise
                 self._warn(
                     f"{found.repo}: {variant} does not compile: {error.error}\n"
