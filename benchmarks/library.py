@@ -217,8 +217,9 @@ def timed(job: Callable[[], Any]) -> float:
 
 def environment(cache: Path, endpoint: str, **more: str) -> dict[str, str]:
     """Both packages with their own caches below `cache`, talking to `endpoint` and to nothing else."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
     return {
-        **os.environ,
+        **inherited,
         "PYTHONPATH": str(PEERS),
         "HF_HOME": str(cache / "hf"),
         "HF_ENDPOINT": endpoint,

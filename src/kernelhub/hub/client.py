@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -49,10 +50,12 @@ from kernelhub.errors import (
     Yanked,
     context,
 )
+from kernelhub.hub.addresses import endpoint_address, hub_address
 from kernelhub.hub.importer import Importer, LoadedKernel, RepoInfo
 from kernelhub.hub.probe import current_device, detect_host, visible_archs
 from kernelhub.hub.progress import TerminalLine
 from kernelhub.hub.sources.base import LOCAL, UNAVAILABLE, Listing, Moved, Progress, Source
+from kernelhub.hub.sources.deferred import Deferred
 from kernelhub.hub.sources.local import LocalSource, local_source
 from kernelhub.hub.sources.project import EMBEDDED_ORG, Building, ProjectSource
 from kernelhub.hub.store import Place, RefRecord, Store
@@ -551,17 +554,25 @@ def building_of(settings: Settings) -> Building:
 
 def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]:
     """Local overrides, the embedded hub, the hubs of the settings, the Hugging Face Hub."""
-    from kernelhub.hub.sources.huggingface import HuggingFaceSource
-    from kernelhub.hub.sources.layout import LayoutSource
 
     def header() -> str:
         return user_agent(enabled=settings.telemetry, caller=agent)
 
+    def layout(url: str) -> Source:
+        from kernelhub.hub.sources.layout import LayoutSource
+
+        return LayoutSource(url, header)
+
+    def hugging_face() -> Source:
+        from kernelhub.hub.sources.huggingface import HuggingFaceSource
+
+        return HuggingFaceSource(settings.hf_endpoint, header)
+
     building = building_of(settings)
     found: list[Source] = [local_source(path, RepoId.parse(name), building)[0] for name, path in settings.local_kernels]
     found.append(ProjectSource.embedded(building))
-    found += [LayoutSource(url, header) for url in settings.hubs]
-    found.append(HuggingFaceSource(settings.hf_endpoint, header))
+    found += [Deferred(hub_address(url), partial(layout, url)) for url in settings.hubs]
+    found.append(Deferred(endpoint_address(settings.hf_endpoint), hugging_face))
     return found
 
 

@@ -7,19 +7,16 @@ folder (5 ms). What is elsewhere is in `remote.py`, which is imported when it is
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
-from urllib.parse import unquote, urlsplit, urlunsplit
-from urllib.request import url2pathname
 
-from kernelhub.errors import HubUnavailable, InvalidMetadata, InvalidReference
+from kernelhub.errors import HubUnavailable, InvalidMetadata
+from kernelhub.hub.addresses import local_path
 from kernelhub.hub.sources.base import Progress
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://", re.ASCII)
 _CHUNK = 1024 * 1024
 
 
@@ -165,30 +162,6 @@ def open_files(url: str, user_agent: Callable[[], str]) -> Files:
     from kernelhub.hub import remote  # here: it imports fsspec
 
     return remote.open_remote(url, user_agent)
-
-
-def local_path(url: str) -> Path | None:
-    """The folder that an address names; None where it is an address elsewhere."""
-    scheme = _SCHEME.match(url)
-    if not url.strip():
-        raise InvalidReference("a hub's address is empty", hint="Expected a path, file://, https:// or s3://.")
-    if scheme is None:
-        return Path(url).expanduser().absolute()
-    if scheme[1].lower() != "file":
-        return None
-    parts = urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
-        raise InvalidReference(f"{url!r} names the machine {parts.netloc!r}", hint="Expected file:///path.")
-    return Path(url2pathname(unquote(parts.path) if os.name != "nt" else parts.path))
-
-
-def shown(url: str) -> str:
-    """The address as users are shown it and told apart by: a whole path, or a URL without credentials."""
-    local = local_path(url)
-    if local is not None:
-        return str(local)
-    parts = urlsplit(url.rstrip("/"))
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def too_large(hub: str, path: str, limit: int) -> InvalidMetadata:

@@ -9,7 +9,6 @@ import importlib.util
 import platform
 import re
 import sys
-import sysconfig
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -37,7 +36,7 @@ def detect_host() -> Host:
         os=system,
         cxx_abi=_cxx_abi(),
         tvm_ffi=_package_version("apache-tvm-ffi"),
-        free_threaded=bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+        free_threaded=_free_threaded(),
         macos=_macos(),
     )
 
@@ -111,6 +110,14 @@ def _cxx_abi() -> str:
     # Since 2.7 every torch on Linux is built with the new ABI; only one that is imported can say otherwise.
     torch = sys.modules.get("torch")
     return "cxx98" if torch is not None and not torch.compiled_with_cxx11_abi() else "cxx11"
+
+
+def _free_threaded() -> bool:
+    if sys.version_info < (3, 13):
+        return False
+    import sysconfig  # 3 ms, and older Pythons have only one kind
+
+    return bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 
 def _macos() -> int | None:

@@ -46,9 +46,10 @@ from kernelhub.errors import (
     Violation,
     context,
 )
+from kernelhub.hub.addresses import shown
 from kernelhub.hub.archive import check_paths, pack, same_files
 from kernelhub.hub.declared import declared_layers
-from kernelhub.hub.files import WritableFiles, open_files, shown
+from kernelhub.hub.files import WritableFiles, open_files
 from kernelhub.hub.sources.layout import blob_path
 
 _SMALL = 64 * 1024

@@ -18,7 +18,8 @@ from fsspec.config import conf
 
 from kernelhub.core.refs import Revision
 from kernelhub.errors import HubUnavailable, InvalidReference, KernelHubError, MissingDependency
-from kernelhub.hub.files import Files, shown, too_large
+from kernelhub.hub.addresses import shown
+from kernelhub.hub.files import Files, too_large
 from kernelhub.hub.http import Budget, Interrupted, Patience, _retry_after
 from kernelhub.hub.sources.base import Progress
 

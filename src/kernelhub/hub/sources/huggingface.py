@@ -7,7 +7,6 @@ organisation's overview. Nothing asks HEAD, lists the whole repository, or uses 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 import threading
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from kernelhub.core.paths import is_bytecode, safe_path
 from kernelhub.core.refs import KernelRef, Pin, RepoId, Revision, Version, is_commit, parse_pin
@@ -29,6 +28,7 @@ from kernelhub.errors import (
     RepositoryNotFound,
     Violation,
 )
+from kernelhub.hub.addresses import Address, endpoint_address
 from kernelhub.hub.http import EntryNotFound, HttpClient, Patience
 from kernelhub.hub.sources.base import Listing, Moved, Progress
 from kernelhub.hub.transfer import Download, RemoteFile, writing
@@ -69,14 +69,11 @@ class HuggingFaceSource:
     token: Callable[[], str | None] | None = None
     patience: Patience = field(default_factory=Patience)
     connections: int = CONNECTIONS
+    address: Address = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "endpoint", self.endpoint.rstrip("/"))
-        parts = urlsplit(self.endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidReference(
-                f"{self.endpoint!r} is not the address of a hub", hint="Expected such as https://huggingface.co."
-            )
+        object.__setattr__(self, "address", endpoint_address(self.endpoint))
 
     @property
     def name(self) -> str:
@@ -84,11 +81,7 @@ class HuggingFaceSource:
 
     @property
     def key(self) -> str:
-        """`huggingface.co`, or the host with a hash of the whole endpoint, so that no two share a folder."""
-        if self.endpoint == "https://huggingface.co":
-            return "huggingface.co"
-        host = re.sub(r"[^a-z0-9.-]", "_", urlsplit(self.endpoint).netloc.lower().rpartition("@")[2]).strip(".")
-        return f"{host[:80]}-{hashlib.sha256(self.endpoint.encode()).hexdigest()[:8]}"
+        return self.address.key
 
     @property
     def origin(self) -> Origin:

@@ -7,7 +7,6 @@ among them: `LayoutSource.check` asks for it, and the client calls that once a d
 from __future__ import annotations
 
 import hashlib
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
-from kernelhub.core.canonical import sha256_hex
 from kernelhub.core.manifest import MAX_BYTES, Manifest, ManifestDocument, ManifestVariant, RefFile, parse_hub_file
 from kernelhub.core.refs import Pin, RepoId, Revision, is_commit
 from kernelhub.core.trust import Origin
@@ -29,7 +27,8 @@ from kernelhub.errors import (
     Yanked,
     context,
 )
-from kernelhub.hub.files import Files, local_path, open_files, shown
+from kernelhub.hub.addresses import Address, hub_address
+from kernelhub.hub.files import Files, open_files
 from kernelhub.hub.sources.base import Listing, Progress
 
 _SMALL = 64 * 1024  # bytes of a ref or a hub.json, which have a hundred
@@ -53,17 +52,20 @@ class LayoutSource:
         return open_files(self.url, self.user_agent)
 
     @cached_property
+    def address(self) -> Address:
+        return hub_address(self.url)
+
+    @property
     def name(self) -> str:
-        return shown(self.url)
+        return self.address.name
 
-    @cached_property
+    @property
     def key(self) -> str:
-        words = re.sub(r"[^A-Za-z0-9]+", "-", self.name).strip("-")[-48:].strip("-")
-        return f"{words or 'hub'}-{sha256_hex(self.name.encode())[:12]}"
+        return self.address.key
 
-    @cached_property
+    @property
     def origin(self) -> Origin:
-        return Origin.REMOTE if local_path(self.url) is None else Origin.FOLDER
+        return self.address.origin
 
     def check(self) -> None:
         """Look whether this is a hub at all, of a layout that is known here: one small file.

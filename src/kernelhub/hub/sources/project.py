@@ -86,9 +86,9 @@ class ProjectSource:
         raise KernelNotFound(f"{self.name} has no {repo}@{pin} (there: {', '.join(sorted(refs))})")
 
     def refs(self, repo: RepoId) -> Mapping[str, str]:
+        project = self.project(repo)
         from kernelhub.build.recipe import Recipe
 
-        project = self.project(repo)
         recipe = Recipe.load(project)
         commit = self._commit(project, recipe)
         return {"main": commit, str(Version(recipe.version)): commit}
@@ -121,9 +121,10 @@ class ProjectSource:
         self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
         from kernelhub.build.assemble import Workshop, make_variant
-        from kernelhub.build.recipe import Recipe
 
         project = self.project(repo)
+        from kernelhub.build.recipe import Recipe
+
         recipe = Recipe.load(project)
         if self._commit(project, recipe)[:_SOURCES] != commit[:_SOURCES]:
             raise KernelNotFound(f"{project} changed while {repo} {variant} was made from it")
