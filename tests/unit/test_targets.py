@@ -161,6 +161,7 @@ def test_other_frameworks_and_backends_say_that_they_are_not_built(machine: Tool
 def test_backends_without_sources_of_their_own_have_the_noarch_variant_alone(machine: Toolchain) -> None:
     made = replace(recipe(backend="cpu"), noarch=True)
     assert isinstance(compiled_target(made, "cpu", machine, None), Target)
+    assert [made.compiles_for(name) for name in ("cpu", "cuda", "xpu")] == [True, False, False]
     found = compiled_target(made, "cuda", machine, None)
     assert isinstance(found, Skipped)
     assert (found.variant, "its variant is the noarch one" in found.reason) == (None, True)

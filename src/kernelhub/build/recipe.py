@@ -161,6 +161,12 @@ class Recipe:
         """The source groups for a backend."""
         return tuple(section for section in self.sections if section.backend == backend)
 
+    def compiles_for(self, backend: str) -> bool:
+        """Whether a backend has a compiled variant: not where it has a noarch one, and other backends alone have sources."""
+        if self.binding is None or backend not in self.backends:
+            return False
+        return not (self.noarch and self.sections and not self.sections_of(backend))
+
     def stable_abi_of(self, backend: str) -> VersionPair | None:
         """The torch version whose stable ABI the backend's build uses; None where it is for one torch version."""
         abi = self.binding.stable_abi if self.binding else {}

@@ -76,7 +76,7 @@ def compiled_target(
     recipe: Recipe, backend: str, toolchain: Toolchain, devices: Sequence[str] | None
 ) -> Target | Skipped:
     """The compiled variant for a backend, or why it is not built here."""
-    if recipe.noarch and recipe.sections and not recipe.sections_of(backend):
+    if not recipe.compiles_for(backend):
         return Skipped(backend, f"there is no [kernel.*] for {backend}: its variant is the noarch one")
     variant, cuda = _variant(recipe, backend, toolchain), _cuda_tag(toolchain) if backend == "cuda" else None
     if reason := _refuse(recipe, backend, toolchain):

@@ -48,7 +48,9 @@ def build(
     for note in recipe.notes:
         show_note(f"{folder / 'build.toml'}: {note} (`kernelhub build --update-toml` writes it)")
     settings = Settings.from_env()
-    toolchain = find_toolchain(settings.cxx, settings.cuda_home, portable=portable, with_cuda="cuda" in recipe.backends)
+    toolchain = find_toolchain(
+        settings.cxx, settings.cuda_home, portable=portable, with_cuda=recipe.compiles_for("cuda")
+    )
     with step_bar(recipe.name) as steps:
         workshop = Workshop(toolchain, settings.cache_folder / "build", jobs, steps)
         done = build_project(folder, workshop, variants=variant or (), backends=backend or ())

@@ -184,7 +184,8 @@ class ProjectSource:
         from kernelhub.core.backends import BY_NAME
         from kernelhub.hub.probe import detect_host, visible_archs
 
-        cuda = detect_host().backend == "cuda" and "cuda" in recipe.backends
+        # nvcc takes 10 ms to say what it is, and devices are asked through torch: only where they matter.
+        cuda = detect_host().backend == "cuda" and recipe.compiles_for("cuda")
         toolchain = find_toolchain(self.building.cxx, self.building.cuda_home, with_cuda=cuda)
         devices = tuple(sorted(set(visible_archs(BY_NAME["cuda"])))) if cuda else ()
         return toolchain, devices or None
