@@ -406,7 +406,7 @@ def _seeded() -> Iterator[None]:
     """The same random numbers every time, without touching anyone else's."""
     import torch
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield
 
