@@ -46,7 +46,11 @@ ERRORS: list[tuple[KernelHubError, type[BaseException], int]] = [
     (IntegrityError("org/x", [Violation("missing", "a.py")], hint="Fetch it again."), ValueError, 4),
     (MissingDependency("org/x needs einops", packages=["einops", "helion"]), ImportError, 1),
     (IncompatibleDevice("built for 9.0"), RuntimeError, 1),
-    (BuildFailed("it does not compile", error="a.cpp:1: no", command="g++ a.cpp", log="a", hint="Try."), RuntimeError, 1),
+    (
+        BuildFailed("it does not compile", error="a.cpp:1: no", command="g++ a.cpp", log="a", hint="Try."),
+        RuntimeError,
+        1,
+    ),
     (HubUnavailable("no answer", hub="https://hub", request="GET /", status=503, hint="Wait."), OSError, 3),
     (StoreError("the disk is full"), OSError, 1),
     (PublishConflict("v1 moved", winner="f" * 40, hint="Publish again."), RuntimeError, 1),
