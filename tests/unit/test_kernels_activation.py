@@ -12,7 +12,8 @@ from kernelprojects import load_noarch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import grad, hessian, jvp, vmap
-from transformers import activations
+from transformers import LlamaConfig, activations
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import kernelhub
 from kernelhub.hub.client import Hub, set_default_hub
@@ -57,6 +58,9 @@ LAYERS: dict[str, tuple[list[Callable[[Tensor], Tensor]], Callable[[Tensor], Ten
 BIT_EQUAL = sorted(set(LAYERS) - {"GeluTanh", "NewGELU", "FastGELU"})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((6, 32), (3, 2, 16), (4096,), (2,))
+
+
+MLPS = {"SwiGLUMLP": "silu", "GeGLUMLP": "gelu_pytorch_tanh"}
 
 
 class Bare(nn.Module):
@@ -215,10 +219,42 @@ def test_every_layer_has_its_function() -> None:
         "GeluAndMul": "gelu_and_mul",
         "GeluTanhAndMul": "gelu_tanh_and_mul",
     }
-    assert set(names) == set(LAYERS) == set(activation.layers.__all__)
+    assert set(names) == set(LAYERS)
+    assert {*names, *MLPS} == set(activation.layers.__all__)
     assert set(activation.__all__) == {*names.values(), "layers"}
     for layer, function in names.items():
         assert torch.equal(getattr(activation, function)(values((6, 32))), kernel(layer)(values((6, 32))))
+
+
+def mlp(layer: str, dtype: torch.dtype) -> tuple[LlamaMLP, LlamaMLP]:
+    """A model's MLP, and the same with the kernel's forward."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=80, hidden_act=MLPS[layer])
+    original, kernelized = LlamaMLP(config).to(dtype), LlamaMLP(config).to(dtype)
+    kernelized.load_state_dict(original.state_dict())
+    kernelized.forward = getattr(activation.layers, layer).forward.__get__(kernelized)
+    return original, kernelized
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", MLPS)
+def test_mlps_equal_the_models_own_code_bit_for_bit(layer: str, dtype: torch.dtype) -> None:
+    original, kernelized = mlp(layer, dtype)
+    x = values((3, 5, 32), dtype)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            assert torch.equal(kernelized(x), original(x))
+
+
+@pytest.mark.parametrize("function", ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"])
+def test_two_operands_are_as_the_halves_of_one(function: str) -> None:
+    x = values((4, 6, 32))
+    call = getattr(activation, function)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            assert torch.equal(call(x[..., :16], x[..., 16:]), call(x))
+            assert call(x[..., :16].bfloat16(), x[..., 16:]).dtype == torch.float32
+            assert torch.equal(call(x[..., :16], x[:1, :1, 16:].expand(4, 6, 16)), call(x[..., :16], x[:1, :1, 16:]))
 
 
 def test_layers_have_nothing_but_what_the_contract_allows() -> None:

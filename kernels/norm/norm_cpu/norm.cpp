@@ -13,20 +13,6 @@ const Rows& rows_in_use() {
   return rows_of(static_cast<Level>(level_in_use().load(std::memory_order_relaxed)));
 }
 
-Dtype dtype_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return FLOAT32;
-    case ScalarType::BFloat16:
-      return BFLOAT16;
-    case ScalarType::Half:
-      return FLOAT16;
-    default:
-      STD_TORCH_CHECK(false, name, ": the input is neither float32 nor bfloat16 nor float16");
-      return FLOAT32;
-  }
-}
-
 void check_row(const char* name, const char* what, const Tensor& row, const Tensor& x) {
   STD_TORCH_CHECK(row.is_cpu(), name, ": expected all tensors on one device; the ", what, " is not on the CPU");
   STD_TORCH_CHECK(row.dim() == 1, name, ": the ", what, " has ", row.dim(), " dimensions; expected one, the input's last");
@@ -39,16 +25,6 @@ void check_row(const char* name, const char* what, const Tensor& row, const Tens
 void check_input(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu(), name, ": expected all tensors on one device; the input is not on the CPU");
   STD_TORCH_CHECK(x.dim() > 0, name, ": the input has no dimension");
-}
-
-void check_same(const char* name, const char* what, const Tensor& other, const Tensor& x) {
-  STD_TORCH_CHECK(other.is_cpu(), name, ": expected all tensors on one device; the ", what, " is not on the CPU");
-  STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), name, ": the ", what, " has another dtype than the input");
-  bool same = other.dim() == x.dim();
-  for (int64_t dim = 0; same && dim < x.dim(); ++dim) {
-    same = other.size(dim) == x.size(dim);
-  }
-  STD_TORCH_CHECK(same, name, ": the ", what, " has another shape than the input");
 }
 
 Form form_of(const char* name, int64_t form) {

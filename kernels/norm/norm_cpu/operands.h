@@ -14,6 +14,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "level.h"
+#include "types.h"
 
 namespace kernelhub {
 
@@ -22,6 +23,30 @@ using torch::stable::Tensor;
 
 // Elements that one thread takes at least: waking another costs about 3 us, in which one core passes over as many.
 constexpr int64_t GRAIN = 16384;
+
+inline Dtype dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return FLOAT32;
+    case ScalarType::BFloat16:
+      return BFLOAT16;
+    case ScalarType::Half:
+      return FLOAT16;
+    default:
+      STD_TORCH_CHECK(false, name, ": the input is neither float32 nor bfloat16 nor float16");
+      return FLOAT32;
+  }
+}
+
+inline void check_same(const char* name, const char* what, const Tensor& other, const Tensor& x) {
+  STD_TORCH_CHECK(other.is_cpu(), name, ": expected all tensors on one device; the ", what, " is not on the CPU");
+  STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), name, ": the ", what, " has another dtype than the input");
+  bool same = other.dim() == x.dim();
+  for (int64_t dim = 0; same && dim < x.dim(); ++dim) {
+    same = other.size(dim) == x.size(dim);
+  }
+  STD_TORCH_CHECK(same, name, ": the ", what, " has another shape than the input");
+}
 
 // The rows of a tensor whose elements lie side by side within each row; the leading dimensions have any strides.
 class RowsOf {
@@ -83,26 +108,21 @@ class RowsOf {
   std::array<int64_t, MOST> strides_{};
 };
 
-// A contiguous tensor without values, on the CPU. Not by `torch::stable::empty`, which goes through the dispatcher: 0.5 us.
-inline Tensor new_tensor(const Tensor& like, ScalarType dtype) {
-  const auto sizes = like.sizes();
-  std::array<int64_t, 64> strides;
+// A contiguous tensor without values, on the CPU, of the shape of `like`; `last`, where given, is its last dimension's
+// size. Not by `torch::stable::empty`, which goes through the dispatcher: 0.5 us.
+inline Tensor new_tensor(const Tensor& like, ScalarType dtype, int64_t last = -1) {
+  std::array<int64_t, 64> sizes, strides;
+  const int64_t dims = like.dim();
+  const auto given = like.sizes();
   int64_t stride = 1;
-  for (int64_t dim = like.dim() - 1; dim >= 0; --dim) {
+  for (int64_t dim = dims - 1; dim >= 0; --dim) {
+    sizes[dim] = dim == dims - 1 && last >= 0 ? last : given[dim];
     strides[dim] = stride;
     stride *= std::max<int64_t>(sizes[dim], 1);
   }
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      like.dim(), sizes.data(), strides.data(), static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
-}
-
-inline Tensor new_tensor(int64_t first, int64_t second, ScalarType dtype) {
-  const int64_t sizes[] = {first, second}, strides[] = {std::max<int64_t>(second, 1), 1};
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      2, sizes, strides, static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &made));
+      dims, sizes.data(), strides.data(), static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 

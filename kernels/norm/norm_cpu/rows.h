@@ -5,17 +5,9 @@
 #include <cstdint>
 
 #include "level.h"
+#include "types.h"
 
 namespace kernelhub {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, DTYPES = 3 };
 
 // Where the result is rounded to the input's dtype: before the product with the weight and after it, or only after it;
 // and then with the weight as it is, or with 1 + weight.

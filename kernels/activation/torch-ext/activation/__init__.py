@@ -1,4 +1,4 @@
-"""Activations in plain PyTorch, one pass over memory where the usual formulas take several."""
+"""Activations: one pass over memory where the usual formulas take several."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Activations in plain PyTorch: one pass where the usual formulas take several.
+"""Activations: one pass over memory where the usual formulas take several.
 
 Every function takes any shape, any strides, and float16, bfloat16, float32 or float64, and returns the input's dtype.
-Gradients, `torch.compile`, export, vmap and forward-mode AD are PyTorch's own: nothing here is a custom operator.
+What the compiled ops take, where the build has any, they compute; their gradients have none of their own. All else is
+plain PyTorch, as are its gradients, vmap and forward-mode AD.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import compiled
+from .compiled import takes
 
 __all__ = [
     "gelu",
@@ -59,45 +63,77 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def gelu_new(x: Tensor) -> Tensor:
     """The formula of `gelu_tanh`, which models write out in seven passes; here one, rounded once."""
-    return F.gelu(x, approximate="tanh")
+    return gelu_tanh(x)
 
 
 def gelu_fast(x: Tensor) -> Tensor:
     """`gelu_tanh` with sqrt(2 / pi) cut after ten digits, which only float64 can tell from the whole number."""
     if x.dtype != torch.float64:
-        return F.gelu(x, approximate="tanh")
+        return gelu_tanh(x)
     return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
 
 
 def gelu_quick(x: Tensor) -> Tensor:
     """`x * sigmoid(1.702 * x)`."""
+    if takes(x):
+        return compiled.apply(x, compiled.GELU_QUICK)
     # By the mode: a tensor that vmap batches inside a gradient says of itself that it requires none.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return x * torch.sigmoid(1.702 * x)
     return (x * 1.702).sigmoid_().mul_(x)
 
 
-def silu_and_mul(x: Tensor) -> Tensor:
-    """`silu(a) * b` for the halves a and b of the last dimension: (..., 2 * hidden) -> (..., hidden)."""
-    gate, up = _halves("silu_and_mul", x)
+def silu_and_mul(x: Tensor, other: Tensor | None = None) -> Tensor:
+    """`silu(a) * b` for the halves a and b of the last dimension: (..., 2 * hidden) -> (..., hidden).
+
+    With `other`, of x's shape: `silu(x) * other`.
+    """
+    if (found := _compiled_product(x, other, compiled.SILU)) is not None:
+        return found
+    gate, up = _pair("silu_and_mul", x, other)
     return _times(F.silu(gate), up)
 
 
-def gelu_and_mul(x: Tensor) -> Tensor:
-    """`gelu(a) * b` for the halves a and b of the last dimension: (..., 2 * hidden) -> (..., hidden)."""
-    gate, up = _halves("gelu_and_mul", x)
+def gelu_and_mul(x: Tensor, other: Tensor | None = None) -> Tensor:
+    """`gelu(a) * b` for the halves a and b of the last dimension: (..., 2 * hidden) -> (..., hidden).
+
+    With `other`, of x's shape: `gelu(x) * other`.
+    """
+    if (found := _compiled_product(x, other, compiled.GELU)) is not None:
+        return found
+    gate, up = _pair("gelu_and_mul", x, other)
     return _times(F.gelu(gate), up)
 
 
-def gelu_tanh_and_mul(x: Tensor) -> Tensor:
-    """`gelu_tanh(a) * b` for the halves a and b of the last dimension: (..., 2 * hidden) -> (..., hidden)."""
-    gate, up = _halves("gelu_tanh_and_mul", x)
+def gelu_tanh_and_mul(x: Tensor, other: Tensor | None = None) -> Tensor:
+    """`gelu_tanh(a) * b` for the halves a and b of the last dimension: (..., 2 * hidden) -> (..., hidden).
+
+    With `other`, of x's shape: `gelu_tanh(x) * other`.
+    """
+    if (found := _compiled_product(x, other, compiled.GELU_TANH)) is not None:
+        return found
+    gate, up = _pair("gelu_tanh_and_mul", x, other)
     return _times(F.gelu(gate, approximate="tanh"), up)
+
+
+def _compiled_product(x: Tensor, other: Tensor | None, function: int) -> Tensor | None:
+    """`f(a) * b` by the compiled ops; None where they do not take it."""
+    if other is not None:
+        return compiled.multiply(x, other, function) if takes(x, other) else None
+    if x.dim() > 0 and x.shape[-1] % 2 == 0 and takes(x):
+        return compiled.halves(x, function)
+    return None
+
+
+def _pair(name: str, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _halves(name, x) if other is None else (x, other)
 
 
 def _times(y: Tensor, other: Tensor) -> Tensor:
     """`y * other`; y is nobody else's, so its memory is used again, but for a graph, which would copy it first."""
-    return y * other if torch.is_grad_enabled() else y.mul_(other)
+    if torch.is_grad_enabled() or torch.promote_types(y.dtype, other.dtype) != y.dtype or y.shape != other.shape:
+        return y * other
+    return y.mul_(other)
 
 
 def _halves(name: str, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from . import functions
 
 __all__ = [
     "FastGELU",
+    "GeGLUMLP",
     "GeLU",
     "GeluAndMul",
     "GeluTanh",
@@ -23,6 +24,7 @@ __all__ = [
     "ReLUSquared",
     "SiLU",
     "SiluAndMul",
+    "SwiGLUMLP",
     "Tanh",
     "TorchGELU",
 ]
@@ -55,7 +57,7 @@ class GeluTanh(nn.Module):
     has_backward = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.gelu(input, approximate="tanh")
+        return functions.gelu_tanh(input)
 
 
 class NewGELU(nn.Module):
@@ -65,7 +67,7 @@ class NewGELU(nn.Module):
     has_backward = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.gelu(input, approximate="tanh")
+        return functions.gelu_tanh(input)
 
 
 class FastGELU(nn.Module):
@@ -155,4 +157,26 @@ class TorchGELU(nn.Module):
     has_backward = True
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.approximate == "tanh":
+            return functions.gelu_tanh(input)
         return F.gelu(input, approximate=self.approximate)
+
+
+class SwiGLUMLP(nn.Module):
+    """Reads `gate_proj`, `up_proj` and `down_proj`: `down(silu(gate(x)) * up(x))`."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(functions.silu_and_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+class GeGLUMLP(nn.Module):
+    """Reads `gate_proj`, `up_proj` and `down_proj`: `down(gelu_tanh(gate(x)) * up(x))`."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(functions.gelu_tanh_and_mul(self.gate_proj(x), self.up_proj(x)))

@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+#include <tuple>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace kernelhub {
+
+using torch::stable::Tensor;
+
+// f(x)
+Tensor apply(const Tensor& x, int64_t function);
+Tensor apply_backward(const Tensor& grad, const Tensor& x, int64_t function);
+
+// f(a) * b
+Tensor multiply(const Tensor& a, const Tensor& b, int64_t function);
+std::tuple<Tensor, Tensor> multiply_backward(
+    const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function);
+
+// f(a) * b for the halves a and b of x's last dimension
+Tensor halves(const Tensor& x, int64_t function);
+Tensor halves_backward(const Tensor& grad, const Tensor& x, int64_t function);
+
+// From now on no wider instructions than those of the level (level.h), for tests; returns the level in use.
+int64_t use_level(int64_t level);
+
+} // namespace kernelhub

@@ -1,0 +1,157 @@
+"""The compiled ops: when they take a call, and their gradients.
+
+Where a build has none for the input's device (every noarch one), or the case is not theirs, PyTorch's own code runs.
+"""
+
+# ruff: noqa: ARG001  (what the ops are given and what decides on the shapes is not the same)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from ._ops import add_op_namespace_prefix, ops
+
+__all__ = ["GELU", "GELU_QUICK", "GELU_TANH", "HERE", "SILU", "apply", "halves", "multiply", "takes"]
+
+HERE = hasattr(ops, "apply")
+
+# As in activation_cpu/elements.h.
+SILU, GELU, GELU_TANH, GELU_QUICK = range(4)
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def takes(x: Tensor, other: Tensor | None = None) -> bool:
+    """Whether the ops take x, and another operand of its shape.
+
+    Not while `torch.func` or forward-mode AD is at work, for which they have no rules: a tensor there says neither that
+    it is batched nor that it is differentiated. Nor for subclasses (DTensor and the like), which know their own ways.
+    """
+    dtype = x.dtype
+    return (
+        HERE
+        and dtype in _DTYPES
+        and x.is_cpu
+        and type(x) in _PLAIN
+        and (
+            other is None
+            or (other.dtype is dtype and other.is_cpu and type(other) in _PLAIN and other.shape == x.shape)
+        )
+        and not _transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+if HERE:
+    _apply = ops.apply.default
+    _apply_backward = ops.apply_backward.default
+    _multiply = ops.multiply.default
+    _multiply_backward = ops.multiply_backward.default
+    _halves = ops.halves.default
+    _halves_backward = ops.halves_backward.default
+
+
+def apply(x: Tensor, function: int) -> Tensor:
+    """f(x), of x's shape."""
+    # The op by itself has no gradient. It is called where none can be asked for, because it costs half as much.
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Apply.apply(x, function)
+    return _apply(x, function)
+
+
+def multiply(a: Tensor, b: Tensor, function: int) -> Tensor:
+    """f(a) * b, of a's shape."""
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _Multiply.apply(a, b, function)
+    return _multiply(a, b, function)
+
+
+def halves(x: Tensor, function: int) -> Tensor:
+    """f(a) * b for the halves a and b of the last dimension: (..., 2 * hidden) -> (..., hidden)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Halves.apply(x, function)
+    return _halves(x, function)
+
+
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return _apply(x, function)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _apply_backward(grad, *ctx.saved_tensors, ctx.function), None
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, function: int) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.function = function
+        return _multiply(a, b, function)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_multiply_backward(grad, *ctx.saved_tensors, ctx.function), None)
+
+
+class _Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return _halves(x, function)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _halves_backward(grad, *ctx.saved_tensors, ctx.function), None
+
+
+def _register_shapes() -> None:
+    """What the ops return, for `torch.compile` and export: contiguous tensors, as the C++ makes them."""
+
+    def like(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    def register(name: str) -> Any:
+        return torch.library.register_fake(add_op_namespace_prefix(name))
+
+    @register("apply")
+    def _(x: Tensor, function: int) -> Tensor:
+        return like(x)
+
+    @register("apply_backward")
+    def _(grad: Tensor, x: Tensor, function: int) -> Tensor:
+        return like(x)
+
+    @register("multiply")
+    def _(a: Tensor, b: Tensor, function: int) -> Tensor:
+        return like(a)
+
+    @register("multiply_backward")
+    def _(grad: Tensor, a: Tensor, b: Tensor, function: int) -> tuple[Tensor, Tensor]:
+        return like(a), like(a)
+
+    @register("halves")
+    def _(x: Tensor, function: int) -> Tensor:
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+    @register("halves_backward")
+    def _(grad: Tensor, x: Tensor, function: int) -> Tensor:
+        return like(x)
+
+
+if HERE:
+    _register_shapes()

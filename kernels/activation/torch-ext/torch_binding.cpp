@@ -1,0 +1,31 @@
+#include <torch/csrc/stable/library.h>
+
+#include "activation_cpu/activation.h"
+#include "registration.h"
+
+STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
+  ops.def("apply(Tensor x, int function) -> Tensor");
+  ops.def("apply_backward(Tensor grad, Tensor x, int function) -> Tensor");
+  ops.def("multiply(Tensor a, Tensor b, int function) -> Tensor");
+  ops.def("multiply_backward(Tensor grad, Tensor a, Tensor b, int function) -> (Tensor, Tensor)");
+  ops.def("halves(Tensor x, int function) -> Tensor");
+  ops.def("halves_backward(Tensor grad, Tensor x, int function) -> Tensor");
+  ops.def("use_level(int level) -> int");
+}
+
+#if defined(CPU_KERNEL)
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
+  ops.impl("apply", TORCH_BOX(&kernelhub::apply));
+  ops.impl("apply_backward", TORCH_BOX(&kernelhub::apply_backward));
+  ops.impl("multiply", TORCH_BOX(&kernelhub::multiply));
+  ops.impl("multiply_backward", TORCH_BOX(&kernelhub::multiply_backward));
+  ops.impl("halves", TORCH_BOX(&kernelhub::halves));
+  ops.impl("halves_backward", TORCH_BOX(&kernelhub::halves_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
+  ops.impl("use_level", TORCH_BOX(&kernelhub::use_level));
+}
+#endif
+
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
