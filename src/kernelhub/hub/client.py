@@ -345,12 +345,12 @@ class Hub:
         self.store.set_ref(source.key, repo, str(pin), RefRecord(commit, self._clock()))
 
     def _listing(self, source: Source, repo: RepoId, commit: str, options: Options) -> Listing:
-        known = self.store.listing(source.key, repo, commit).get("variants")
-        if isinstance(known, dict):
-            return Listing(known)
+        record = self.store.listing(source.key, repo, commit)
+        if isinstance(known := record.get("variants"), dict):
+            return Listing(known, record.get("source"))
         listing = self._ask(source, options, lambda: source.listing(repo, commit))
         if commit != LOCAL:
-            self.store.set_listing(source.key, repo, commit, {"variants": listing.variants})
+            self.store.set_listing(source.key, repo, commit, _kept(listing))
         return listing
 
     def _trusted(self, found: Found, options: Options) -> Found:
@@ -371,7 +371,7 @@ class Hub:
             if options.offline and source.origin is Origin.REMOTE:
                 return None
             trusted = source.publisher_trusted(repo)
-            record = {**record, "variants": found.listing.variants, "publisher_trusted": trusted}
+            record = {**record, **_kept(found.listing), "publisher_trusted": trusted}
             self.store.set_listing(source.key, repo, commit, record)
         trusted = record["publisher_trusted"]
         return trusted if isinstance(trusted, bool) else None
@@ -396,6 +396,36 @@ class Hub:
             return accepted
         rejected = [(item.variant.variant_str, item.reason) for item in ranked if isinstance(item, VariantRejected)]
         raise NoCompatibleVariant(str(found.ref), str(self.host), rejected)
+
+    def _select_or_build(self, found: Found, options: Options) -> tuple[Found, list[BuildVariant]]:
+        """Where to fetch from, and what runs here: the repository's builds, else what can be built from its source."""
+        if self.settings.build == "always" and (tree := self._source_tree(found, options)):
+            return tree, self._select(tree, options)
+        try:
+            return found, self._select(found, options)
+        except NoCompatibleVariant:
+            tree = None if self.settings.build == "never" else self._source_tree(found, options)
+            if tree is None:
+                raise
+            return tree, self._select(tree, options)
+
+    def _source_tree(self, found: Found, options: Options) -> Found | None:
+        """The source that the repository brings, as a project in the store; None where it brings none."""
+        details = found.listing.source
+        if details is None:
+            return None
+
+        def write(into: Path) -> None:
+            question = partial(found.source.fetch_source, found.repo, found.commit, details, into, self.progress)
+            self._ask(found.source, options, question)
+
+        try:
+            folder = self.store.add_source(found.source.key, found.repo, found.commit, write)
+        except KernelNotFound:
+            return None
+        source = ProjectSource.of(folder, found.repo, building_of(self.settings))
+        commit = source.resolve(found.repo, Revision("main"))
+        return Found(found.ref, source, commit, source.listing(found.repo, commit))
 
     def _fetch(self, found: Found, variant: BuildVariant, options: Options) -> Verified:
         """The variant's folder, verified now: where the user has it, from the store, or from the hub into the store."""
@@ -441,10 +471,10 @@ class Hub:
         self, ref: KernelRef, sources: Sequence[Source], options: Options
     ) -> tuple[Found, BuildVariant, Verified]:
         found = self._trusted(self.find(ref, sources, options), options)
-        variants = self._select(found, options)
+        place, variants = self._select_or_build(found, options)
         for variant, other in zip(variants, [*variants[1:], None], strict=True):
             try:
-                return found, variant, self._fetch(found, variant, options)
+                return found, variant, self._fetch(place, variant, options)
             except BuildFailed as error:
                 if other is None:
                     raise
@@ -574,6 +604,11 @@ def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]
     found += [Deferred(hub_address(url), partial(layout, url)) for url in settings.hubs]
     found.append(Deferred(endpoint_address(settings.hf_endpoint), hugging_face))
     return found
+
+
+def _kept(listing: Listing) -> dict[str, Any]:
+    """What the store keeps of a listing."""
+    return {"variants": listing.variants, "source": listing.source}
 
 
 def check_python_depends(metadata: Metadata) -> None:

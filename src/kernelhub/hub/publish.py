@@ -102,6 +102,19 @@ def yank(hub_url: str, repo: RepoId, ref: str, reason: str | None) -> RefFile:
         return yanked
 
 
+def put_file(hub_url: str, repo: RepoId, name: str, data: bytes) -> str:
+    """Write a file of the repository's own, beside its commits and apart from them; the path it has in the hub.
+
+    Such a file has no history: who writes last, wins. Raises as `publish` does.
+    """
+    path = f"{repo}/{safe_path(name)}"
+    with context(f"writing {path} to {shown(hub_url)}"):
+        files = _writable(hub_url)
+        _ensure_hub(files)
+        files.replace(path, data)
+    return path
+
+
 def check_repository(folder: Path) -> int:
     """Look whether a kernel repository's folder is fit to be published; the version that all of its variants name.
 

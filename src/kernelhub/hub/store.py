@@ -31,7 +31,10 @@ from kernelhub.core.canonical import canonical_json
 from kernelhub.core.refs import RepoId, is_commit
 from kernelhub.core.variants import BuildVariant
 from kernelhub.errors import IntegrityError, InvalidMetadata, KernelHubError, StoreError
-from kernelhub.hub.verify import Known, Verified, learn, verify
+from kernelhub.hub.verify import Known, Verified, learn, scan, verify, verify_tree
+
+# The folder of a kernel's source tree, beside those of its variants; no variant is called so.
+SOURCE = "source"
 
 # How long to wait for another process that is fetching the same variant, in seconds.
 LOCK_TIMEOUT = 1800.0
@@ -104,7 +107,7 @@ class Store:
         folder = self.path(place)
         if not folder.is_dir():
             return None
-        return verify(folder, self._known(place), rehash=self.verify_always)
+        return verify(folder, self._known(self.path(place)), rehash=self.verify_always)
 
     def add(self, place: Place, write: Callable[[Path], None]) -> Verified:
         """The variant's folder, written by `write` into an empty folder unless another process was first.
@@ -112,29 +115,39 @@ class Store:
         What was written is verified before it appears. Raises what `write` raises, `IntegrityError`, or `StoreError`
         where the store cannot be written; in each case nothing is left.
         """
-        with self._writing(place):
-            if found := self._find_again(place):
-                return found
-            folder = self.path(place)
-            beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+        folder = self.path(place)
+        with self._writing(folder):
             try:
-                beside.mkdir(parents=True)
-                write(beside)
-                verify(beside)
-                make_read_only(beside)
-                known = learn(beside)  # after the modes are set: that changes the times which stamps hold
-                self._write_json(self._record(place), {"files": known.files, "stamps": known.stamps}, must=True)
-                beside.rename(folder)
-            finally:
-                remove_tree(beside)
-            return self._found(place)
+                found = self.find(place)
+            except (IntegrityError, InvalidMetadata):
+                _rename_aside(folder)
+                found = None
+            if found is None:
+                self._appear(folder, write, lambda beside: verify(beside))
+                found = self.find(place)
+        if found is None:
+            raise StoreError(f"{folder} vanished while it was written", hint="Is another process pruning the store?")
+        return found
+
+    def add_source(self, hub: str, repo: RepoId, commit: str, write: Callable[[Path], None]) -> Path:
+        """The folder of the tree that a kernel is built from, written by `write` unless it is here as it was fetched."""
+        folder = self._commit(hub, repo, commit) / SOURCE
+        with self._writing(folder):
+            if folder.is_dir():
+                try:
+                    verify_tree(folder, self._known(folder))
+                    return folder
+                except IntegrityError:
+                    _rename_aside(folder)
+            self._appear(folder, write, scan)
+        return folder
 
     def set_aside(self, place: Place) -> None:
         """Take a folder that does not verify out of the way; `prune` removes it."""
         folder = self.path(place)
-        with self._writing(place):
+        with self._writing(folder):
             if folder.is_dir():
-                folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.bad"))
+                _rename_aside(folder)
 
     def path(self, place: Place) -> Path:
         return self._commit(place.hub, place.repo, place.commit) / str(place.variant)
@@ -160,7 +173,7 @@ class Store:
         """Each variant with what is wrong with it, every byte hashed."""
         for place in self.places():
             try:
-                verify(self.path(place), self._known(place), rehash=True)
+                verify(self.path(place), self._known(self.path(place)), rehash=True)
                 yield place, None
             except KernelHubError as error:
                 yield place, error
@@ -171,9 +184,10 @@ class Store:
             yield folder, remove_tree(folder)
         for place in list(self.places()):
             if selected(place):
-                with self._writing(place):
-                    yield self.path(place), remove_tree(self.path(place))
-                    self._record(place).unlink(missing_ok=True)
+                folder = self.path(place)
+                with self._writing(folder):
+                    yield folder, remove_tree(folder)
+                    _record(folder).unlink(missing_ok=True)
 
     def refs(self) -> Iterator[tuple[str, RepoId, str, RefRecord]]:
         """Every ref that is remembered: hub, repository, ref, record."""
@@ -192,45 +206,39 @@ class Store:
     def _commit(self, hub: str, repo: RepoId, commit: str) -> Path:
         return self._repo(hub, repo) / commit
 
-    def _record(self, place: Place) -> Path:
-        folder = self.path(place)
-        return folder.with_name(f"{folder.name}.json")
-
-    def _known(self, place: Place) -> Known:
-        raw = self._read_json(self._record(place))
+    def _known(self, folder: Path) -> Known:
+        raw = self._read_json(_record(folder))
         files, stamps = raw.get("files"), raw.get("stamps")
         if not isinstance(files, dict) or not isinstance(stamps, dict):
-            raise IntegrityError(f"{self.path(place)} has no record of what was fetched")
+            raise IntegrityError(f"{folder} has no record of what was fetched")
         return Known(files, {path: tuple(value) for path, value in stamps.items()})
 
-    def _find_again(self, place: Place) -> Verified | None:
+    def _appear(self, folder: Path, write: Callable[[Path], None], check: Callable[[Path], object]) -> None:
+        """Let `folder` appear whole: written beside its place, checked, recorded, renamed. Else nothing is left."""
+        beside = _beside(folder, "tmp")
         try:
-            return self.find(place)
-        except (IntegrityError, InvalidMetadata):
-            folder = self.path(place)
-            folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.bad"))
-            return None
-
-    def _found(self, place: Place) -> Verified:
-        found = self.find(place)
-        if found is None:
-            raise StoreError(
-                f"{self.path(place)} vanished while it was written", hint="Is another process pruning the store?"
-            )
-        return found
+            beside.mkdir(parents=True)
+            write(beside)
+            check(beside)
+            make_read_only(beside)
+            known = learn(beside)  # after the modes are set: that changes the times which stamps hold
+            self._write_json(_record(folder), {"files": known.files, "stamps": known.stamps}, must=True)
+            beside.rename(folder)
+        finally:
+            remove_tree(beside)
 
     @contextmanager
-    def _writing(self, place: Place) -> Iterator[None]:
-        """The lock of a variant's folder; errors of the file system become `StoreError`."""
+    def _writing(self, folder: Path) -> Iterator[None]:
+        """The lock of a folder; errors of the file system become `StoreError`."""
         from filelock import FileLock, Timeout  # 20 ms, and needed only where something is written
 
-        key = hashlib.sha256(str(self.path(place)).encode()).hexdigest()[:32]
+        key = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
         try:
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / "locks" / f"{key}.lock", timeout=LOCK_TIMEOUT):
                 yield
         except Timeout:
-            raise StoreError(f"another process has been fetching {place} for {LOCK_TIMEOUT / 60:.0f} minutes") from None
+            raise StoreError(f"another process has been writing {folder} for {LOCK_TIMEOUT / 60:.0f} minutes") from None
         except OSError as error:
             if isinstance(error, KernelHubError):
                 raise
@@ -248,7 +256,7 @@ class Store:
         return raw if isinstance(raw, dict) else {}
 
     def _write_json(self, path: Path, value: Mapping[str, Any], *, must: bool = False) -> None:
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        beside = _beside(path, "tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside.write_bytes(canonical_json(value))
@@ -257,6 +265,20 @@ class Store:
             beside.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
             if must:
                 raise
+
+
+def _record(folder: Path) -> Path:
+    """What was learnt of a folder lies beside it."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    """A name in the same place that no reader looks at."""
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.{suffix}")
+
+
+def _rename_aside(folder: Path) -> None:
+    folder.rename(_beside(folder, "bad"))
 
 
 def make_read_only(folder: Path) -> None:

@@ -78,6 +78,19 @@ def verify(folder: Path, known: Known | None = None, *, rehash: bool = False) ->
     return Verified(folder, metadata, digest)
 
 
+def verify_tree(folder: Path, known: Known) -> None:
+    """Check every file of a folder that is no variant (a source tree) against what is `known` from the fetch.
+
+    Raises `IntegrityError`.
+    """
+    actual = {path: _hash(folder / path, "sha256") for path in scan(folder)}
+    found = [Violation("missing", path) for path in known.files if path not in actual]
+    found += [Violation("unknown", path) for path in actual if path not in known.files]
+    found += [Violation("different", path) for path, value in actual.items() if known.files.get(path, value) != value]
+    if found:
+        raise IntegrityError(f"{folder} is not what was fetched", sorted(found, key=lambda item: item.path))
+
+
 def learn(folder: Path) -> Known:
     """What to remember of a folder that has just been verified."""
     entries = scan(folder)

@@ -35,10 +35,12 @@ class Listing:
     """What a hub has of a repository at one commit; the store keeps it, so it is asked once.
 
     `variants` maps the name of each variant's folder to what the source needs to fetch it (JSON values, perhaps empty).
-    A name here may be anything that the hub sent: it is a path only after `BuildVariant.parse` accepted it.
+    A name here may be anything that the hub sent: it is a path only after `BuildVariant.parse` accepted it. `source` is
+    what is needed to fetch the tree that the kernel is built from; None where the repository brings none.
     """
 
     variants: Mapping[str, Mapping[str, Any]] = field(hash=False)
+    source: Mapping[str, Any] | None = field(default=None, hash=False)
 
 
 class Moved(Exception):
@@ -109,6 +111,14 @@ class Source(Protocol):
         """Write the variant's files into the empty `folder`, each checked against what the hub says of it.
 
         `details` is `Listing.variants[variant]`. Nothing is ever written outside `folder`, whatever the hub sends.
+        """
+
+    def fetch_source(
+        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    ) -> None:
+        """Write the tree that the kernel is built from into the empty `folder`; `details` is `Listing.source`.
+
+        Raises `KernelNotFound` where there is no `build.toml` after all.
         """
 
     def locate(self, repo: RepoId, variant: str) -> Path | None:

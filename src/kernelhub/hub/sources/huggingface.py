@@ -153,7 +153,7 @@ class HuggingFaceSource:
             variants = {}
         if not variants and (destination := self._redirect(repo, commit)):
             raise Moved(destination)
-        return Listing(variants)
+        return Listing(variants, source={})  # whether it has any is asked when it is wanted
 
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         """The hub's mark for the organisation; False for a user's account, which hubs do not mark."""
@@ -179,7 +179,21 @@ class HuggingFaceSource:
         """Write the variant's files, several at once. Its whole tree is checked before the first is asked for."""
         prefix = f"build/{variant}/"
         tree = f"{_api(repo)}/tree/{quote(commit, safe='')}/{quote(prefix[:-1], safe='')}?recursive=true"
-        files = _plan(self._tree(tree), prefix)
+        self._download(repo, commit, prefix, _plan(self._tree(tree), prefix), folder, progress)
+
+    def fetch_source(
+        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    ) -> None:
+        """Write all of the repository but its builds, where there is a `build.toml`."""
+        entries = self._tree(f"{_api(repo)}/tree/{quote(commit, safe='')}?recursive=true")
+        files = _plan((entry for entry in entries if not f"{entry.path}/".startswith("build/")), "")
+        if all(file.path != "build.toml" for file in files):
+            raise KernelNotFound(f"{repo} has no source to build it from: there is no build.toml")
+        self._download(repo, commit, "", files, folder, progress)
+
+    def _download(
+        self, repo: RepoId, commit: str, prefix: str, files: list[RemoteFile], folder: Path, progress: Progress
+    ) -> None:
         progress.expect(sum(file.size for file in files))
         http = self._http
         headers, report = http.headers(), _locked(progress.advance)

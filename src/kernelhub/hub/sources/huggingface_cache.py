@@ -128,6 +128,11 @@ class HuggingFaceCacheSource:
                 )
             progress.advance(path.stat().st_size)
 
+    def fetch_source(
+        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    ) -> None:
+        raise KernelNotFound(f"{self.name} has no source of {repo} to build it from")
+
     def locate(self, repo: RepoId, variant: str) -> Path | None:
         return None
 

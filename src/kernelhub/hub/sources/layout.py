@@ -7,6 +7,7 @@ among them: `LayoutSource.check` asks for it, and the client calls that once a d
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from kernelhub.core.trust import Origin
 from kernelhub.errors import (
     HubUnavailable,
     IntegrityError,
+    InvalidMetadata,
     InvalidReference,
     KernelNotFound,
     RepositoryNotFound,
@@ -32,6 +34,7 @@ from kernelhub.hub.files import Files, open_files
 from kernelhub.hub.sources.base import Listing, Progress
 
 _SMALL = 64 * 1024  # bytes of a ref or a hub.json, which have a hundred
+_MAX_SOURCE = 256 * 1024 * 1024  # bytes of a packed source tree, whose size no manifest says
 _IN_MEMORY = 32 * 1024 * 1024  # larger archives wait on disk while they are checked
 
 
@@ -121,8 +124,9 @@ class LayoutSource:
 
     def listing(self, repo: RepoId, commit: str) -> Listing:
         """The variants, with all that `fetch` needs: archive, size, metadata's text, layers."""
-        variants = self.manifest(repo, commit).variants
-        return Listing({name: variant.to_json() for name, variant in variants.items()})
+        manifest = self.manifest(repo, commit)
+        variants = {name: variant.to_json() for name, variant in manifest.variants.items()}
+        return Listing(variants, {"archive": manifest.source} if manifest.source else None)
 
     def manifest(self, repo: RepoId, commit: str) -> Manifest:
         """The commit's manifest, checked: it has this hash and answers for this repository, else `IntegrityError`."""
@@ -141,27 +145,40 @@ class LayoutSource:
         self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
         wanted = ManifestVariant.parse(details, f"{repo} at {commit}: {variant}")
-        path = blob_path(wanted.archive)
         progress.expect(wanted.size)
+        self._unpack(wanted.archive, wanted.size, folder, progress)
+        with context(f"{self.name}: {blob_path(wanted.archive)}"):
+            _check_metadata(folder, wanted)
+
+    def fetch_source(
+        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    ) -> None:
+        archive = details.get("archive")
+        if not isinstance(archive, str) or not re.fullmatch("[0-9a-f]{64}", archive):
+            raise InvalidMetadata(f"{repo} at {commit}: its source is {archive!r}, not the hash of an archive")
+        self._unpack(archive, None, folder, progress)
+
+    def _unpack(self, sha256: str, size: int | None, folder: Path, progress: Progress) -> None:
+        """Fetch the archive of this hash (and size, where it is known) and unpack it, once it is that archive."""
+        path = blob_path(sha256)
         # In the folder, where a name is needed for it at all, so that nothing is ever left anywhere else.
         with (
             tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, dir=str(folder)) as spooled,
             context(f"{self.name}: {path}"),
         ):
             file = cast("BinaryIO", spooled)
-            if not self.files.download(path, wanted.size, file, progress):
+            if not self.files.download(path, _MAX_SOURCE if size is None else size, file, progress):
                 raise HubUnavailable(
                     "the archive is not there, so this is not a whole copy of a hub",
                     hub=self.name,
                     request=f"GET {path}",
                     status=404,
                 )
-            _check_archive(file, wanted)
+            _check_archive(file, sha256, size)
             from kernelhub.hub.archive import unpack  # here: a kernel that is in the store needs no zstandard
 
             file.seek(0)
             unpack(file, folder)
-            _check_metadata(folder, wanted)
 
     def locate(self, repo: RepoId, variant: str) -> Path | None:
         return None
@@ -197,17 +214,17 @@ def blob_path(sha256: str) -> str:
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
 
 
-def _check_archive(file: BinaryIO, wanted: ManifestVariant) -> None:
+def _check_archive(file: BinaryIO, sha256: str, size: int | None) -> None:
     """Whether these are the bytes that the manifest names, before anything is made of them."""
-    size, sha256 = file.seek(0, 2), hashlib.sha256()
-    if size != wanted.size:
-        found = f"more than {wanted.size:,}" if size > wanted.size else f"{size:,}"
-        raise IntegrityError(f"the archive has {found} bytes; its manifest says {wanted.size:,}")
+    found, state = file.seek(0, 2), hashlib.sha256()
+    if size is not None and found != size:
+        text = f"more than {size:,}" if found > size else f"{found:,}"
+        raise IntegrityError(f"the archive has {text} bytes; its manifest says {size:,}")
     file.seek(0)
     while data := file.read(1024 * 1024):
-        sha256.update(data)
-    if sha256.hexdigest() != wanted.archive:
-        raise IntegrityError(f"the archive is not what its manifest names: its SHA-256 is {sha256.hexdigest()}")
+        state.update(data)
+    if state.hexdigest() != sha256:
+        raise IntegrityError(f"the archive is not what its manifest names: its SHA-256 is {state.hexdigest()}")
 
 
 def _check_metadata(folder: Path, wanted: ManifestVariant) -> None:

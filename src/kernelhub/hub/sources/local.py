@@ -11,7 +11,7 @@ from kernelhub.core.metadata import Metadata
 from kernelhub.core.refs import Pin, RepoId
 from kernelhub.core.trust import Origin
 from kernelhub.core.variants import BuildVariant, parse_variant
-from kernelhub.errors import InvalidMetadata, InvalidReference, RepositoryNotFound
+from kernelhub.errors import InvalidMetadata, InvalidReference, KernelNotFound, RepositoryNotFound
 from kernelhub.hub.sources.base import LOCAL, Listing, Progress, Source
 from kernelhub.hub.sources.project import Building, ProjectSource
 
@@ -52,6 +52,11 @@ class LocalSource:
         self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
         raise InvalidReference(f"{self.folder} is loaded where it lies; {repo} {variant} is not copied from it")
+
+    def fetch_source(
+        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    ) -> None:
+        raise KernelNotFound(f"{self.name} has no source of {repo} to build it from")
 
     def locate(self, repo: RepoId, variant: str) -> Path | None:
         self._check(repo)

@@ -141,6 +141,11 @@ class ProjectSource:
             place.write_bytes(data)
             progress.advance(len(data))
 
+    def fetch_source(
+        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    ) -> None:
+        raise KernelNotFound(f"{self.name} has no source of {repo} to build it from")
+
     def locate(self, repo: RepoId, variant: str) -> Path | None:
         return None
 

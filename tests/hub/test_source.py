@@ -1,0 +1,123 @@
+"""A repository that brings its source: built where none of its builds fits, after trust was decided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kernelfiles import kernel_files, write_files
+from loopback_hub import LoopbackHub
+
+from kernelhub import Hub, Settings
+from kernelhub.core.refs import KernelRef, RepoId
+from kernelhub.core.trust import Origin
+from kernelhub.errors import IntegrityError, NoCompatibleVariant, UntrustedKernel
+from kernelhub.hub.publish import publish
+from kernelhub.hub.server import app
+from kernelhub.hub.sources.huggingface import HuggingFaceSource
+from kernelhub.hub.sources.layout import LayoutSource
+
+REF = KernelRef.parse("org/tree@v1")
+RECIPE = """
+[general]
+name = "tree"
+version = 1
+edition = 5
+license = "MIT"
+backends = ["cpu"]
+
+[torch-noarch]
+"""
+
+
+def agent() -> str:
+    return "test"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository with its source, and one build for a machine that this is not."""
+    folder = tmp_path / "repositories" / "org" / "tree"
+    write_files(folder, {"build.toml": RECIPE.encode(), "torch-ext/tree/__init__.py": b"BUILT = 1\n"})
+    write_files(folder / "build" / "torch-cuda", kernel_files("BUILT = 0\n", name="tree", backend={"type": "cuda"}))
+    return folder
+
+
+@pytest.fixture
+def layout(repository: Path, tmp_path: Path) -> LayoutSource:
+    publish(repository, str(tmp_path / "hub"), RepoId("org", "tree"), epoch=1)
+    return LayoutSource(str(tmp_path / "hub"), agent)
+
+
+def client(tmp_path: Path, source: object, build: str = "auto", **settings: object) -> Hub:
+    return Hub(Settings(cache=tmp_path / "store", build=build, **settings), sources=[source])
+
+
+def test_a_hub_in_a_folder(layout, tmp_path):
+    loaded = client(tmp_path, layout).load(REF)
+    assert loaded.module.BUILT == 1
+    assert str(loaded.variant) == "torch-cpu"
+    assert loaded.repo_info.repo_id == "org/tree"
+    assert loaded.repo_info.revision == layout.resolve(RepoId("org", "tree"), REF.pin)
+
+
+def test_the_hugging_face_protocol(repository, tmp_path, hub: LoopbackHub):
+    hub.app = app(repository.parent.parent)
+    source = HuggingFaceSource(hub.url, agent, lambda: None)
+    module = client(tmp_path, source).load(REF, trust_remote_code=True).module
+    assert module.BUILT == 1
+    hub.requests.clear()
+    assert client(tmp_path, source).load(REF, trust_remote_code=True).module is module
+    assert hub.requests == []
+
+
+def test_it_is_built_once_and_loads_without_the_hub(layout, tmp_path):
+    module = client(tmp_path, layout).load(REF).module
+    (tmp_path / "hub" / "blobs").rename(tmp_path / "gone")
+    assert client(tmp_path, layout).load(REF).module is module
+
+
+def test_never_means_never(layout, tmp_path):
+    with pytest.raises(NoCompatibleVariant):
+        client(tmp_path, layout, build="never").load(REF)
+    assert not list((tmp_path / "store").rglob("build.toml"))
+
+
+def test_nothing_is_fetched_or_built_before_trust(repository, tmp_path):
+    publish(repository, str(tmp_path / "hub"), RepoId("org", "tree"), epoch=1)
+
+    class Remote(LayoutSource):
+        @property
+        def origin(self) -> Origin:
+            return Origin.REMOTE
+
+    with pytest.raises(UntrustedKernel):
+        client(tmp_path, Remote(str(tmp_path / "hub"), agent)).load(REF)
+    assert not list((tmp_path / "store").rglob("build.toml"))
+
+
+def test_a_source_that_was_changed_in_the_store_is_fetched_again(layout, tmp_path):
+    client(tmp_path, layout).install(REF)
+    (source,) = (tmp_path / "store").rglob("torch-ext/tree/__init__.py")
+    source.parent.chmod(0o755)
+    source.chmod(0o644)
+    source.write_text("BUILT = 'evil'\n")
+    assert client(tmp_path, layout).load(REF).module.BUILT == 1
+
+
+def test_a_source_archive_that_was_changed_on_the_hub_is_refused(layout, tmp_path):
+    archive = layout.manifest(RepoId("org", "tree"), layout.resolve(RepoId("org", "tree"), REF.pin)).source
+    (blob,) = (tmp_path / "hub" / "blobs").rglob(archive)
+    data = bytearray(blob.read_bytes())
+    data[len(data) // 2] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(data)
+    with pytest.raises(IntegrityError, match="not what its manifest names"):
+        client(tmp_path, layout).load(REF)
+
+
+def test_a_repository_without_source_says_which_builds_it_has(repository, tmp_path, hub: LoopbackHub):
+    (repository / "build.toml").unlink()
+    hub.app = app(repository.parent.parent)
+    with pytest.raises(NoCompatibleVariant, match="made for CUDA"):
+        client(tmp_path, HuggingFaceSource(hub.url, agent, lambda: None)).load(REF, trust_remote_code=True)
