@@ -39,7 +39,7 @@ from kernelhub.layers.mapping import Row
 from kernelhub.layers.mode import KernelizeFallback, Mode
 from kernelhub.layers.plan import Decision, DeviceLike, Request, Selection, Selector, decide, reasons
 from kernelhub.layers.report import Run, forget, remember
-from kernelhub.layers.survey import Site, class_name, device_type, survey
+from kernelhub.layers.survey import Site, Survey, class_name, device_type, survey
 from kernelhub.layers.swap import USES, Transaction, functions_lock, has_users, in_effect
 from kernelhub.settings import Settings
 
@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     from kernelhub.hub.client import Hub
 
 _log = logging.getLogger("kernelhub")
+
+# transformers' models have this where `use_kernels` is on: their train() and eval() then kernelize them again, and so
+# would bring back what was undone.
+_AGAIN = "_use_kernels"
 
 
 def kernelize(
@@ -110,6 +114,8 @@ def unkernelize(model: nn.Module, *, include: Selection = None, exclude: Selecti
             _leave_some(transaction, module, path, selector)
     if selector.idle:
         forget(model)
+        for module in _kernelized_again(found):
+            module.__dict__[_AGAIN] = False
     return model
 
 
@@ -117,6 +123,7 @@ def unkernelize(model: nn.Module, *, include: Selection = None, exclude: Selecti
 def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
     """`kernelize(model, **options)` while the `with` block runs; then the model is what it was before."""
     found = survey(model)
+    again = _kernelized_again(found)
     before = [(module, marker) for _, module in found.marked if (marker := in_effect(module))]
     stakes = [(module, uses) for _, module in found.users if (uses := module.__dict__.get(USES))]
     forwards = {id(function): in_effect(function) for _, uses in stakes for function, _ in uses.functions.values()}
@@ -134,6 +141,8 @@ def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
                     if in_effect(function) is None and held is not None:
                         transaction.use(function, swap, held.function)
                 transaction.join(module, uses.functions)
+        for module in again:
+            module.__dict__[_AGAIN] = True
 
 
 class Outcome(NamedTuple):
@@ -328,6 +337,11 @@ def _tell(site: Site, there: Swap, wanted: Swap | None, fallback: KernelizeFallb
         )
     _log.warning("%s: %s", _where(site), reason)
     return reason
+
+
+def _kernelized_again(found: Survey) -> list[nn.Module]:
+    """The modules that kernelize themselves when their mode changes."""
+    return [module for module in found.tree.modules if module.__dict__.get(_AGAIN) is True]
 
 
 def _leave_some(transaction: Transaction, module: nn.Module, path: str, selector: Selector) -> None:
