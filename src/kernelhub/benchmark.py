@@ -218,17 +218,26 @@ def _import(script: Path) -> ModuleType:
     return module
 
 
+def _has_kernels_package() -> bool:
+    """Whether it is installed: a folder of that name on the path imports too, and has nothing in it."""
+    loaded = sys.modules.get("kernels")
+    spec = loaded.__spec__ if loaded else importlib.util.find_spec("kernels")
+    return spec is not None and spec.origin is not None
+
+
 @contextmanager
 def _importable_as_kernels() -> Iterator[None]:
     """Scripts that import `Benchmark` from the `kernels` package run without it, and with it where it is installed."""
-    if "kernels" in sys.modules or importlib.util.find_spec("kernels") is not None:
+    if _has_kernels_package():
         yield
         return
     package, module = ModuleType("kernels"), ModuleType("kernels.benchmark")
     for stand_in in (package, module):
         stand_in.Benchmark = Benchmark  # type: ignore[attr-defined]
+    before = {name: sys.modules[name] for name in ("kernels", "kernels.benchmark") if name in sys.modules}
     sys.modules.update({"kernels": package, "kernels.benchmark": module})
     try:
         yield
     finally:
         del sys.modules["kernels"], sys.modules["kernels.benchmark"]
+        sys.modules.update(before)

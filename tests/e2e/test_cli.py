@@ -201,7 +201,14 @@ def test_a_table_is_whole_where_the_output_is_no_terminal(kernelhub, hub):
 
 def test_serve_answers_until_ctrl_c(hub):
     command = [sys.executable, "-m", "kernelhub", "serve", str(hub), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A background job's children inherit that SIGINT is ignored; whoever presses Ctrl-C has a foreground job.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

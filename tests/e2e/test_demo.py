@@ -119,7 +119,9 @@ def test_every_norm_and_every_activation_of_both_models_is_swapped() -> None:
         assert comparison.max_error <= comparison.tolerance
     assert result.ok
     if demo_module.default_device().type == "cpu":
-        assert [comparison.max_error for comparison in result.comparisons] == [0.0, 0.0]
+        llama, bert = (comparison.max_error for comparison in result.comparisons)
+        assert llama == 0.0  # RMSNorm and SiLU give the same bits
+        assert bert < 1e-5
 
 
 def test_the_models_are_the_same_every_time_and_leave_the_random_numbers_alone() -> None:

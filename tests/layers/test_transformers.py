@@ -239,7 +239,7 @@ def test_kernelized_and_back(make: type) -> None:
     report = kernel_report(model)
     assert {row.path: row.layer_name for row in report.rows} == marks.layers
     assert {row.outcome for row in report.rows} == {"kernel"}
-    assert torch.equal(run(model), before)
+    torch.testing.assert_close(run(model), before, rtol=1e-5, atol=1e-5)  # torch's LayerNorm sums in another order
     unkernelize(model)
     assert {path: dict(module.__dict__) for path, module in model.named_modules()} == dictionaries
     assert torch.equal(run(model), before)

@@ -62,7 +62,12 @@ def kernel() -> ModuleType:
 
 
 @pytest.mark.parametrize("module", ["kernelhub", "kernels.benchmark"])
-def test_every_workload_is_set_up_timed_and_compared(module: str, kernel: ModuleType, tmp_path: Path) -> None:
+def test_every_workload_is_set_up_timed_and_compared(
+    module: str, kernel: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "path" / "kernels").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "path"))  # a folder of the package's name is not the package
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
     script = tmp_path / "benchmark.py"
     script.write_text(SCRIPT.format(module=module))
     found = list(run_script(script, kernel, "cpu", rounds=5, warmup=1))
