@@ -39,6 +39,7 @@ NORM_LAYERS = (
 )
 ACTIVATION_LAYERS = (
     "FastGELU",
+    "GeGLUMLP",
     "GeLU",
     "GeluAndMul",
     "GeluTanh",
@@ -49,6 +50,7 @@ ACTIVATION_LAYERS = (
     "ReLUSquared",
     "SiLU",
     "SiluAndMul",
+    "SwiGLUMLP",
     "Tanh",
     "TorchGELU",
 )
