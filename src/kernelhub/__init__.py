@@ -17,6 +17,7 @@ _NAMES = {
         "NoKernelForLayer PublishConflict StoreError UntrustedKernel"
     ),
     "kernelhub.benchmark": "Benchmark",
+    "kernelhub.config.kernel_config": "KernelConfig",
     "kernelhub.core.metadata": "Metadata",
     "kernelhub.core.trust": "TrustPolicy",
     "kernelhub.core.variants": "VariantAccepted VariantRejected",
@@ -26,6 +27,7 @@ _NAMES = {
     ),
     "kernelhub.hub.client": "Hub default_hub",
     "kernelhub.hub.importer": "LoadedKernel RepoInfo",
+    "kernelhub.layers.capture": "Sample",
     "kernelhub.layers.device": "CUDAProperties Device ROCMProperties",
     "kernelhub.layers.kernelize": "kernelize kernelized unkernelize",
     "kernelhub.layers.mapping": "register_kernel_mapping use_kernel_mapping",
@@ -39,6 +41,7 @@ _NAMES = {
         "FuncRepository LayerRepository LocalFuncRepository LocalLayerRepository LockedFuncRepository "
         "LockedLayerRepository"
     ),
+    "kernelhub.layers.tolerance": "Tolerance",
     "kernelhub.settings": "Settings",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
@@ -47,6 +50,7 @@ __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from kernelhub.benchmark import Benchmark
+    from kernelhub.config.kernel_config import KernelConfig
     from kernelhub.core.metadata import Metadata
     from kernelhub.core.trust import TrustPolicy
     from kernelhub.core.variants import VariantAccepted, VariantRejected
@@ -83,6 +87,7 @@ if TYPE_CHECKING:
     )
     from kernelhub.hub.client import Hub, default_hub
     from kernelhub.hub.importer import LoadedKernel, RepoInfo
+    from kernelhub.layers.capture import Sample
     from kernelhub.layers.device import CUDAProperties, Device, ROCMProperties
     from kernelhub.layers.kernelize import kernelize, kernelized, unkernelize
     from kernelhub.layers.mapping import register_kernel_mapping, use_kernel_mapping
@@ -103,6 +108,7 @@ if TYPE_CHECKING:
         LockedFuncRepository,
         LockedLayerRepository,
     )
+    from kernelhub.layers.tolerance import Tolerance
     from kernelhub.settings import Settings
 
 

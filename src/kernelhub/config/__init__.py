@@ -1,0 +1,1 @@
+"""KernelConfig: mappings as people write them, saved and loaded."""
