@@ -217,8 +217,8 @@ void gated(const RmsRow& row) {
 // d silu(z) / dz and d sigmoid(z) / dz.
 template <int GATE>
 KH_INLINE V gate_slope(V gate) {
-  const V s = sigmoid(gate), one = set(1.0f);
-  return GATE == SIGMOID ? s * (one - s) : s * fma(gate, one - s, one);
+  const Logistic of = logistic(gate);
+  return GATE == SIGMOID ? of.slope : fma(gate, of.slope, of.value);
 }
 
 // y = h * weight * f(gate) with h = x / rms(x); or h = v / rms(v), v = x * f(gate), where the gate comes first.

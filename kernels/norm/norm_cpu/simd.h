@@ -254,5 +254,13 @@ KH_MATH V exponential(V x) {
   return if_less(set(100.0f), x, set(__builtin_inff()), u);
 }
 KH_INLINE V sigmoid(V x) { return set(1.0f) / (set(1.0f) + exponential(set(0.0f) - x)); }
+// The sigmoid and its derivative, without the cancellation of 1 - sigmoid(x).
+struct Logistic {
+  V value, slope;
+};
+KH_INLINE Logistic logistic(V x) {
+  const V e = exponential(-absolute(x)), more = set(1.0f) / (set(1.0f) + e), less = e * more;
+  return {if_less(x, set(0.0f), less, more), more * less};
+}
 // As ATen computes it: not x * sigmoid(x), which rounds once more.
 KH_INLINE V silu(V x) { return x / (set(1.0f) + exponential(-x)); }

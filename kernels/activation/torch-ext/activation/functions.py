@@ -58,6 +58,8 @@ def gelu(x: Tensor) -> Tensor:
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """`x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))`."""
+    if takes(x):
+        return compiled.apply(x, compiled.GELU_TANH)
     return F.gelu(x, approximate="tanh")
 
 
@@ -131,9 +133,8 @@ def _pair(name: str, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _times(y: Tensor, other: Tensor) -> Tensor:
     """`y * other`; y is nobody else's, so its memory is used again, but for a graph, which would copy it first."""
-    if torch.is_grad_enabled() or torch.promote_types(y.dtype, other.dtype) != y.dtype or y.shape != other.shape:
-        return y * other
-    return y.mul_(other)
+    alike = y.dtype == other.dtype and y.shape == other.shape and y.device == other.device
+    return y.mul_(other) if alike and not torch.is_grad_enabled() else y * other
 
 
 def _halves(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
