@@ -10,16 +10,19 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FunctionType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernelhub.layers.mapping import KernelMapping
+from kernelhub.layers.kernelize import kernelize
+from kernelhub.layers.mapping import KernelMapping, use_kernel_mapping
 from kernelhub.layers.markers import replace_kernel_forward_from_hub
+from kernelhub.layers.mode import Mode
 from kernelhub.layers.repositories import LayerRepository
 from kernelhub.layers.survey import uncompiled
 
-__all__ = ["Marks", "default_mapping", "mark"]
+__all__ = ["Marks", "default_mapping", "kernelize_pretrained", "mark"]
 
 # A torch class is in every model of the process: this in an instance's `__dict__` says that `mark` was asked to name it.
 MARKED = "_kernelhub_layer"
@@ -299,6 +302,20 @@ def default_mapping() -> KernelMapping:
         for kernel, layers in (("norm", NORM_LAYERS), ("activation", ACTIVATION_LAYERS))
         for layer in layers
     }
+
+
+def kernelize_pretrained(model: nn.Module, *, mode: Mode | None = None, **options: Any) -> nn.Module:
+    """Name the layers of a transformers model, and kernelize it with the kernels of this package; returns the same model.
+
+    `mode` None is the model's training state. The other options are those of `kernelize`. Kernels that are registered
+    count too; for a layer, device and mode that both have, this package's. Raises what `kernelize` raises.
+
+    Example: `kernelize_pretrained(AutoModelForCausalLM.from_pretrained(folder))`.
+    """
+    mark(model)
+    wanted = mode or (Mode.TRAINING if model.training else Mode.INFERENCE)
+    with use_kernel_mapping(default_mapping()):
+        return kernelize(model, mode=wanted, **options)
 
 
 def _family(cls: type) -> tuple[type[nn.Module], Family] | None:

@@ -1,0 +1,195 @@
+"""Ten families of transformers models, each from its config with random weights: the same results, and what was swapped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from kernelhub import Mode, kernel_report, unkernelize
+from kernelhub.hub.client import Hub, set_default_hub
+from kernelhub.integrations.transformers import kernelize_pretrained
+from kernelhub.settings import Settings
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+DECODER: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+IDS = torch.arange(1, 21).reshape(2, 10)
+
+
+class Family(NamedTuple):
+    """A model, its inputs, and how many of its layers run which kernel; `keeps` are the layers without a kernel."""
+
+    model: Callable[[], nn.Module]
+    inputs: dict[str, torch.Tensor]
+    kernels: dict[str, int]
+    keeps: dict[str, int] = {}  # noqa: RUF012 - an empty dict that nobody writes to
+    generates: bool = True
+
+
+def causal(name: str, **options: Any) -> Callable[[], nn.Module]:
+    config = getattr(hf, f"{name}Config")
+    return lambda: getattr(hf, f"{name}ForCausalLM")(config(**{**DECODER, **options}))
+
+
+TEXT = {"input_ids": IDS}
+PIXELS = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)}
+SPEECH = {"input_features": torch.linspace(-1, 1, 2 * 8 * 40).reshape(2, 8, 40), "decoder_input_ids": IDS}
+
+FAMILIES = {
+    "llama": Family(causal("Llama"), TEXT, {"RMSNorm": 5, "SiLU": 2}),
+    "qwen3": Family(causal("Qwen3", head_dim=8), TEXT, {"RMSNorm": 9, "SiLU": 2}),
+    "gemma": Family(causal("Gemma", head_dim=8), TEXT, {"RMSNormZeroCentered": 5, "GeluTanh": 2}),
+    "mistral": Family(causal("Mistral"), TEXT, {"RMSNorm": 5, "SiLU": 2}),
+    "phi3": Family(causal("Phi3"), TEXT, {"RMSNorm": 5, "SiLU": 2}),
+    "gpt-neox": Family(causal("GPTNeoX"), TEXT, {"LayerNorm": 5, "GeLU": 2}),
+    "bert": Family(
+        lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)), TEXT, {"LayerNorm": 6, "GeLU": 3}, generates=False
+    ),
+    "vit": Family(
+        lambda: hf.ViTForImageClassification(
+            hf.ViTConfig(**{**SIZES, "image_size": 16, "patch_size": 8, "num_labels": 3})
+        ),
+        PIXELS,
+        {"LayerNorm": 5, "GeLU": 2},
+        generates=False,
+    ),
+    "t5": Family(
+        lambda: hf.T5ForConditionalGeneration(
+            hf.T5Config(
+                vocab_size=64, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4,
+                feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+            )
+        ),
+        {"input_ids": IDS, "decoder_input_ids": IDS},
+        {"RMSNormWeightDtype": 12, "NewGELU": 4},
+    ),
+    "whisper": Family(
+        lambda: hf.WhisperForConditionalGeneration(
+            hf.WhisperConfig(
+                vocab_size=64, d_model=32, num_mel_bins=8, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+                decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=20,
+                max_target_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+                suppress_tokens=None, begin_suppress_tokens=None,
+            )
+        ),
+        SPEECH,
+        {"LayerNorm": 12, "GeLU": 4},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A store of this file's own. Nothing is compiled: that takes a minute, and the kernels' own tests do it."""
+    settings = Settings(cache=tmp_path_factory.mktemp("store"), offline=True, build="never")
+    set_default_hub(Hub(settings=settings))
+    yield
+    set_default_hub(None)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def model(family: Family) -> Iterator[nn.Module]:
+    """The family's model with random weights, norms' too, which otherwise multiply by one."""
+    named = {cls: vars(cls).get("kernel_layer_name") for cls in _subclasses(nn.Module)}
+    torch.manual_seed(0)
+    model = family.model().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    yield model
+    for cls in _subclasses(nn.Module):  # classes are the process's: what was named here does not stay named
+        if "kernel_layer_name" in vars(cls) and named.get(cls) is None:
+            del cls.kernel_layer_name, cls.kernel_condition
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls} | {found for child in type.__subclasses__(cls) for found in _subclasses(child)}
+
+
+def logits(model: nn.Module, family: Family) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**family.inputs).logits
+
+
+def step(model: nn.Module, family: Family) -> dict[str, torch.Tensor]:
+    """The gradients of one training step on a loss that every output matters to. Dropout draws the same for both."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    output = model(**family.inputs).logits
+    (output * torch.linspace(-1, 1, output.numel()).reshape(output.shape)).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    return dict(Counter(row.layer_name for row in kernel_report(model).kernels))
+
+
+def test_inference_gives_the_same_and_every_norm_and_activation_is_swapped(family: Family, model: nn.Module) -> None:
+    expected = logits(model, family)
+    assert kernelize_pretrained(model) is model
+    assert counts(model) == family.kernels
+    report = kernel_report(model)
+    assert [row.path for row in report.rows if row.outcome == "original" and not row.reason] == []
+    assert Counter(row.layer_name for row in report.rows if row.outcome == "original") == family.keeps
+    unnamed = [type(module).__name__ for path, module in model.named_modules() if _looks_swappable(module)]
+    assert unnamed == []
+    torch.testing.assert_close(logits(model, family), expected, rtol=0, atol=1e-4)
+    unkernelize(model)
+    assert torch.equal(logits(model, family), expected)
+
+
+def _looks_swappable(module: nn.Module) -> bool:
+    """Whether it is a norm or an activation, by its class's name, that runs its own forward."""
+    name = type(module).__name__
+    known = name.endswith(("Norm", "Activation")) or name.startswith(("GELU", "SiLU", "NewGELU"))
+    return known and "forward" not in module.__dict__
+
+
+def test_a_training_step_gives_the_same_gradients(family: Family, model: nn.Module) -> None:
+    expected = step(model.train(), family)
+    kernelize_pretrained(model)
+    assert {row.mode for row in kernel_report(model).kernels} == {str(Mode.TRAINING)}
+    assert counts(model) == family.kernels
+    found = step(model, family)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=1e-4 * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_generation_with_a_cache_gives_the_same_tokens(family: Family, model: nn.Module) -> None:
+    if not family.generates:
+        pytest.skip("it does not generate")
+    inputs = {name: value for name, value in family.inputs.items() if name != "decoder_input_ids"}
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "use_cache": True, "num_beams": 1}
+    expected = model.generate(**inputs, **options)
+    kernelize_pretrained(model)
+    assert kernel_report(model).kernels
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+@pytest.mark.filterwarnings("ignore::kernelhub.errors.KernelHubWarning")
+def test_options_reach_kernelize_and_mode_is_what_was_asked_for(family: Family, model: nn.Module) -> None:
+    kernelize_pretrained(model, mode=Mode.TRAINING, include="model.norm")
+    (row,) = kernel_report(model).kernels
+    assert (row.path, row.mode) == ("model.norm", "TRAINING")
