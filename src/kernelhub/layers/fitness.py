@@ -48,7 +48,7 @@ def weights(module: nn.Module, managed: Callable[[], frozenset[int]]) -> Weights
         elif _is_dtensor(parameter):
             if id(parameter) not in managed():
                 return Weights(None, True)
-        elif _is_special(type(parameter)):
+        elif is_special(type(parameter)):
             return Weights(f"its {name} is a {type(parameter).__name__}, not a plain tensor", False)
     return READABLE
 
@@ -92,7 +92,7 @@ def _is_dtensor(tensor: torch.Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _is_special(cls: type) -> bool:
+def is_special(cls: type) -> bool:
     """Whether the tensor class has a behaviour of its own under torch's functions and ops."""
     plain = (torch.Tensor, nn.Parameter)
     functions = {getattr(base.__torch_function__, "__func__", base.__torch_function__) for base in plain}

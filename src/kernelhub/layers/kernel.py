@@ -11,6 +11,7 @@ from torch import nn
 
 from kernelhub.core.refs import KernelRef, RepoId, Revision
 from kernelhub.errors import IntegrityError, KernelHubError
+from kernelhub.layers.evidence import Evidence
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.repositories import LocalRepository, RemoteRepository, Repository
 from kernelhub.settings import Settings
@@ -75,8 +76,7 @@ class Swap:
     variant: str | None
     digest: str
     notes: tuple[str, ...] = ()
-    max_error: float | None = field(default=None, compare=False)
-    speedup: float | None = field(default=None, compare=False)
+    evidence: Evidence | None = field(default=None, compare=False)
 
     @property
     def content(self) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""plan -> load -> contract -> swap -> report: kernels under a model's layers, all or none of them; and the way back.
+"""plan -> load -> contract -> proof -> swap -> report: kernels under a model's layers, all or none of them; and the way back.
 
 Why only `forward`, and ahead of time: a forward that chooses by device or training mode breaks `torch.compile`; another
 module in place of the layer has other members, and the original is lost; a wrapper around it changes every path in the
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,10 +33,12 @@ from kernelhub.errors import (
 from kernelhub.hub.probe import visible_archs
 from kernelhub.layers import contract
 from kernelhub.layers.device import DEVICE_BACKENDS
+from kernelhub.layers.evidence import Evidence
 from kernelhub.layers.fitness import foreign_forward
 from kernelhub.layers.kernel import LayerKernel, Swap, load_layer
 from kernelhub.layers.mapping import Row
 from kernelhub.layers.mode import KernelizeFallback, Mode
+from kernelhub.layers.outcome import Outcome, allow, where
 from kernelhub.layers.plan import Decision, DeviceLike, Request, Selection, Selector, decide, reasons
 from kernelhub.layers.report import Run, forget, remember
 from kernelhub.layers.survey import Site, Survey, class_name, device_type, survey
@@ -45,6 +47,8 @@ from kernelhub.settings import Settings
 
 if TYPE_CHECKING:
     from kernelhub.hub.client import Hub
+    from kernelhub.layers.proof import Demand
+    from kernelhub.layers.tolerance import Tolerance
 
 _log = logging.getLogger("kernelhub")
 
@@ -61,6 +65,9 @@ def kernelize(
     use_fallback: bool | KernelizeFallback = True,
     include: Selection = None,
     exclude: Selection = None,
+    sample_inputs: Any = None,
+    verify: bool | Tolerance = False,
+    only_if_faster: bool = False,
 ) -> nn.Module:
     """Let the kernel-aware layers of `model` run the kernels that are registered for them; returns the same model.
 
@@ -71,12 +78,18 @@ def kernelize(
     cases in which a layer may keep its forward; in the others an error is raised. `include` and `exclude` are module
     paths (`*` is one segment, `**` any number) or classes.
 
+    `verify` runs each kernel beside the original forward on what the layer is called with when the model runs on
+    `sample_inputs` (a tensor, an args tuple, a kwargs dict, a function that runs the model, or a `Sample` of one), and
+    keeps the original where they are not equal: within the tolerance of each dtype, within a `Tolerance`, or to the
+    bit (`Tolerance.exact()`). `only_if_faster` times both, and keeps the kernel only where it wins.
+
     Raises `InvalidReference` [ValueError] for arguments that cannot be, `NoKernelForLayer` [ValueError] and
     `LayerContractError` [TypeError] where a layer must not keep its forward, what loading raises where CANNOT_LOAD is not
     allowed, and `UntrustedKernel` and `IntegrityError` always.
     """
     request = Request.of(mode, device, include, exclude)
     fallback = KernelizeFallback.of(use_fallback)
+    demand = _demand(sample_inputs, verify, only_if_faster)
     if Settings.from_env().mapping_disabled:
         unkernelize(model)
         remember(model, Run(mode, "kernels are switched off (DISABLE_KERNEL_MAPPING)", {}))
@@ -93,9 +106,11 @@ def kernelize(
             transaction.take(module)
         for _, module in found.users:
             transaction.leave(module)
+        if demand is not None:
+            outcomes = _prove(model, found.sites, outcomes, demand, mode, fallback)
         _swap_layers(found.sites, outcomes, transaction)
         told = _swap_functions(found.sites, outcomes, transaction, fallback)
-    remember(model, Run(mode, None, {**_kept(found.sites, outcomes), **told}))
+    remember(model, Run(mode, None, {**_kept(found.sites, outcomes), **told}, _evidence(found.sites, outcomes)))
     _say(model, outcomes)
     return model
 
@@ -117,6 +132,28 @@ def unkernelize(model: nn.Module, *, include: Selection = None, exclude: Selecti
         for module in _kernelized_again(found):
             module.__dict__[_AGAIN] = False
     return model
+
+
+def _demand(sample_inputs: Any, verify: bool | Tolerance, only_if_faster: bool) -> Demand | None:
+    """What is to be shown of the kernels. Nothing of that is imported for those who ask for nothing."""
+    if sample_inputs is None and verify is False and only_if_faster is False:
+        return None
+    from kernelhub.layers.proof import Demand
+
+    return Demand.of(sample_inputs, verify, only_if_faster)
+
+
+def _prove(
+    model: nn.Module,
+    sites: list[Site],
+    outcomes: list[Outcome],
+    demand: Demand,
+    mode: Mode,
+    fallback: KernelizeFallback,
+) -> list[Outcome]:
+    from kernelhub.layers.proof import prove
+
+    return prove(model, sites, outcomes, demand, mode, fallback)
 
 
 @contextmanager
@@ -143,18 +180,6 @@ def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
                 transaction.join(module, uses.functions)
         for module in again:
             module.__dict__[_AGAIN] = True
-
-
-class Outcome(NamedTuple):
-    """What comes of a site once the kernels are loaded: a kernel, or the reason why it keeps its forward.
-
-    Layers of one class on one device share one; `name` is the class's.
-    """
-
-    name: str
-    kernel: LayerKernel | None
-    swap: Swap | None
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,13 +221,13 @@ class _Resolver:
         name, device, row = class_name(site.module), decision.device, decision.row
         if row is None or device is None:
             if decision.case is not None and decision.case not in self.fallback:
-                raise NoKernelForLayer(f"{_where(site)}: {decision.reason}", hint=_allow(decision.case))
+                raise NoKernelForLayer(f"{where(site)}: {decision.reason}", hint=allow(decision.case))
             return Outcome(name, None, None, decision.reason)
         chosen = self._choose(site.module, row, device)
         if isinstance(chosen, _Failure):
             if chosen.case not in self.fallback:
                 if isinstance(chosen.error, KernelHubError):
-                    chosen.error.add_context(f"while kernelizing {_where(site)}")
+                    chosen.error.add_context(f"while kernelizing {where(site)}")
                 raise chosen.error
             return Outcome(name, None, None, chosen.reason)
         kernel, swap = chosen
@@ -292,7 +317,7 @@ class _Resolver:
 
 
 def _swap_layers(sites: list[Site], outcomes: list[Outcome], transaction: Transaction) -> None:
-    for site, (_, kernel, swap, _) in zip(sites, outcomes, strict=True):
+    for site, (_, kernel, swap, _, _) in zip(sites, outcomes, strict=True):
         if kernel is not None and swap is not None and site.user is None:
             transaction.put(site.module, swap, kernel.forward)
 
@@ -304,7 +329,7 @@ def _swap_functions(
     told: dict[str, str] = {}
     mine: set[int] = set()
     stakes: dict[int, tuple[nn.Module, dict[str, tuple[nn.Module, Swap]]]] = {}
-    for site, (_, kernel, swap, _) in zip(sites, outcomes, strict=True):
+    for site, (_, kernel, swap, _, _) in zip(sites, outcomes, strict=True):
         if site.user is None:
             continue
         function, marker = site.module, in_effect(site.module)
@@ -333,9 +358,9 @@ def _tell(site: Site, there: Swap, wanted: Swap | None, fallback: KernelizeFallb
     )
     if fallback is KernelizeFallback.NONE:
         raise NoKernelForLayer(
-            f"{_where(site)}: {reason}", hint="unkernelize the other model first, or exclude the function here."
+            f"{where(site)}: {reason}", hint="unkernelize the other model first, or exclude the function here."
         )
-    _log.warning("%s: %s", _where(site), reason)
+    _log.warning("%s: %s", where(site), reason)
     return reason
 
 
@@ -371,6 +396,17 @@ def _kept(sites: list[Site], outcomes: list[Outcome]) -> dict[str, str]:
     return {site.path: outcome.reason for site, outcome in zip(sites, outcomes, strict=True) if outcome.reason}
 
 
+def _evidence(sites: list[Site], outcomes: list[Outcome]) -> dict[str, Evidence]:
+    """What was measured of kernels that are not swapped in, by path."""
+    if not any(outcome.evidence for outcome in _distinct(outcomes).values()):
+        return {}
+    return {
+        site.path: outcome.evidence
+        for site, outcome in zip(sites, outcomes, strict=True)
+        if outcome.evidence is not None
+    }
+
+
 def _distinct(outcomes: list[Outcome]) -> dict[int, Outcome]:
     """The outcomes by identity: a few, shared by all layers."""
     return dict(zip(map(id, outcomes), outcomes, strict=True))
@@ -394,11 +430,3 @@ def _say(model: nn.Module, outcomes: list[Outcome]) -> None:
         warnings.warn(
             f"{type(model).__name__} was kernelized and runs no kernel: {why}", KernelHubWarning, stacklevel=3
         )
-
-
-def _where(site: Site) -> str:
-    return f"{site.path or 'the model'} ({class_name(site.module)})"
-
-
-def _allow(case: KernelizeFallback) -> str:
-    return f"Register a kernel for it, leave it out with exclude=, or allow KernelizeFallback.{case.name}."

@@ -11,14 +11,15 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kernelhub.errors import KernelHubError
+from kernelhub.layers.evidence import Evidence
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.plan import Request, decide
 from kernelhub.layers.survey import Devices, Site, Survey, capability, class_name, survey, uncompiled
@@ -31,7 +32,7 @@ class ReportRow:
     """One kernel-aware layer. `outcome` is `kernel` or `original`.
 
     `stale` says that the layer moved or changed mode since its kernel was chosen: kernelize again. `shared` marks a
-    function, which is one module for all models. `max_error` and `speedup` are there where they were measured.
+    function, which is one module for all models. What was measured is there where it was: see `Evidence`.
     """
 
     path: str
@@ -46,8 +47,15 @@ class ReportRow:
     commit: str | None = None
     variant: str | None = None
     digest: str | None = None
+    reference: str | None = None
+    calls: int = 0
     max_error: float | None = None
+    max_relative_error: float | None = None
+    worst: str | None = None
     speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    timed_on: str | None = None
     shared: bool = False
     stale: bool = False
 
@@ -109,6 +117,10 @@ class KernelReport:
             "variant",
             "file digest",
             "error",
+            "of largest",
+            "worst",
+            "against",
+            "calls",
             "speed",
             "reason",
         )
@@ -119,11 +131,11 @@ def kernel_report(model: nn.Module) -> KernelReport:
     """What each kernel-aware layer of `model` runs: which kernel, which file digest, or why its own forward."""
     found, root = survey(model), uncompiled(model)
     devices, kept = Devices(found.tree), _kept(model, found, list(_runs_in(root)))
-    rows = tuple(_row(site, devices, kept.get(site.path, ("", None))) for site in found.sites)
+    rows = tuple(_row(site, devices, kept.get(site.path, _Kept())) for site in found.sites)
     return KernelReport(type(root).__name__, rows)
 
 
-def _row(site: Site, devices: Devices, kept: tuple[str, Mode | None]) -> ReportRow:
+def _row(site: Site, devices: Devices, kept: _Kept) -> ReportRow:
     marker = in_effect(site.module)
     device = devices.of(site.at)
     if marker is None:
@@ -136,11 +148,12 @@ def _row(site: Site, devices: Devices, kept: tuple[str, Mode | None]) -> ReportR
             str(mode) if mode else None,
             "original",
             reason,
+            **_measured(kept.evidence),
             shared=site.user is not None,
         )
     swap = marker.swap
     stale = _stale(site, marker, device)
-    reasons = [text for text in (stale, kept[0], *swap.notes) if text]
+    reasons = [text for text in (stale, kept.reason, *swap.notes) if text]
     return ReportRow(
         site.path,
         class_name(site.module),
@@ -154,14 +167,17 @@ def _row(site: Site, devices: Devices, kept: tuple[str, Mode | None]) -> ReportR
         swap.commit,
         swap.variant,
         swap.digest,
-        swap.max_error,
-        swap.speedup,
-        site.user is not None,
-        bool(stale),
+        **_measured(swap.evidence),
+        shared=site.user is not None,
+        stale=bool(stale),
     )
 
 
-def _why_not(site: Site, kept: tuple[str, Mode | None]) -> tuple[str, Mode | None]:
+def _measured(evidence: Evidence | None) -> dict[str, Any]:
+    return {} if evidence is None else vars(evidence)
+
+
+def _why_not(site: Site, kept: _Kept) -> tuple[str, Mode | None]:
     """Why the layer runs its own forward, from what lies on the module, else from the call that decided so."""
     marker = site.module.__dict__.get(MARKER)
     if isinstance(marker, Lost):
@@ -174,8 +190,8 @@ def _why_not(site: Site, kept: tuple[str, Mode | None]) -> tuple[str, Mode | Non
     if isinstance(uses, Uses) and any(
         not holds(uses, *stake) for stake in uses.functions.values() if stake[0] is site.module
     ):
-        return "somebody else gave the function its original back; kernelize again", kept[1]
-    return (kept[0] or "its original was given back", kept[1])
+        return "somebody else gave the function its original back; kernelize again", kept.mode
+    return (kept.reason or "its original was given back", kept.mode)
 
 
 def _stale(site: Site, marker: Marker, device: torch.device | None) -> str:
@@ -198,11 +214,23 @@ def _kind(device: torch.device) -> tuple[str, int | None]:
 
 @dataclass(frozen=True)
 class Run:
-    """What one call of `kernelize` decided: why layers kept their forwards, by path; or all of them (`everywhere`)."""
+    """What one call of `kernelize` decided: why layers kept their forwards, by path; or all of them (`everywhere`).
+
+    `evidence` has what was measured of kernels that were not swapped in for it, by path.
+    """
 
     mode: Mode
     everywhere: str | None
     kept: Mapping[str, str]
+    evidence: Mapping[str, Evidence] = field(default_factory=dict)
+
+
+class _Kept(NamedTuple):
+    """Why a layer kept its forward, in a call for which mode, and what had been measured."""
+
+    reason: str = ""
+    mode: Mode | None = None
+    evidence: Evidence | None = None
 
 
 _runs: dict[int, tuple[weakref.ref[nn.Module], Run]] = {}
@@ -230,9 +258,9 @@ def _runs_in(root: nn.Module) -> Iterator[tuple[str, Run]]:
             yield f"{path}." if path else "", known[1]
 
 
-def _kept(model: nn.Module, found: Survey, runs: list[tuple[str, Run]]) -> dict[str, tuple[str, Mode | None]]:
+def _kept(model: nn.Module, found: Survey, runs: list[tuple[str, Run]]) -> dict[str, _Kept]:
     """Why layers kept their forwards: what was decided, and for the others what a plan would say now."""
-    kept: dict[str, tuple[str, Mode | None]] = {}
+    kept: dict[str, _Kept] = {}
     unknown = []
     for site in found.sites:
         known = next(
@@ -242,14 +270,14 @@ def _kept(model: nn.Module, found: Survey, runs: list[tuple[str, Run]]) -> dict[
             unknown.append(site)
             continue
         prefix, run = known
-        reason = run.everywhere or run.kept.get(site.path[len(prefix) :], "")
-        kept[site.path] = (reason, run.mode)
+        path = site.path[len(prefix) :]
+        kept[site.path] = _Kept(run.everywhere or run.kept.get(path, ""), run.mode, run.evidence.get(path))
     if unknown:
         kept.update(_planned(model, found._replace(sites=unknown)))
     return kept
 
 
-def _planned(model: nn.Module, found: Survey) -> dict[str, tuple[str, Mode | None]]:
+def _planned(model: nn.Module, found: Survey) -> dict[str, _Kept]:
     """What a plan says of layers for which no call is known: `kernelize` was not called, or on another model."""
     markers = (in_effect(site.module) for site in found.sites)
     mode = next((marker.swap.mode for marker in markers if marker), None)
@@ -258,9 +286,9 @@ def _planned(model: nn.Module, found: Survey) -> dict[str, tuple[str, Mode | Non
     try:
         decisions = decide(plain, Request.of(wanted, None, None, None))
     except KernelHubError as error:
-        return {site.path: (error.message, mode) for site in plain.sites}
+        return {site.path: _Kept(error.message, mode) for site in plain.sites}
     return {
-        site.path: (decision.reason or "a kernel is registered for it; kernelize to run it", mode)
+        site.path: _Kept(decision.reason or "a kernel is registered for it; kernelize to run it", mode)
         for site, decision in zip(plain.sites, decisions, strict=True)
     }
 
@@ -280,6 +308,13 @@ def _shown(row: ReportRow | None) -> str:
     return f"{row.repository}:{row.layer} {row.variant or ''} {row.digest or ''}".replace("  ", " ")
 
 
+def _speed(row: ReportRow) -> str:
+    if row.speedup is None:
+        return ""
+    elsewhere = f" on {row.timed_on}" if row.timed_on != row.path else ""
+    return f"{row.speedup:.2f}x ({row.speedup_low:.2f} to {row.speedup_high:.2f}){elsewhere}"
+
+
 def _cells(row: ReportRow) -> tuple[str, ...]:
     runs = f"{row.repository}:{row.layer}" if row.outcome == "kernel" else "original"
     flags = [flag for flag, on in (("shared", row.shared),) if on]
@@ -294,6 +329,10 @@ def _cells(row: ReportRow) -> tuple[str, ...]:
         row.variant or "",
         (row.digest or "")[:19],
         "" if row.max_error is None else f"{row.max_error:.2g}",
-        "" if row.speedup is None else f"{row.speedup:.2f}x",
+        "" if row.max_relative_error is None else f"{row.max_relative_error:.2g}",
+        row.worst or "",
+        row.reference or "",
+        str(row.calls or ""),
+        _speed(row),
         "; ".join([*flags, *([row.reason] if row.reason else [])]),
     )

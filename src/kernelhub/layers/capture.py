@@ -1,0 +1,363 @@
+"""One run of the original model, in which each layer's calls are recorded; the model is as before afterwards."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelhub.errors import InvalidReference
+from kernelhub.layers.mode import Mode
+from kernelhub.layers.survey import uncompiled
+from kernelhub.layers.swap import slot
+from kernelhub.layers.values import Signature, rebuilt, tensors_in, twin
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model is run on, and how much of it is kept.
+
+    `inputs`: a tensor, a tuple of arguments, a mapping of keywords, or a function that runs the model (it is given the
+    model if it takes an argument). Of each layer at most `max_calls` calls that differ in dtypes, shapes, strides or other
+    values are kept, with at most `max_bytes` of tensors; a call that would be too much is left out, and counted.
+
+    Raises `InvalidReference` [ValueError] for anything else.
+    """
+
+    inputs: Any
+    max_calls: int = 4
+    max_bytes: int = 1 << 28
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.inputs, (torch.Tensor, tuple, Mapping)) or callable(self.inputs)):
+            raise InvalidReference(
+                f"sample_inputs: {type(self.inputs).__name__} is nothing to run a model on",
+                hint="Expected a tensor, a tuple of arguments, a mapping of keywords, or a function that runs the model.",
+            )
+        for name in ("max_calls", "max_bytes"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InvalidReference(f"Sample: {name}={getattr(self, name)!r}", hint="Expected a number from 1 on.")
+
+    @classmethod
+    def of(cls, value: Any) -> Sample:
+        return value if isinstance(value, cls) else cls(value)
+
+    def run(self, model: nn.Module) -> None:
+        """Run the model on the inputs."""
+        inputs = self.inputs
+        if isinstance(inputs, torch.Tensor):
+            model(inputs)
+        elif isinstance(inputs, tuple):
+            model(*inputs)
+        elif isinstance(inputs, Mapping):
+            model(**inputs)
+        elif _takes_argument(inputs):
+            inputs(model)
+        else:
+            inputs()
+
+
+def _takes_argument(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast that a call was made under, of one device type."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def here(cls, device_types: Iterable[str]) -> tuple[Autocast, ...]:
+        return tuple(
+            cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(device_types)
+        )
+
+    def again(self) -> Any:
+        # Without its cache of cast weights, which would outlive the weights that a run in float64 puts there.
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A recorded call of a layer. `homes` has the devices of tensors that wait on the CPU, by identity."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    signature: Signature
+    autocast: tuple[Autocast, ...]
+    homes: Mapping[int, torch.device]
+
+    def again(self, dtype: torch.dtype | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as they came, in tensors of their own; floating point ones in `dtype`, if one is given."""
+
+        def made(tensor: torch.Tensor) -> torch.Tensor:
+            wanted = dtype if tensor.dtype.is_floating_point else None
+            return twin(tensor, device=self.homes.get(id(tensor)), dtype=wanted).requires_grad_(tensor.requires_grad)
+
+        args, kwargs = rebuilt((self.args, dict(self.kwargs)), made)
+        return args, kwargs
+
+    def altered(self) -> Call | None:
+        """The same call with other values in its first floating point tensor; None where it has none."""
+        first = next((leaf for leaf in tensors_in((self.args, self.kwargs)) if leaf.dtype.is_floating_point), None)
+        if first is None or first.layout is not torch.strided or first.numel() == 0:
+            return None
+        homes = dict(self.homes)
+
+        def changed(tensor: torch.Tensor) -> torch.Tensor:
+            made = twin(tensor).requires_grad_(tensor.requires_grad)
+            if tensor is first:
+                other = torch.roll(-tensor.detach(), 1, -1) if tensor.dim() else -tensor.detach()
+                if 0 not in tensor.stride():
+                    made.detach().copy_(other)
+            if id(tensor) in homes:
+                homes[id(made)] = homes[id(tensor)]
+            return made
+
+        args, kwargs = rebuilt((self.args, dict(self.kwargs)), changed)
+        return Call(args, kwargs, self.signature, self.autocast, homes)
+
+
+class Recorder:
+    """Stands where a layer's forward was, keeps the arguments of its calls, and calls it."""
+
+    def __init__(self, forward: Any, sample: Sample, kept: Copies, training: bool) -> None:
+        self._forward, self._sample, self._kept, self._training = forward, sample, kept, training
+        self.calls: dict[Signature, Call] = {}
+        self.seen, self.bytes = 0, 0
+        self.left_out: str = ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen += 1
+        self._record(args, kwargs)
+        return self._forward(*args, **kwargs)
+
+    def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        signature = Signature.of((args, kwargs))
+        if signature in self.calls or len(self.calls) >= self._sample.max_calls:
+            return
+        tensors = tensors_in((args, kwargs))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if self.bytes + size > self._sample.max_bytes:
+            self.left_out = (
+                f"the inputs of a call take {size:,} bytes, and Sample(max_bytes={self._sample.max_bytes:,}) are kept"
+            )
+            return
+        kinds = {"cpu", *(tensor.device.type for tensor in tensors)}
+        autocast, homes = Autocast.here(kinds), {}
+        # Where the run has no gradients (generate) and training is asked for, everything gets one.
+        differentiable = self._training and not torch.is_grad_enabled()
+        try:
+            # What is made under inference mode could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                held = rebuilt((args, kwargs), lambda tensor: self._kept.of(tensor, differentiable))
+        except Exception as error:  # noqa: BLE001 - whatever an argument's class raises when it is copied
+            self.left_out = f"an argument of a call cannot be copied: {type(error).__name__}: {error}"
+            return
+        for source, made in zip(tensors, tensors_in(held), strict=True):
+            if made.device != source.device:
+                homes[id(made)] = source.device
+        self.bytes += size
+        self.calls[signature] = Call(held[0], held[1], signature, autocast, homes)
+
+
+@dataclass
+class Copies:
+    """Copies of tensors, one for all layers that are given the same one, as masks and position embeddings are."""
+
+    _known: dict[tuple[int, bool], tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = field(default_factory=dict)
+
+    def of(self, tensor: torch.Tensor, differentiable: bool) -> torch.Tensor:
+        """A copy that requires a gradient where the tensor does, or where `differentiable` says so of all."""
+        wanted = tensor.requires_grad or (differentiable and tensor.dtype.is_floating_point)
+        version = -1 if tensor.is_inference() else tensor._version
+        known = self._known.get((id(tensor), wanted))
+        if known is not None and known[0]() is tensor and known[1] == version >= 0:
+            return known[2]
+        made = twin(tensor, device=_room_for(tensor)).requires_grad_(wanted)
+        self._known[id(tensor), wanted] = (weakref.ref(tensor), version, made)
+        return made
+
+
+def _room_for(tensor: torch.Tensor) -> torch.device:
+    """The tensor's device, or the CPU where less than four times its size is free there."""
+    if tensor.device.type != "cuda":
+        return tensor.device
+    free, _ = torch.cuda.mem_get_info(tensor.device)
+    unused = torch.cuda.memory_reserved(tensor.device) - torch.cuda.memory_allocated(tensor.device)
+    room = free + unused >= 4 * tensor.numel() * tensor.element_size()
+    return tensor.device if room else torch.device("cpu")
+
+
+def capture(model: nn.Module, modules: Sequence[nn.Module], sample: Sample, mode: Mode) -> dict[int, Recorder]:
+    """The calls of `modules` in one run of the model, by the identity of the module.
+
+    The model runs in the training state of the mode, with gradients in TRAINING and without them else. Random state,
+    buffers, gradients, training flags and forwards are afterwards as they were. Raises what the model raises.
+    """
+    inner, training = uncompiled(model), Mode.TRAINING in mode
+    kept = Copies()
+    found: dict[int, Recorder] = {}
+    with ExitStack() as stack:
+        stack.enter_context(as_before(inner))
+        stack.enter_context(_eager())
+        stack.enter_context(torch.set_grad_enabled(training))
+        if inner.training != training:
+            inner.train(training)
+        for module in modules:
+            if id(module) not in found:
+                recorder = found[id(module)] = Recorder(_current(module), sample, kept, training)
+                stack.enter_context(_forward(module, recorder))
+        sample.run(inner)
+    return found
+
+
+def _current(module: nn.Module) -> Any:
+    name = slot(module.__dict__)
+    return module.__dict__.get(name) or original_forward(module)
+
+
+def original_forward(module: nn.Module) -> Any:
+    """The forward of the module's class, bound to the module."""
+    return inspect.getattr_static(type(module), "forward").__get__(module, type(module))
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    attributes = module.__dict__
+    name = slot(attributes)
+    before = dict(attributes)
+    attributes[name] = forward
+    try:
+        yield
+    finally:
+        if name in before:
+            attributes[name] = before[name]
+        else:
+            attributes.pop(name, None)
+
+
+def _eager() -> Any:
+    """Compiled parts of the model run as they are written: a compiled frame would not see the recorders."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and nothing is compiled without it
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+# The model as it was
+
+_ABSENT = object()
+
+
+@contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside: the model's buffers, gradients and training flags, and the random state, are as before."""
+    modules = list(model.modules())
+    flags = [(module, module.training) for module in modules]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
+    values = {
+        id(tensor): (tensor, tensor.clone()) for _, table in buffers for tensor in table.values() if tensor is not None
+    }
+    for parameter, _ in gradients:
+        parameter.grad = None
+    with same_random_state(devices_of(model)):
+        try:
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            for table, before in buffers:
+                table.clear()
+                table.update(before)
+            with torch.no_grad():
+                for tensor, value in values.values():
+                    if not same(tensor, value):
+                        tensor.copy_(value)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the values are equal; a NaN is equal to a NaN."""
+    if torch.equal(one, other):
+        return True
+    if not one.dtype.is_floating_point or one.shape != other.shape:
+        return False
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Where the model's weights and buffers are."""
+    return {tensor.device for table in (model.parameters(), model.buffers()) for tensor in table}
+
+
+@contextmanager
+def same_random_state(devices: Iterable[torch.device]) -> Iterator[None]:
+    """The random states of Python, numpy (where it is imported), torch and the devices are afterwards as before."""
+    numpy: Any = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    by_type: dict[str, list[torch.device]] = {}
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            by_type.setdefault(device.type, []).append(device)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind, listed in by_type.items():
+            stack.enter_context(torch.random.fork_rng(devices=listed, device_type=kind))
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+
+
+def snapshot(module: nn.Module) -> Snapshot:
+    """What a call of the module could change: its weights, buffers and attributes, those of its children too."""
+    tables = [child.__dict__ for child in module.modules()]
+    held = dict((*module.named_parameters(), *module.named_buffers()))
+    return Snapshot(
+        [(table, copy.copy(table)) for table in tables],
+        {name: (item, item.detach().clone()) for name, item in held.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A module's state, to see what a call changed and to take it back."""
+
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]]
+    tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def take_back(self) -> dict[str, Any]:
+        """What is different, by name, with the value that it was given; the module is as before afterwards."""
+        changed: dict[str, Any] = {}
+        for table, before in self.attributes:
+            names = [name for name in {**before, **table} if table.get(name, _ABSENT) is not before.get(name, _ABSENT)]
+            changed.update({f"the attribute {name} that it sets": table.get(name) for name in names})
+            if names:
+                table.clear()
+                table.update(before)
+        with torch.no_grad():
+            for name, (tensor, value) in self.tensors.items():
+                if not same(tensor, value):
+                    changed[f"{name} after the call"] = tensor.detach().clone()
+                    tensor.copy_(value)
+        return changed
