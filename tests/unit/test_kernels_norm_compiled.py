@@ -369,6 +369,15 @@ def test_subclasses_and_other_dtypes_are_pytorchs(norm: ModuleType) -> None:
     assert isinstance(norm.rms_norm(x.as_subclass(Named), w), Named)
 
 
+def test_a_layer_norm_over_another_shape_is_an_error(norm: ModuleType) -> None:
+    x = torch.randn(3, 96)
+    for shape in ((48,), (3, 48)):
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            norm.layer_norm(x, None, None, 1e-5, shape)
+    expected = torch.nn.functional.layer_norm(x, (3, 96))
+    assert torch.equal(norm.layer_norm(x, None, None, 1e-5, (3, 96)), expected)
+
+
 def errors() -> dict[str, Callable[[ModuleType], object]]:
     x, w = torch.randn(3, 96), torch.randn(96)
     return {

@@ -7,6 +7,7 @@ Where a build has none for the input's device (every noarch one), or the case is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,19 +77,24 @@ def takes_too(x: Tensor, other: Tensor | None) -> bool:
     )
 
 
-def takes_layer(x: Tensor, rows: tuple[Tensor | None, ...], dims: int) -> bool:
-    """As `takes`, for a layer norm over `dims` dimensions; each of the `rows` may be None."""
+def takes_layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> bool:
+    """As `takes`, for a layer norm over dimensions of that shape, with or without a weight and a bias."""
+    if not HERE or len(shape) != 1 or x.dim() == 0 or x.shape[-1] != shape[0]:
+        return False
+    dtype = x.dtype
     return (
-        HERE
-        and dims == 1
-        and x.dim() > 0
-        and x.dtype in _DTYPES
+        dtype in _DTYPES
         and x.is_cpu
         and type(x) in _PLAIN
-        and all(row is None or takes(x, row) for row in rows)
+        and (weight is None or _is_row(weight, dtype))
+        and (bias is None or _is_row(bias, dtype))
         and not _transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def _is_row(row: Tensor, dtype: torch.dtype) -> bool:
+    return row.dtype is dtype and row.is_cpu and type(row) in _PLAIN and row.dim() == 1
 
 
 if HERE:

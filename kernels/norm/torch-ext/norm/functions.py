@@ -165,7 +165,7 @@ def layer_norm(
     """
     if normalized_shape is None:
         normalized_shape = x.shape[-1:] if weight is None else weight.shape
-    if compiled.takes_layer(x, (weight, bias), len(normalized_shape)):
+    if compiled.takes_layer(x, weight, bias, normalized_shape):
         return compiled.layer_norm(x, weight, bias, eps)
     return F.layer_norm(x, normalized_shape, weight, bias, eps)
 
@@ -175,7 +175,7 @@ def layer_norm_cast_last(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor
 
     x: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype.
     """
-    if compiled.takes_layer(x, (weight,), weight.dim()):
+    if compiled.takes_layer(x, weight, None, weight.shape):
         return compiled.layer_norm(x, weight, None, eps)
     row = _row("layer_norm_cast_last", weight)
     return _narrow(F.layer_norm(_wide(x), row, _wide(weight), None, eps), x.dtype)
