@@ -184,7 +184,7 @@ def examine(replay: Replay, kernel: Any, calls: list[Call], tolerance: Tolerance
 
     Each call is made three times: as it was, with other values, and again as it was, in memory full of NaN. What a kernel
     keeps from one call to the next, or reads before it wrote it, shows; and so does a result of the first call that the
-    second changed, because it is looked at last.
+    second changed, because it is looked at after that.
     """
     original = original_forward(replay.module)
     found, references = [], set()
@@ -215,14 +215,15 @@ def _examine_call(
     try:
         first = replay.run(kernel, call)
         others = _with_other_values(replay, original, kernel, call, expected, tolerance)
+        # Only now: the call with other values may have written into what the first returned.
+        runs = [compare(first, expected, precise, tolerance)]
         with poisoned_memory():
             again = replay.run(kernel, call)
-        _synchronize(first)
+        _synchronize(again)
     except OriginalFailed:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the kernel raises is the difference
         return Comparison(f"the kernel raises {_first_line(error)}", share=float("inf")), reference
-    runs = [compare(first, expected, precise, tolerance)]
     runs += [_said(others, "called with other values in between: ")] if others else []
     runs += [_said(compare(again, expected, precise, tolerance), "called again: ")]
     return together(runs), reference
