@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "kernelhub.errors": (
         "BuildFailed CompatibilityWarning HubUnavailable IncompatibleDevice IntegrityError InvalidMetadata InvalidReference KernelCycle "
-        "KernelHubError KernelHubWarning KernelNotFound LayerContractError MissingDependency NoCompatibleVariant "
+        "KernelHubError KernelHubWarning KernelImportError KernelNotFound LayerContractError MissingDependency NoCompatibleVariant "
         "NoKernelForLayer PublishConflict StoreError UntrustedKernel"
     ),
     "kernelhub.benchmark": "Benchmark",
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         KernelCycle,
         KernelHubError,
         KernelHubWarning,
+        KernelImportError,
         KernelNotFound,
         LayerContractError,
         MissingDependency,

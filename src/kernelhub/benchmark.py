@@ -234,7 +234,9 @@ def _importable_as_kernels() -> Iterator[None]:
     package, module = ModuleType("kernels"), ModuleType("kernels.benchmark")
     for stand_in in (package, module):
         stand_in.Benchmark = Benchmark  # type: ignore[attr-defined]
-    before = {name: sys.modules[name] for name in ("kernels", "kernels.benchmark") if name in sys.modules}
+    before: dict[str, ModuleType] = {
+        name: sys.modules[name] for name in ("kernels", "kernels.benchmark") if name in sys.modules
+    }
     sys.modules.update({"kernels": package, "kernels.benchmark": module})
     try:
         yield

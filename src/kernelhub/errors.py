@@ -22,6 +22,7 @@ __all__ = [
     "KernelCycle",
     "KernelHubError",
     "KernelHubWarning",
+    "KernelImportError",
     "KernelNotFound",
     "LayerContractError",
     "MissingDependency",
@@ -171,6 +172,10 @@ class MissingDependency(KernelHubError, ImportError):
     def __init__(self, message: str, *, packages: Sequence[str]) -> None:
         super().__init__(message, hint=f"pip install {' '.join(packages)}")
         self.packages = tuple(packages)
+
+
+class KernelImportError(KernelHubError, ImportError):
+    """The kernel's own code raised while it was imported; the cause is that error."""
 
 
 class IncompatibleDevice(KernelHubError, RuntimeError):

@@ -239,3 +239,11 @@ def test_an_interrupt_ends_with_130_and_no_traceback(kernelhub, monkeypatch):
     code, _, err = kernelhub("get", "org/small@v1")
     assert code == 130
     assert "Traceback" not in err
+
+
+def test_what_would_steer_a_terminal_is_written_out(kernelhub, tmp_path, monkeypatch):
+    folder = write_kernel(tmp_path / "k", license="MIT \x1b[31m")
+    monkeypatch.setenv("LOCAL_KERNELS", f"org/k={folder}")
+    out = kernelhub("info", "org/k@v1")[1]
+    assert "MIT \\x1b[31m" in out
+    assert "\x1b[31m" not in out

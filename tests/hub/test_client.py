@@ -29,6 +29,7 @@ from kernelhub.errors import (
     KernelNotFound,
     MissingDependency,
     NoCompatibleVariant,
+    RepositoryNotFound,
     UntrustedKernel,
 )
 from kernelhub.hub import client as client_module
@@ -260,10 +261,10 @@ def test_an_untrusted_call_after_a_trusted_one_is_refused(make_hub):
         hub.load(SMALL)
 
 
-def test_installing_and_describing_go_through_the_same_gate(make_hub):
+def test_installing_goes_through_the_same_gate(make_hub):
     source = source_of()
     source.trusted = False
-    for step in (lambda hub: hub.install(SMALL), lambda hub: hub.describe(SMALL), lambda hub: hub.has(SMALL)):
+    for step in (lambda hub: hub.install(SMALL), lambda hub: hub.has(SMALL)):
         with pytest.raises(UntrustedKernel):
             step(make_hub(source))
 
@@ -663,3 +664,60 @@ def test_loaded_kernels_are_listed_with_where_they_came_from(make_hub):
     assert loaded.repo_info.revision == source.commit("org/small")
     assert loaded.digest.startswith("sha256-")
     assert sys.modules[loaded.module.__name__] is loaded.module
+
+
+# What hubs and files say that they should not
+
+
+def gone(question: str) -> None:
+    raise RepositoryNotFound("https://memory.test has no such repository", hint="Set HF_TOKEN.")
+
+
+def test_a_repository_that_is_gone_or_hidden_stays_in_use(make_hub, clock):
+    source = source_of()
+    make_hub(source).load(SMALL)
+    clock.now += 4000
+    source.fault = gone
+    with pytest.warns(KernelHubWarning, match="as it was known before"):
+        make_hub(source).load(SMALL)
+    source.fault = None
+    assert make_hub(source, offline=True).load(SMALL)
+
+
+def test_not_found_is_not_remembered_where_nobody_had_it(make_hub):
+    source = source_of()
+    source.fault = gone
+    with pytest.raises(KernelNotFound, match="Set HF_TOKEN"):
+        make_hub(source).load(SMALL)
+    source.fault = None
+    assert make_hub(source).load(SMALL)
+
+
+def test_metadata_for_another_backend_than_the_folders_is_refused(make_hub):
+    with pytest.raises(InvalidMetadata, match="torch-cpu: its metadata.json says that it is for CUDA"):
+        make_hub(source_of(backend={"type": "cuda", "archs": ["9.0"]})).load(SMALL)
+
+
+@pytest.mark.parametrize("text", ['{"variants": {"torch-cpu": 5}}', '{"variants": {}}', '{"variants": []}', "{", "5"])
+def test_a_damaged_listing_is_asked_for_again(make_hub, tmp_path, text):
+    source = source_of()
+    make_hub(source).load(SMALL)
+    (listing,) = (tmp_path / "store").rglob("listing.json")
+    listing.write_text(text)
+    source.asked.clear()
+    assert make_hub(source).load(SMALL)
+    assert "listing" in source.asked
+
+
+def test_an_untrusted_kernel_can_be_looked_at_and_is_not_fetched(make_hub):
+    source = source_of()
+    source.trusted = False
+    facts = make_hub(source).describe(SMALL)
+    assert (facts["trusted"], facts["variant"]) == (None, "torch-cpu")
+    assert "fetch" not in source.asked
+
+
+def test_a_local_override_that_is_no_kernel_shows_the_entry(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidReference, match="LOCAL_KERNELS: org/x="):
+        Hub(Settings(cache=tmp_path / "store", local_kernels=(("org/x", tmp_path / "empty"),))).sources()

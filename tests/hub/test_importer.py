@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from kernelfiles import kernel_files, write_files
 
-from kernelhub.errors import IntegrityError, InvalidMetadata, MissingDependency
+from kernelhub.errors import IntegrityError, InvalidMetadata, KernelImportError, MissingDependency
 from kernelhub.hub.importer import Importer
 from kernelhub.hub.verify import verify
 
@@ -94,7 +94,7 @@ def test_a_failed_import_leaves_no_module_and_can_be_repeated(tmp_path):
     code = {"__init__.py": "from . import ok\nraise RuntimeError('no')\n", "ok.py": ""}
     before = set(sys.modules)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="no"):
+        with pytest.raises(KernelImportError, match="small: its code raised RuntimeError: no"):
             load(tmp_path / "a", code=code)
         assert not [name for name in set(sys.modules) - before if name.startswith("_kernelhub_")]
 
@@ -163,3 +163,25 @@ def test_the_compatibility_package_serves_clients_that_look_for_the_name(tmp_pat
     code = f"import sys; sys.path.insert(0, {str(folder)!r}); import two_words; print(two_words.V)"
     done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "9"
+
+
+def test_bytecode_that_appears_later_is_not_run(tmp_path):
+    """Python's own finders must not be asked: they would read it."""
+    module = load(tmp_path / "a", code="def late():\n    from . import late_part\n")
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    py_compile.compile(str(evil), cfile=str(tmp_path / "a" / "late_part.pyc"))
+    with pytest.raises(ImportError):
+        module.late()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_machine_code_that_was_changed_or_added_later_is_not_opened(tmp_path, known):
+    code = {"__init__.py": "def late():\n    from . import sub\n", "sub.py": "V = 1\n"}
+    if known:
+        code["sub.abi3.so"] = "first"
+    module = load(tmp_path / "a", code=code)
+    (tmp_path / "a" / "sub.abi3.so").write_bytes(b"planted")
+    with pytest.raises(IntegrityError, match="changed after the kernel was verified"):
+        module.late()

@@ -71,6 +71,11 @@ def test_the_hugging_face_protocol(repository, tmp_path, hub: LoopbackHub):
     assert hub.requests == []
 
 
+def test_has_kernel_agrees(layout, tmp_path):
+    assert client(tmp_path, layout).has(REF) is True
+    assert client(tmp_path, layout, build="never").has(REF) is False
+
+
 def test_it_is_built_once_and_loads_without_the_hub(layout, tmp_path):
     module = client(tmp_path, layout).load(REF).module
     (tmp_path / "hub" / "blobs").rename(tmp_path / "gone")

@@ -142,7 +142,7 @@ def test_a_killed_process_leaves_what_prune_removes_and_no_lock(store):
     assert worker.exitcode == -signal.SIGKILL
     assert store.find(PLACE) is None
     store.add(PLACE, write)
-    removed = [path for path, _ in store.prune(lambda place: False)]
+    removed = [path for path, _ in store.prune(lambda repo: False)]
     assert [path.suffix for path in removed] == [".tmp"]
     assert store.find(PLACE)
 
@@ -151,9 +151,9 @@ def test_prune_removes_what_is_selected(store):
     other = Place("hub", RepoId("org", "other"), "b" * 40, PLACE.variant)
     store.add(PLACE, write)
     store.add(other, write)
-    freed = dict(store.prune(lambda place: place.repo.name == "other"))
-    assert list(freed) == [store.path(other)]
-    assert freed[store.path(other)] > 100
+    ((removed, freed),) = store.prune(lambda repo: repo.name == "other")
+    assert removed.parent == store.path(other).parent
+    assert freed > 100
     assert list(store.places()) == [PLACE]
 
 
@@ -221,3 +221,26 @@ def test_remove_tree_removes_read_only_folders_and_links_not_their_targets(tmp_p
     remove_tree(tree)
     assert not tree.exists()
     assert (target / "keep").exists()
+
+
+def test_a_ref_with_a_name_too_long_for_a_file_is_remembered(store):
+    record = RefRecord("c" * 40, 1.0)
+    store.set_ref("hub", PLACE.repo, "a/" * 90 + "b", record)
+    assert store.ref("hub", PLACE.repo, "a/" * 90 + "b") == record
+
+
+@pytest.mark.parametrize("text", ['{"files": {}, "stamps": {"a": 5}}', '{"files": [], "stamps": {}}', "{"])
+def test_a_damaged_record_of_a_variant_is_an_integrity_error(store, text):
+    store.add(PLACE, write)
+    (store.path(PLACE).parent / "torch-cpu.json").write_text(text)
+    with pytest.raises(IntegrityError, match="no record of what was fetched"):
+        store.find(PLACE)
+
+
+def test_what_is_not_ours_in_the_store_is_passed_over(store):
+    store.add(PLACE, write)
+    (store.root / "kernels/hub/a b--c/refs").mkdir(parents=True)
+    (store.root / "kernels/hub/a b--c/refs/v1").write_text("{}")
+    store.set_ref("hub", PLACE.repo, "v1", RefRecord("a" * 40, 1.0))
+    assert [item[2] for item in store.refs()] == ["v1"]
+    assert list(store.places()) == [PLACE]

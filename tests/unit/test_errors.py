@@ -19,6 +19,7 @@ from kernelhub.errors import (
     KernelCycle,
     KernelHubError,
     KernelHubWarning,
+    KernelImportError,
     KernelNotFound,
     LayerContractError,
     MissingDependency,
@@ -46,6 +47,7 @@ ERRORS: list[tuple[KernelHubError, type[BaseException], int]] = [
     (IntegrityError("org/x", [Violation("missing", "a.py")], hint="Fetch it again."), ValueError, 4),
     (MissingDependency("org/x needs einops", packages=["einops", "helion"]), ImportError, 1),
     (IncompatibleDevice("built for 9.0"), RuntimeError, 1),
+    (KernelImportError("small: its code raised"), ImportError, 1),
     (
         BuildFailed("it does not compile", error="a.cpp:1: no", command="g++ a.cpp", log="a", hint="Try."),
         RuntimeError,

@@ -75,7 +75,7 @@ def prune(
 
     store = open_store()
     repos = {RepoId.parse(name) for name in kernels or ()}
-    removed = list(store.prune(lambda place: everything or place.repo in repos))
+    removed = list(store.prune(lambda repo: everything or repo in repos))
     freed = sum(count for _, count in removed)
     if as_json:
         show_json({"store": str(store.root), "removed": [str(path) for path, _ in removed], "bytes": freed})

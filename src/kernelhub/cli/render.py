@@ -26,13 +26,13 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        table.add_row(*(Text("" if cell is None else clean(str(cell))) for cell in row))
     _console().print(table)
 
 
 def show_line(text: str = "") -> None:
     """Print a line."""
-    print(text)
+    print(clean(text))
 
 
 def show_note(text: str) -> None:
@@ -40,11 +40,16 @@ def show_note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def clean(text: str) -> str:
+    """The text with what would steer a terminal written out: names, reasons and licences come from hubs."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
 def show_error(error: KernelHubError, *, as_json: bool = False) -> None:
     """Print an error, and where it was asked for the same as JSON on standard output."""
     if as_json:
         show_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {clean(str(error))}", file=sys.stderr)
 
 
 def size(count: int) -> str:

@@ -189,9 +189,9 @@ class Hub:
         try:
             with context(f"while looking for {ref}"):
                 found = self._trusted(self.find(ref, sources, options), options)
-                variants = self._select(found, options)
+                place, variants = self._select_or_build(found, options)
                 if check_arch and self.host.choose_backend(backend).name in ("cuda", "rocm"):
-                    self._check_archs(self._fetch(found, variants[0], options).metadata, options)
+                    self._check_archs(self._fetch(place, variants[0], options).metadata, options)
         except (KernelNotFound, NoCompatibleVariant, IncompatibleDevice):
             return False
         return True
@@ -205,17 +205,30 @@ class Hub:
     def describe(
         self, ref: KernelRef, *, backend: str | None = None, trust_remote_code: Trust = False
     ) -> dict[str, Any]:
-        """What the kernel is and what this machine would run of it, as plain values; none of its code is imported."""
+        """What the kernel is and what this machine would run of it, as plain values; none of its code is imported.
+
+        Of a kernel that is not trusted nothing is fetched: `trusted` is None then, and what only its files say is missing.
+        """
         options = Options(self._policy(trust_remote_code), backend, offline=self.settings.offline)
         with context(f"while looking for {ref}"):
-            found, variant, verified = self._obtain(ref, self.sources(), options)
+            found = self.find(ref, self.sources(), options)
+            trusted = options.policy.reason(self._published(found, options))
+            variant = self._select(found, options)[0]
+            facts: dict[str, Any] = {
+                "kernel": str(found.repo),
+                "hub": found.source.name,
+                "commit": None if found.commit == LOCAL else found.commit,
+                "variant": str(variant),
+                "layers": sorted(found.listing.variants.get(str(variant), {}).get("layers", ())),
+                "trusted": trusted,
+            }
+            if trusted is None:
+                return facts
+            verified = self._fetch(found, variant, options)
         metadata = verified.metadata
         return {
-            "kernel": str(found.repo),
+            **facts,
             "version": metadata.version,
-            "hub": found.source.name,
-            "commit": None if found.commit == LOCAL else found.commit,
-            "variant": str(variant),
             "digest": verified.digest.text,
             "files": len(verified.digest.files),
             "license": metadata.license,
@@ -224,7 +237,6 @@ class Hub:
             "architectures": list(metadata.backend.archs),
             "python_depends": list(metadata.python_depends),
             "kernel_depends": [str(item) for item in metadata.kernel_depends],
-            "trusted": options.policy.reason(self._published(found, options)),
             "path": str(verified.path),
         }
 
@@ -288,13 +300,21 @@ class Hub:
 
     def _find(self, ref: KernelRef, sources: Sequence[Source], options: Options) -> Found:
         assert ref.pin is not None
-        for source in self._order(ref, sources, options.offline):
+        without: list[Source] = []
+        denied: RepositoryNotFound | None = None
+        asked = self._order(ref, sources, options.offline)
+        for source in asked:
             try:
                 commit = self._commit(source, ref.repo, ref.pin, options)
-                return Found(ref, source, commit, self._listing(source, ref.repo, commit, options))
-            except RepositoryNotFound:
+                found = Found(ref, source, commit, self._listing(source, ref.repo, commit, options))
+            except RepositoryNotFound as error:
+                without.append(source)
+                denied = error if error.hint or denied is None else denied
                 continue
-        raise self._nowhere(ref, sources)
+            for one in without:
+                self._remember_without(one, ref.repo, ref.pin)
+            return found
+        raise self._nowhere(ref, asked, denied)
 
     def _commit(self, source: Source, repo: RepoId, pin: Pin, options: Options) -> str:
         """The commit: from the pin itself, from the store where the hub was asked not long ago, or from the hub."""
@@ -320,18 +340,16 @@ class Hub:
                 raise
             self._warn(f"{error.message}\n  It is here from before, and still used.", KernelHubWarning)
             return error.commit
-        except HubUnavailable as error:
+        except (HubUnavailable, RepositoryNotFound) as error:
+            # Gone, or hidden for want of a token: what is here stays in use, and no other source stands in for it.
             if record is None or record.commit is None:
                 raise
             self._warn(
                 f"{error}\n  Using {repo}@{pin} as it was known before ({record.commit[:12]}).", KernelHubWarning
             )
             return record.commit
-        except RepositoryNotFound:
-            self._remember(source, repo, pin, None)
-            raise
         if commit != LOCAL:
-            self._remember(source, repo, pin, commit)
+            self.store.set_ref(source.key, repo, str(pin), RefRecord(commit, self._clock()))
         return commit
 
     def _fresh(self, record: RefRecord, source: Source, options: Options) -> bool:
@@ -341,13 +359,16 @@ class Hub:
             return True
         return not options.refresh and 0 <= self._clock() - record.time < self.settings.ref_ttl
 
-    def _remember(self, source: Source, repo: RepoId, pin: Pin, commit: str | None) -> None:
-        self.store.set_ref(source.key, repo, str(pin), RefRecord(commit, self._clock()))
+    def _remember_without(self, source: Source, repo: RepoId, pin: Pin) -> None:
+        """A remote hub does not have what another source has: it need not be asked first each time."""
+        if source.origin is Origin.REMOTE and self.store.ref(source.key, repo, str(pin)) is None:
+            self.store.set_ref(source.key, repo, str(pin), RefRecord(None, self._clock()))
 
     def _listing(self, source: Source, repo: RepoId, commit: str, options: Options) -> Listing:
         record = self.store.listing(source.key, repo, commit)
-        if isinstance(known := record.get("variants"), dict):
-            return Listing(known, record.get("source"))
+        known, tree = record.get("variants"), record.get("source")
+        if known and isinstance(known, dict) and all(isinstance(details, dict) for details in known.values()):
+            return Listing(known, tree if isinstance(tree, dict) else None)
         listing = self._ask(source, options, lambda: source.listing(repo, commit))
         if commit != LOCAL:
             self.store.set_listing(source.key, repo, commit, _kept(listing))
@@ -431,7 +452,7 @@ class Hub:
         """The variant's folder, verified now: where the user has it, from the store, or from the hub into the store."""
         name = str(variant)
         if (folder := found.source.locate(found.repo, name)) is not None:
-            return self._expected(verify(folder), name, options)
+            return self._expected(verify(folder), variant, options)
         place = Place(found.source.key, found.repo, found.commit, variant)
         try:
             verified = self.store.find(place)
@@ -452,10 +473,14 @@ class Hub:
                     lambda into: found.source.fetch(found.repo, found.commit, name, details, into, self.progress),
                 ),
             )
-        return self._expected(verified, name, options)
+        return self._expected(verified, variant, options)
 
-    def _expected(self, verified: Verified, variant: str, options: Options) -> Verified:
-        expected = options.expected.get(variant)
+    def _expected(self, verified: Verified, variant: BuildVariant, options: Options) -> Verified:
+        """The variant, where it is for the backend that its folder's name says, and has the digest that a lock names."""
+        backend = verified.metadata.backend.type
+        if variant.backend not in (None, backend):
+            raise InvalidMetadata(f"{variant}: its metadata.json says that it is for {BY_NAME[backend].title}")
+        expected = options.expected.get(str(variant))
         if expected is not None and expected != verified.digest.text:
             raise IntegrityError(f"{variant} has the digest {verified.digest.text}, the lock file says {expected}")
         return verified
@@ -562,10 +587,14 @@ class Hub:
 
         return [HuggingFaceCacheSource()]
 
-    def _nowhere(self, ref: KernelRef, sources: Sequence[Source]) -> KernelNotFound:
-        names = ", ".join(dict.fromkeys(source.name for source in sources)) or "no source at all"
+    def _nowhere(
+        self, ref: KernelRef, asked: Sequence[Source], denied: RepositoryNotFound | None = None
+    ) -> KernelNotFound:
+        names = ", ".join(dict.fromkeys(source.name for source in asked)) or "no source at all"
         hint = "It is not in the store, and hubs are not asked offline." if self.settings.offline else None
-        return KernelNotFound(f"{ref} was not found (looked in {names})", hint=hint)
+        return KernelNotFound(
+            f"{ref} was not found (looked in {names})", hint=hint or (denied.hint if denied else None)
+        )
 
     def _policy(self, trust_remote_code: Trust) -> TrustPolicy:
         return TrustPolicy.of(trust_remote_code, self.settings.trust)
@@ -599,7 +628,10 @@ def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]
         return HuggingFaceSource(settings.hf_endpoint, header)
 
     building = building_of(settings)
-    found: list[Source] = [local_source(path, RepoId.parse(name), building)[0] for name, path in settings.local_kernels]
+    found: list[Source] = []
+    for name, path in settings.local_kernels:
+        with context(f"LOCAL_KERNELS: {name}={path}"):
+            found.append(local_source(path, RepoId.parse(name), building)[0])
     found.append(ProjectSource.embedded(building))
     found += [Deferred(hub_address(url), partial(layout, url)) for url in settings.hubs]
     found.append(Deferred(endpoint_address(settings.hf_endpoint), hugging_face))

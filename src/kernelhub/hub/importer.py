@@ -30,7 +30,15 @@ from kernelhub.core.digest import Digest
 from kernelhub.core.metadata import Metadata
 from kernelhub.core.refs import RepoId
 from kernelhub.core.variants import BuildVariant
-from kernelhub.errors import IntegrityError, InvalidMetadata, KernelNotFound, MissingDependency, Violation
+from kernelhub.errors import (
+    IntegrityError,
+    InvalidMetadata,
+    KernelHubError,
+    KernelImportError,
+    KernelNotFound,
+    MissingDependency,
+    Violation,
+)
 from kernelhub.hub.verify import Verified
 
 _PREFIX = "_kernelhub_"
@@ -157,12 +165,15 @@ def _import(name: str, verified: Verified) -> ModuleType:
         _finder.forget(name)
         for key in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
             del sys.modules[key]
+        if isinstance(error, KernelHubError) or not isinstance(error, Exception):
+            raise
+        kernel = verified.metadata.name
         if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(_PREFIX):
             package = error.name.partition(".")[0]
             raise MissingDependency(
-                f"{verified.metadata.name}: its code imports {error.name}, which is not installed", packages=[package]
+                f"{kernel}: its code imports {error.name}, which is not installed", packages=[package]
             ) from error
-        raise
+        raise KernelImportError(f"{kernel}: its code raised {type(error).__name__}: {error}") from error
 
 
 def _package_folder(verified: Verified) -> Path:
@@ -185,10 +196,27 @@ class _VerifiedLoader(SourceFileLoader):
     def get_code(self, fullname: str) -> Any:
         path = self.get_filename(fullname)
         source = self.get_data(path)
-        name = os.path.relpath(path, self._folder).replace(os.sep, "/")
-        if self._digest.files.get(name) != b64(hashlib.new(self._digest.algorithm, source).digest()):
-            raise IntegrityError(f"{path} was changed after the kernel was verified", [Violation("different", name)])
+        _check(path, self._folder, self._digest, source)
         return self.source_to_code(source, path)
+
+
+class _VerifiedExtensionLoader(ExtensionFileLoader):
+    """Opens machine code that is what the digest says."""
+
+    def __init__(self, fullname: str, path: str, *, folder: str, digest: Digest) -> None:
+        super().__init__(fullname, path)
+        self._folder, self._digest = folder, digest
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        _check(self.path, self._folder, self._digest, Path(self.path).read_bytes())
+        return super().create_module(spec)
+
+
+def _check(path: str, folder: str, digest: Digest, data: bytes) -> None:
+    name = os.path.relpath(path, folder).replace(os.sep, "/")
+    if digest.files.get(name) != b64(hashlib.new(digest.algorithm, data).digest()):
+        kind = "different" if name in digest.files else "unknown"
+        raise IntegrityError(f"{path} was changed after the kernel was verified", [Violation(kind, name)])
 
 
 class _Finder(MetaPathFinder):
@@ -223,11 +251,13 @@ class _Finder(MetaPathFinder):
             return importlib.util.spec_from_file_location(
                 fullname, init, loader=source(fullname, init), submodule_search_locations=[folder]
             )
-        loaders: Any = ((ExtensionFileLoader, EXTENSION_SUFFIXES), (source, [".py"]))
+        native: Any = partial(_VerifiedExtensionLoader, folder=str(verified.path), digest=verified.digest)
+        loaders: Any = ((native, EXTENSION_SUFFIXES), (source, [".py"]))
         for entry in path:
             if spec := FileFinder(entry, *loaders).find_spec(fullname):
                 return spec
-        return None
+        # Not None: Python's own finders would look next, and they read bytecode.
+        raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
 _finder = _Finder()

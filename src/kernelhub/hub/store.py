@@ -20,7 +20,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from urllib.parse import quote, unquote
 
 from kernelhub.core.canonical import canonical_json
 from kernelhub.core.refs import RepoId, is_commit
-from kernelhub.core.variants import BuildVariant
+from kernelhub.core.variants import BuildVariant, parse_variant
 from kernelhub.errors import IntegrityError, InvalidMetadata, KernelHubError, StoreError
 from kernelhub.hub.verify import Known, Verified, learn, scan, verify, verify_tree
 
@@ -72,23 +72,20 @@ class Store:
 
     def ref(self, hub: str, repo: RepoId, ref: str) -> RefRecord | None:
         """What the hub said of the ref, when it was last asked."""
-        raw = self._read_json(self._repo(hub, repo) / "refs" / quote(ref, safe=""))
-        commit, time = raw.get("commit"), raw.get("time")
-        if not isinstance(time, (int, float)) or not (
-            commit is None or (isinstance(commit, str) and is_commit(commit))
-        ):
+        raw = self._read_json(self._repo(hub, repo) / "refs" / _file_name(ref))
+        commit, time = raw.get("commit"), _seconds(raw.get("time"))
+        if time is None or not (commit is None or (isinstance(commit, str) and is_commit(commit))):
             return None
-        return RefRecord(commit, float(time))
+        return RefRecord(commit, time)
 
     def set_ref(self, hub: str, repo: RepoId, ref: str, record: RefRecord) -> None:
         """Remember what the hub said. A store that cannot be written does not, and the hub is asked again."""
-        path = self._repo(hub, repo) / "refs" / quote(ref, safe="")
+        path = self._repo(hub, repo) / "refs" / _file_name(ref)
         self._write_json(path, {"commit": record.commit, "time": record.time})
 
     def checked(self, hub: str) -> float | None:
         """When the hub was last found to be one that this client can read (seconds); None where it never was."""
-        time = self._read_json(self.root / "kernels" / hub / "checked.json").get("time")
-        return float(time) if isinstance(time, (int, float)) else None
+        return _seconds(self._read_json(self.root / "kernels" / hub / "checked.json").get("time"))
 
     def set_checked(self, hub: str, time: float) -> None:
         self._write_json(self.root / "kernels" / hub / "checked.json", {"time": time})
@@ -132,15 +129,21 @@ class Store:
     def add_source(self, hub: str, repo: RepoId, commit: str, write: Callable[[Path], None]) -> Path:
         """The folder of the tree that a kernel is built from, written by `write` unless it is here as it was fetched."""
         folder = self._commit(hub, repo, commit) / SOURCE
+        if self._is_whole(folder):  # before the lock: a store that cannot be written serves what it has
+            return folder
         with self._writing(folder):
-            if folder.is_dir():
-                try:
-                    verify_tree(folder, self._known(folder))
-                    return folder
-                except IntegrityError:
+            if not self._is_whole(folder):
+                if folder.is_dir():
                     _rename_aside(folder)
-            self._appear(folder, write, scan)
+                self._appear(folder, write, scan)
         return folder
+
+    def _is_whole(self, folder: Path) -> bool:
+        try:
+            verify_tree(folder, self._known(folder))
+        except (IntegrityError, OSError):
+            return False
+        return True
 
     def set_aside(self, place: Place) -> None:
         """Take a folder that does not verify out of the way; `prune` removes it."""
@@ -160,14 +163,10 @@ class Store:
 
     def places(self) -> Iterator[Place]:
         """Every variant in the store."""
-        for folder in sorted((self.root / "kernels").glob("*/*--*/*/*/")):
-            hub, name, commit, variant = folder.parts[-4:]
-            org, _, repo = name.partition("--")
-            if is_commit(commit) and not variant.startswith("."):
-                try:
-                    yield Place(hub, RepoId.parse(f"{org}/{repo}"), commit, BuildVariant.parse(variant))
-                except KernelHubError:
-                    continue
+        for folder, repo in self._folders():
+            variant = parse_variant(folder.name)
+            if isinstance(variant, BuildVariant):
+                yield Place(folder.parts[-4], repo, folder.parts[-2], variant)
 
     def verify_all(self) -> Iterator[tuple[Place, KernelHubError | None]]:
         """Each variant with what is wrong with it, every byte hashed."""
@@ -178,25 +177,33 @@ class Store:
             except KernelHubError as error:
                 yield place, error
 
-    def prune(self, selected: Callable[[Place], bool]) -> Iterator[tuple[Path, int]]:
-        """Remove what was left behind, and the variants that are `selected`; yields each folder and its bytes."""
+    def prune(self, selected: Callable[[RepoId], bool]) -> Iterator[tuple[Path, int]]:
+        """Remove what was left behind, and everything of the repositories `selected`; yields each folder and its bytes.
+
+        A folder that is removed is renamed first: a reader sees all of it or nothing, whenever this is interrupted.
+        """
+        for folder, repo in list(self._folders()):
+            if selected(repo):
+                with self._writing(folder):
+                    _rename_aside(folder)
+                    _record(folder).unlink(missing_ok=True)
         for folder in sorted((self.root / "kernels").glob("*/*--*/*/.*")):
             yield folder, remove_tree(folder)
-        for place in list(self.places()):
-            if selected(place):
-                folder = self.path(place)
-                with self._writing(folder):
-                    yield folder, remove_tree(folder)
-                    _record(folder).unlink(missing_ok=True)
+
+    def _folders(self) -> Iterator[tuple[Path, RepoId]]:
+        """The folders of every commit, variants and source trees, with the repository they are of."""
+        for folder in sorted((self.root / "kernels").glob("*/*--*/*/[!.]*/")):
+            repo = _repo_of(folder.parts[-3])
+            if repo and is_commit(folder.parts[-2]):
+                yield folder, repo
 
     def refs(self) -> Iterator[tuple[str, RepoId, str, RefRecord]]:
         """Every ref that is remembered: hub, repository, ref, record."""
-        for path in sorted((self.root / "kernels").glob("*/*--*/refs/*")):
-            hub, name = path.parts[-4:-2]
-            org, _, repo = name.partition("--")
-            record = self.ref(hub, RepoId.parse(f"{org}/{repo}"), unquote(path.name))
-            if record:
-                yield hub, RepoId.parse(f"{org}/{repo}"), unquote(path.name), record
+        for path in sorted((self.root / "kernels").glob("*/*--*/refs/[!.]*")):
+            repo, ref = _repo_of(path.parts[-3]), unquote(path.name)
+            record = self.ref(path.parts[-4], repo, ref) if repo else None
+            if repo and record:
+                yield path.parts[-4], repo, ref, record
 
     # Inside
 
@@ -209,7 +216,7 @@ class Store:
     def _known(self, folder: Path) -> Known:
         raw = self._read_json(_record(folder))
         files, stamps = raw.get("files"), raw.get("stamps")
-        if not isinstance(files, dict) or not isinstance(stamps, dict):
+        if not isinstance(files, dict) or not isinstance(stamps, dict) or not _lists(stamps.values()):
             raise IntegrityError(f"{folder} has no record of what was fetched")
         return Known(files, {path: tuple(value) for path, value in stamps.items()})
 
@@ -265,6 +272,32 @@ class Store:
             beside.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
             if must:
                 raise
+
+
+def _lists(values: Iterable[object]) -> bool:
+    return all(isinstance(value, list) for value in values)
+
+
+def _repo_of(name: str) -> RepoId | None:
+    """`"org--name"` -> org/name; None for a folder that is not ours."""
+    org, _, repo = name.partition("--")
+    try:
+        return RepoId.parse(f"{org}/{repo}")
+    except KernelHubError:
+        return None
+
+
+def _file_name(ref: str) -> str:
+    """The name of a ref's file; names that are too long for a file system become a hash."""
+    quoted = quote(ref, safe="")
+    return quoted if len(quoted) <= 150 else "long-" + hashlib.sha256(ref.encode()).hexdigest()
+
+
+def _seconds(value: object) -> float | None:
+    """A time as our files have it; None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:
+        return None
+    return float(value)
 
 
 def _record(folder: Path) -> Path:
