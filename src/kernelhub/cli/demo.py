@@ -68,12 +68,12 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """The median over the rounds of before / after: a machine that slows down slows both of a round."""
-        return median(self._ratios)
+        """The median before over the median after."""
+        return median(self.before) / median(self.after)
 
     @property
     def speedup_range(self) -> tuple[float, float]:
-        """What the middle half of the rounds lies between; with 1 inside, no difference was measured."""
+        """What the middle half of the rounds' own ratios lies between; with 1 inside, no difference was measured."""
         if len(self._ratios) < 2:
             return self.speedup, self.speedup
         low, _, high = quantiles(self._ratios, n=4, method="inclusive")

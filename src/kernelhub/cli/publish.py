@@ -14,7 +14,10 @@ from kernelhub.cli.render import show_json, show_line
 
 def publish(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The kernel: a folder with build/<variant>/, or a source tree.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="The kernel: a folder with build/<variant>/, as `kernelhub build` makes it."
+        ),
     ],
     hub: Annotated[str, typer.Argument(metavar="HUB", help="The hub: a folder, or a bucket (s3://...).")],
     repo_id: Annotated[str, typer.Option("--repo-id", metavar="ORG/NAME", help="What to publish it as.")],

@@ -264,7 +264,7 @@ class HttpClient:
 
     def _refusal(self, response: Any, target: str, with_token: bool, absent: type[KernelNotFound]) -> KernelHubError:
         """The error that a status of 300 to 499 means."""
-        status, code = response.status_code, response.headers.get("x-error-code", "")
+        status, code = response.status_code, _printable(response.headers.get("x-error-code", ""))
         said = _printable(response.headers.get("x-error-message", ""))
         fact = f"{self.hub_name}: GET {target}: {status}" + "".join(f" {text}" for text in (code, said) if text)
         if code == "GatedRepo":
