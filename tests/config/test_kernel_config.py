@@ -162,6 +162,8 @@ def test_it_starts_from_what_was_written_each_time(model: nn.Module) -> None:
     assert config.to_dict()["kernel_mapping"] == written
     with pytest.raises(ValueError, match="its device cannot be told"):
         config.create_compatible_mapping(meta.to("meta"))
+    config.kernel_mapping["RMSNorm"] = "org/other:RMSNorm"
+    KernelConfig(written).kernel_mapping["RMSNorm"] = "org/other:RMSNorm"
     assert written == {"RMSNorm": NORM, "SiLU": {"cuda": "org/a:SiLU"}}
 
 

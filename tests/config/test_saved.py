@@ -103,8 +103,9 @@ def test_a_file_grants_no_trust() -> None:
         }
     )
     value = json.loads(written.to_text())
-    with pytest.warns(KernelHubWarning, match=r"kernel_mapping\['A'\], .*'B'.*trust_remote_code=True"):
+    with pytest.warns(KernelHubWarning, match=r"kernel_mapping\['A'\], .*'B'.*trust_remote_code=True") as caught:
         loaded = KernelConfig.from_dict(value)
+    assert caught[0].filename == __file__
     assert loaded == KernelConfig(
         {"A": ("org/a:A", {"version": 2}), "B": {"cpu": {Mode.INFERENCE: "org/b@v1:B"}}, "C": "org/c:C"}
     )
@@ -138,6 +139,7 @@ def test_a_file_names_no_folders(tmp_path: Path) -> None:
         ({"kernel_mapping": {"A": {"cpu": {"FAST": "org/a:A"}}}}, "'FAST' is not a mode"),
         ({"kernel_mapping": {"A": {"cpu": {"TRAINING|INFERENCE": "org/a:A"}}}}, "is not a mode"),
         ({"kernel_mapping": {"A": {"cpu": {"TRAINING": {"x": "org/a:A"}}}}}, "expected a kernel"),
+        ({"kernel_mapping": {"A": {"cpu": {"": "org/a:A"}}}}, "is not a mode"),
         ({"use_local_kernel": 1}, "use_local_kernel is true or false"),
         ({"inherit_mapping": "no"}, "inherit_mapping is true or false"),
     ],
@@ -235,6 +237,7 @@ class _HuggingFace(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        self.asked.append(f"{self.command} {self.path}")
         name = self.path.rpartition("/")[2]
         data = self.files.get(name)
         if data is None:
@@ -304,9 +307,14 @@ except KernelNotFound as error:
         assert COMMIT in _run(code, tmp_path, endpoint)
         assert json.loads(server.files["kernel_config.json"])["schema_version"] == 1
         assert [line for line in server.asked if "/commit/" in line] == ["POST /api/models/org/model/commit/main"]
+        server.asked.clear()
+        _run(offline, tmp_path, endpoint, KERNELHUB_OFFLINE="1")
+        assert server.asked == []
         server.files.clear()
         assert "reading kernel_config.json of org/model" in _run(missing, tmp_path / "fresh", endpoint)
     _run(offline, tmp_path, endpoint, HF_HUB_OFFLINE="1")
+    away = "from kernelhub import KernelConfig; KernelConfig.from_pretrained('org/other')"
+    assert "HubUnavailable: reading kernel_config.json of org/other" in _run(away, tmp_path, endpoint, check=False)
     assert "HubUnavailable: uploading kernel_config.json" in _run(code, tmp_path, endpoint, check=False)
 
 

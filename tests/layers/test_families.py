@@ -155,6 +155,18 @@ def test_inference_gives_the_same_and_every_norm_and_activation_is_swapped(famil
     assert torch.equal(logits(model, family), expected)
 
 
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_model_itself(family: Family, model: nn.Module) -> None:
+    expected = logits(model, family)
+    model.to(torch.bfloat16)
+    cast = family._replace(
+        inputs={name: x.bfloat16() if x.is_floating_point() else x for name, x in family.inputs.items()}
+    )
+    eager = (logits(model, cast).float() - expected).abs().max()
+    kernelize_pretrained(model)
+    assert counts(model) == family.kernels
+    assert (logits(model, cast).float() - expected).abs().max() <= 2 * eager
+
+
 def _looks_swappable(module: nn.Module) -> bool:
     """Whether it is a norm or an activation, by its class's name, that runs its own forward."""
     name = type(module).__name__

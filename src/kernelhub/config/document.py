@@ -162,9 +162,9 @@ def _value(file: _File, where: str, value: object, *, depth: int = 0) -> Any:
     return read or (None if value else {})
 
 
-def _mode(where: str, text: str) -> Mode:
+def _mode(where: str, text: object) -> Mode:
     try:
-        first, *others = (Mode[name] for name in text.split("|"))
+        first, *others = (Mode[name] for name in str(text).split("|"))
         for other in others:
             first = first | other
     except (KeyError, InvalidReference) as error:

@@ -182,10 +182,7 @@ class KernelConfig:
         and `use_local_kernel` say so here; otherwise a warning names what was left out. Raises `InvalidMetadata`
         [ValueError] for what is no such value.
         """
-        found = document.from_json(value, Grants(trust_remote_code, use_local_kernel))
-        if found.warning:
-            warnings.warn(f"kernel config: {found.warning}", KernelHubWarning, stacklevel=2)
-        return cls(found.mapping, found.use_local_kernel, found.inherit_mapping)
+        return cls._from(value, Grants(trust_remote_code, use_local_kernel), "a kernel config")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write kernel_config.json into `folder`, which is made where it is not there; the file's path."""
@@ -214,9 +211,7 @@ class KernelConfig:
         else:
             data = _from_hub(name, hub, revision, token)
         with context(name):
-            return cls.from_dict(
-                document.parse_text(data), trust_remote_code=trust_remote_code, use_local_kernel=use_local_kernel
-            )
+            return cls._from(document.parse_text(data), Grants(trust_remote_code, use_local_kernel), name)
 
     def push_to_hub(
         self,
@@ -237,6 +232,13 @@ class KernelConfig:
         if hub is not None:
             return places.write_hub(hub, repo, text)
         return places.write_hugging_face(repo, text, commit_message, private, token, Settings.from_env())
+
+    @classmethod
+    def _from(cls, value: object, grants: Grants, where: str) -> KernelConfig:
+        found = document.from_json(value, grants)
+        if found.warning:
+            warnings.warn(f"{where}: {found.warning}", KernelHubWarning, stacklevel=3)
+        return cls(found.mapping, found.use_local_kernel, found.inherit_mapping)
 
     def __eq__(self, other: object) -> bool:
         """Whether the same was written: pairs compare as lists, repositories as their text."""

@@ -52,16 +52,25 @@ def write_hub(hub: str, repo: RepoId, text: str) -> str:
 
 def read_hugging_face(repo: RepoId, revision: str | None, token: str | bool | None, settings: Settings) -> bytes:
     """The file in a repository on the Hugging Face Hub; offline, the one that was downloaded before."""
+    if settings.offline:
+        return _read_downloaded(repo, revision, settings)
     from huggingface_hub import hf_hub_download
 
     with _errors(f"reading {FILE_NAME} of {repo}", settings):
-        path = hf_hub_download(
-            str(repo),
-            FILE_NAME,
-            revision=revision,
-            token=token,
-            endpoint=settings.hf_endpoint,
-            local_files_only=settings.offline,
+        path = hf_hub_download(str(repo), FILE_NAME, revision=revision, token=token, endpoint=settings.hf_endpoint)
+    return Path(path).read_bytes()
+
+
+def _read_downloaded(repo: RepoId, revision: str | None, settings: Settings) -> bytes:
+    # hf_hub_download(local_files_only=True) sends a request all the same (huggingface_hub 2.4: GET /api/agent-harnesses).
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(str(repo), FILE_NAME, revision=revision)
+    if not isinstance(path, str):
+        raise HubUnavailable(
+            f"{FILE_NAME} of {repo} was never downloaded, and this is offline",
+            hub=settings.hf_endpoint,
+            hint="Load it once with a network, or from a folder.",
         )
     return Path(path).read_bytes()
 
@@ -93,6 +102,7 @@ def _errors(doing: str, settings: Settings) -> Iterator[None]:
     from huggingface_hub import errors
 
     hub = settings.hf_endpoint
+    transport = errors.HfHubHTTPError.__bases__  # what its HTTP client raises: a package that its versions differ in
     try:
         yield
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
@@ -101,10 +111,7 @@ def _errors(doing: str, settings: Settings) -> Iterator[None]:
         raise KernelNotFound(f"{doing}: {_first(error)}") from error
     except errors.HFValidationError as error:
         raise InvalidReference(f"{doing}: {_first(error)}") from error
-    except (
-        OSError,
-        *errors.HfHubHTTPError.__bases__,
-    ) as error:  # the base is its transport's own, which versions differ in
+    except (OSError, *transport) as error:
         raise HubUnavailable(f"{doing}: {_first(error)}", hub=hub) from error
 
 
