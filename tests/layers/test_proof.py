@@ -397,7 +397,7 @@ def test_what_was_captured_goes_when_it_is_done(register: Register) -> None:
 
 def test_a_compiled_model_is_run_as_it_is_written(register: Register) -> None:
     register("Act")
-    model = torch.compile(nn.Sequential(nn.Linear(8, 8), layers.Act()), backend="eager")
+    model = torch.compile(nn.Sequential(nn.Linear(8, 8), layers.Act()), backend="eager", fullgraph=True)
     model(torch.randn(3, 8))
     row = checked(model, lambda: model(torch.randn(3, 8)))
     assert (row.outcome, row.calls) == ("kernel", 1)
