@@ -22,7 +22,7 @@ from kernelhub.layers.mapping import use_kernel_mapping
 from kernelhub.layers.markers import replace_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.plan import plan_kernels
-from kernelhub.layers.report import kernel_report
+from kernelhub.layers.report import KernelReport, kernel_report
 from kernelhub.settings import Settings
 
 SOURCES = Path(transformers.__file__).parent
@@ -391,3 +391,13 @@ def test_trains_with_the_gradients_of_the_original() -> None:
     assert len(kernel_report(model).kernels) == 7
     for name, value in gradients().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_report_says_which_functions_nothing_can_reach() -> None:
+    model = llama()
+    mark(model)
+    report = kernel_report(model)
+    assert any("apply_rotary_pos_emb" in line for line in report.notes)
+    assert "not reached: " in str(report)
+    assert KernelReport.from_dict(report.to_dict()) == report
+    assert kernel_report(llama()).notes == ()

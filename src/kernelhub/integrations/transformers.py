@@ -19,6 +19,7 @@ from kernelhub.layers.kernelize import kernelize
 from kernelhub.layers.mapping import KernelMapping, use_kernel_mapping
 from kernelhub.layers.markers import replace_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
+from kernelhub.layers.report import note
 from kernelhub.layers.repositories import LayerRepository
 from kernelhub.layers.survey import uncompiled
 
@@ -292,6 +293,7 @@ def mark(model: nn.Module) -> Marks:
         replace_kernel_forward_from_hub(cls, family.layer, family.condition)
         marks.layers[path] = family.layer
     marks.unreached.update(_unreached(classes))
+    note(model, tuple(f"not reached: {name}: {reason}" for name, reason in marks.unreached.items()))
     return marks
 
 

@@ -65,10 +65,14 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """A row per kernel-aware layer, in the model's order. `str()` is a table."""
+    """A row per kernel-aware layer, in the model's order. `str()` is a table.
+
+    `notes` are about what is no layer and could run a kernel: functions that nothing has made kernel-aware.
+    """
 
     model: str
     rows: tuple[ReportRow, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def kernels(self) -> tuple[ReportRow, ...]:
@@ -76,12 +80,13 @@ class KernelReport:
         return tuple(row for row in self.rows if row.outcome == "kernel")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model": self.model, "summary": self.summary(), "rows": [row.to_dict() for row in self.rows]}
+        rows = [row.to_dict() for row in self.rows]
+        return {"model": self.model, "summary": self.summary(), "rows": rows, "notes": list(self.notes)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> KernelReport:
         """The report that `to_dict` was made of."""
-        return cls(value["model"], tuple(ReportRow(**row) for row in value["rows"]))
+        return cls(value["model"], tuple(ReportRow(**row) for row in value["rows"]), tuple(value.get("notes", ())))
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
@@ -124,7 +129,7 @@ class KernelReport:
             "speed",
             "reason",
         )
-        return "\n".join([self.summary(), table(head, [_cells(row) for row in self.rows])])
+        return "\n".join([self.summary(), table(head, [_cells(row) for row in self.rows]), *self.notes])
 
 
 def kernel_report(model: nn.Module) -> KernelReport:
@@ -132,7 +137,7 @@ def kernel_report(model: nn.Module) -> KernelReport:
     found, root = survey(model), uncompiled(model)
     devices, kept = Devices(found.tree), _kept(model, found, list(_runs_in(root)))
     rows = tuple(_row(site, devices, kept.get(site.path, _Kept())) for site in found.sites)
-    return KernelReport(type(root).__name__, rows)
+    return KernelReport(type(root).__name__, rows, _noted(root))
 
 
 def _row(site: Site, devices: Devices, kept: _Kept) -> ReportRow:
@@ -234,6 +239,7 @@ class _Kept(NamedTuple):
 
 
 _runs: dict[int, tuple[weakref.ref[nn.Module], Run]] = {}
+_notes: dict[int, tuple[weakref.ref[nn.Module], tuple[str, ...]]] = {}
 
 
 def remember(model: nn.Module, run: Run) -> None:
@@ -241,6 +247,18 @@ def remember(model: nn.Module, run: Run) -> None:
     root = uncompiled(model)
     key = id(root)
     _runs[key] = (weakref.ref(root, lambda _: _runs.pop(key, None)), run)
+
+
+def note(model: nn.Module, notes: tuple[str, ...]) -> None:
+    """Let the reports of the model say this too, for as long as it lives."""
+    root = uncompiled(model)
+    key = id(root)
+    _notes[key] = (weakref.ref(root, lambda _: _notes.pop(key, None)), notes)
+
+
+def _noted(root: nn.Module) -> tuple[str, ...]:
+    known = _notes.get(id(root))
+    return known[1] if known is not None and known[0]() is root else ()
 
 
 def forget(model: nn.Module) -> None:
