@@ -179,6 +179,10 @@ class OriginalFailed(RuntimeError):
     """The original forward cannot be run again on what it was called with, so that there is nothing to compare with."""
 
 
+class KernelFailed(RuntimeError):
+    """The kernel raised on a call that the original answers."""
+
+
 def examine(replay: Replay, kernel: Any, calls: list[Call], tolerance: Tolerance | None) -> tuple[Comparison, Evidence]:
     """The kernel's forward beside the original's on each call. Raises `OriginalFailed`.
 
@@ -213,20 +217,28 @@ def _examine_call(
     precise = None if tolerance == Tolerance.exact() else _precise(replay, original, call, expected, tolerance)
     reference = "original" if precise is None else "float64"
     try:
-        first = replay.run(kernel, call)
+        first = _run(replay, kernel, call)
         others = _with_other_values(replay, original, kernel, call, expected, tolerance)
         # Only now: the call with other values may have written into what the first returned.
         runs = [compare(first, expected, precise, tolerance)]
         with poisoned_memory():
-            again = replay.run(kernel, call)
-        _synchronize(again)
-    except OriginalFailed:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever the kernel raises is the difference
-        return Comparison(f"the kernel raises {_first_line(error)}", share=float("inf")), reference
+            again = _run(replay, kernel, call)
+    except KernelFailed as error:
+        return Comparison(str(error), share=float("inf")), reference
     runs += [_said(others, "called with other values in between: ")] if others else []
     runs += [_said(compare(again, expected, precise, tolerance), "called again: ")]
     return together(runs), reference
+
+
+def _run(replay: Replay, kernel: Any, call: Call) -> Effects:
+    """The call with the kernel, to its end on the device: what goes wrong on a GPU is raised later."""
+    try:
+        effects = replay.run(kernel, call)
+        for device in {leaf.device for leaf in tensors_in(dict(effects.values)) if leaf.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        raise KernelFailed(f"the kernel raises {_first_line(error)}") from error
+    return effects
 
 
 def _said(comparison: Comparison, text: str) -> Comparison:
@@ -281,19 +293,12 @@ def _with_other_values(
     if _special(reference) and not _special(expected):
         return None
     precise = None if tolerance == Tolerance.exact() else _precise(replay, original, other, reference, tolerance)
-    return compare(replay.run(kernel, other), reference, precise, tolerance)
+    return compare(_run(replay, kernel, other), reference, precise, tolerance)
 
 
 def _special(effects: Effects) -> bool:
     tensors = (leaf for leaf in tensors_in(dict(effects.values)) if leaf.dtype.is_floating_point)
     return any(not bool(leaf.isfinite().all()) for leaf in tensors)
-
-
-def _synchronize(effects: Effects) -> None:
-    """Wait for the device: what a kernel does wrong on a GPU is raised later."""
-    for device in {leaf.device for leaf in tensors_in(dict(effects.values))}:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
 
 @contextmanager
