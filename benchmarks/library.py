@@ -76,6 +76,7 @@ def main() -> None:
     show(rows)
     if options.json:
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 

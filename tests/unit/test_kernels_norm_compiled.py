@@ -92,6 +92,7 @@ def same(got: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layer", [*RMS, *GATED])
 def test_equals_the_models_own_code_bit_for_bit(norm: ModuleType, level: str, layer: str, dtype: torch.dtype) -> None:
+    """needs 7: numerics drift."""
     for width in WIDTHS:
         original, kernelized = pair(norm, layer, width, dtype)
         for scale in (0.02, 3.0):
