@@ -32,7 +32,7 @@ from kernelhub.errors import (
     RepositoryNotFound,
     UntrustedKernel,
 )
-from kernelhub.hub import client as client_module
+from kernelhub.hub import checks as checks_module
 from kernelhub.hub.client import loaded_kernels
 from kernelhub.hub.sources.base import Moved
 from kernelhub.hub.sources.local import local_source
@@ -344,9 +344,9 @@ def test_a_kernel_that_needs_this_level_loads(make_hub):
 
 def test_a_missing_package_is_named_with_its_command(make_hub, ran, monkeypatch):
     code, did_run = ran
-    real = client_module.importlib.util.find_spec
+    real = checks_module.importlib.util.find_spec
     monkeypatch.setattr(
-        client_module.importlib.util, "find_spec", lambda name, *rest: None if name == "tvm_ffi" else real(name, *rest)
+        checks_module.importlib.util, "find_spec", lambda name, *rest: None if name == "tvm_ffi" else real(name, *rest)
     )
     with pytest.raises(MissingDependency, match="pip install apache-tvm-ffi") as caught:
         make_hub(source_of(code=code, python_depends=["tvm-ffi"])).load(SMALL)
@@ -373,8 +373,8 @@ def cuda_source(code: str, archs: list[str]) -> MemorySource:
 @pytest.fixture
 def devices(monkeypatch):
     def have(*archs: str, current: int = 0) -> None:
-        monkeypatch.setattr(client_module, "visible_archs", lambda backend: archs)
-        monkeypatch.setattr(client_module, "current_device", lambda: current)
+        monkeypatch.setattr(checks_module, "visible_archs", lambda backend: archs)
+        monkeypatch.setattr(checks_module, "current_device", lambda: current)
 
     return have
 

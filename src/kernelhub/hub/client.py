@@ -13,7 +13,6 @@ it. Offline, locked, local and overridden kernels are other sources and other pi
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 import warnings
@@ -24,11 +23,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from kernelhub.core.archs import covers
-from kernelhub.core.backends import BY_NAME, Backend
+from kernelhub.core.backends import BY_NAME
 from kernelhub.core.host import Host
 from kernelhub.core.lockfile import LockedKernel, LockFile
-from kernelhub.core.metadata import KERNELS_LEVEL, PYTHON_DEPENDS, Metadata
+from kernelhub.core.metadata import Metadata
 from kernelhub.core.refs import KernelRef, Pin, RepoId, Revision
 from kernelhub.core.select import rank
 from kernelhub.core.trust import Origin, Published, TrustPolicy
@@ -44,22 +42,21 @@ from kernelhub.errors import (
     KernelCycle,
     KernelHubWarning,
     KernelNotFound,
-    MissingDependency,
     NoCompatibleVariant,
     RepositoryNotFound,
     Yanked,
     context,
 )
-from kernelhub.hub.addresses import endpoint_address, hub_address
+from kernelhub.hub.checks import check_archs, check_level, check_python_depends
 from kernelhub.hub.importer import Importer, LoadedKernel, RepoInfo
-from kernelhub.hub.probe import current_device, detect_host, visible_archs
+from kernelhub.hub.probe import detect_host
 from kernelhub.hub.progress import TerminalLine
 from kernelhub.hub.sources.base import LOCAL, UNAVAILABLE, Listing, Moved, Progress, Source
-from kernelhub.hub.sources.deferred import Deferred
+from kernelhub.hub.sources.defaults import building_of, default_sources
 from kernelhub.hub.sources.local import LocalSource, local_source
-from kernelhub.hub.sources.project import EMBEDDED_ORG, Building, ProjectSource
+from kernelhub.hub.sources.project import EMBEDDED_ORG, ProjectSource
 from kernelhub.hub.store import Place, RefRecord, Store
-from kernelhub.hub.telemetry import UserAgent, user_agent
+from kernelhub.hub.telemetry import UserAgent
 from kernelhub.hub.verify import Verified, verify
 from kernelhub.settings import Settings
 
@@ -524,30 +521,14 @@ class Hub:
 
     def _check(self, metadata: Metadata, options: Options) -> None:
         """What must hold before any of the kernel's code is imported."""
-        if metadata.kernels_minver and metadata.kernels_minver > KERNELS_LEVEL:
-            need, have = (".".join(map(str, level)) for level in (metadata.kernels_minver, KERNELS_LEVEL))
-            raise InvalidReference(
-                f"{metadata.name} needs what the kernels package has from {need} on; this one has the level {have}",
-                hint="pip install --upgrade kernelhub",
-            )
+        check_level(metadata)
         check_python_depends(metadata)
         if options.check_arch:
             self._check_archs(metadata, options)
 
     def _check_archs(self, metadata: Metadata, options: Options) -> None:
-        backend: Backend = self.host.choose_backend(options.backend)
-        if not metadata.backend.archs or metadata.backend.type != backend.name:
-            return
-        archs, devices = metadata.backend.archs, visible_archs(backend)
-        uncovered = [index for index, arch in enumerate(devices) if not covers(archs, arch)]
-        built = f"{metadata.name} is built for {', '.join(archs)}"
-        if uncovered and current_device() in uncovered:
-            raise IncompatibleDevice(
-                f"{built}; the current device {current_device()} has {devices[current_device()]}",
-                hint="Build it for this device, or pass check_arch=False if another device will run it.",
-            )
-        for index in uncovered:
-            self._warn(f"{built}; device {index} has {devices[index]} and cannot run it", CompatibilityWarning)
+        for text in check_archs(metadata, self.host.choose_backend(options.backend)):
+            self._warn(text, CompatibilityWarning)
 
     # Inside
 
@@ -606,58 +587,9 @@ class Hub:
             warnings.warn(text, category, stacklevel=2)
 
 
-def building_of(settings: Settings) -> Building:
-    """How kernels are compiled here when they are asked for."""
-    return Building(settings.build, settings.cache_folder / "build", settings.cxx, settings.cuda_home)
-
-
-def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]:
-    """Local overrides, the embedded hub, the hubs of the settings, the Hugging Face Hub."""
-
-    def header() -> str:
-        return user_agent(enabled=settings.telemetry, caller=agent)
-
-    def layout(url: str) -> Source:
-        from kernelhub.hub.sources.layout import LayoutSource
-
-        return LayoutSource(url, header)
-
-    def hugging_face() -> Source:
-        from kernelhub.hub.sources.huggingface import HuggingFaceSource
-
-        return HuggingFaceSource(settings.hf_endpoint, header)
-
-    building = building_of(settings)
-    found: list[Source] = []
-    for name, path in settings.local_kernels:
-        with context(f"LOCAL_KERNELS: {name}={path}"):
-            found.append(local_source(path, RepoId.parse(name), building)[0])
-    found.append(ProjectSource.embedded(building))
-    found += [Deferred(hub_address(url), partial(layout, url)) for url in settings.hubs]
-    found.append(Deferred(endpoint_address(settings.hf_endpoint), hugging_face))
-    return found
-
-
 def _kept(listing: Listing) -> dict[str, Any]:
     """What the store keeps of a listing."""
     return {"variants": listing.variants, "source": listing.source}
-
-
-def check_python_depends(metadata: Metadata) -> None:
-    """Raises `MissingDependency` for packages that are not installed, `InvalidMetadata` for names that are not known."""
-    missing = []
-    for name in metadata.python_depends:
-        row = PYTHON_DEPENDS.get(name)
-        if row is None or metadata.backend.type not in row.backends:
-            known = ", ".join(key for key, item in PYTHON_DEPENDS.items() if metadata.backend.type in item.backends)
-            raise InvalidMetadata(
-                f"python-depends: {name!r} is not a package that kernels for {BY_NAME[metadata.backend.type].title} may "
-                f"depend on; known: {known}"
-            )
-        if importlib.util.find_spec(row.module) is None:
-            missing.append(row.package)
-    if missing:
-        raise MissingDependency(f"{metadata.name} needs {', '.join(missing)}", packages=missing)
 
 
 def read_lock(lockfile: Path) -> LockFile:
