@@ -67,7 +67,8 @@ class TrustPolicy:
         if reason is None:
             raise UntrustedKernel(
                 f"{published.repo} would run code published by {published.repo.org!r}, whom {_not_trusted(published)}",
-                hint=f'If you trust it, pass trust_remote_code=["{published.repo}"] (True trusts every repository).',
+                hint=f'If you trust it, pass trust_remote_code=["{published.repo}"] (True trusts every repository); '
+                f"with a command: --trust {published.repo}.",
             )
         return reason
 
