@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from kernelhub.cli.options import Json
 from kernelhub.cli.render import show_json, show_table, size
+
+if TYPE_CHECKING:
+    from kernelhub.hub.sources.base import Source
 
 COMPILERS = ("g++", "clang++", "nvcc", "hipcc", "ninja")
 
@@ -94,21 +98,20 @@ def _hubs() -> list[Finding]:
     return [Finding("hubs", source.name, text, ok) for source, (text, ok) in zip(sources, answers, strict=True)]
 
 
-def _reach(source: object, offline: bool) -> tuple[str, bool | None]:
+def _reach(source: Source, offline: bool) -> tuple[str, bool | None]:
     from kernelhub.core.refs import RepoId
     from kernelhub.core.trust import Origin
     from kernelhub.errors import KernelHubError, KernelNotFound
 
-    origin: Origin = source.origin  # type: ignore[attr-defined]
-    if offline and origin is Origin.REMOTE:
+    if offline and source.origin is Origin.REMOTE:
         return "not asked: offline", None
     try:
-        source.refs(RepoId("kernelhub-doctor", "asks"))  # type: ignore[attr-defined]
+        source.refs(RepoId("kernelhub-doctor", "asks"))
     except KernelNotFound:
         pass
     except KernelHubError as error:
         return str(error), False
-    return f"answers ({origin.value})", True
+    return f"answers ({source.origin.value})", True
 
 
 def _store() -> list[Finding]:
