@@ -146,6 +146,21 @@ def test_a_project_may_have_compiled_and_noarch_variants_of_the_same_python() ->
     assert both.binding is not None
 
 
+# As 5, with `language` where that has `backend`.
+EDITION_6 = GENERAL.replace("edition = 5", "edition = 6") + '[torch]\n[kernel.a]\nlanguage = "cpp-cuda"\n'
+
+
+def test_edition_6_has_a_language_where_5_has_a_backend() -> None:
+    newest = Recipe.parse(EDITION_6 + 'src = ["a.cu"]\ncuda-flags = ["-O2"]\n')
+    present = GENERAL + '[torch]\n[kernel.a]\nbackend = "cuda"\nsrc = ["a.cu"]\ncuda-flags = ["-O2"]\n'
+    assert newest == Recipe.parse(present)
+    assert newest.notes == ()
+
+
+def test_a_noarch_kernel_may_have_an_empty_kernel_section() -> None:
+    assert Recipe.parse(GENERAL + "[torch-noarch]\n\n[kernel]\n").sections == ()
+
+
 def test_edition_4_has_no_edition() -> None:
     recipe = Recipe.parse(GENERAL.replace("edition = 5\n", "") + '[torch]\nsrc = ["a.cpp"]\nstable-abi = "2.11"\n')
     assert recipe.stable_abi_of("cpu") == recipe.stable_abi_of("cuda") == (2, 11)
@@ -190,7 +205,12 @@ WRONG = [
     (GENERAL.replace("version = 1", "version = true") + "[torch-noarch]\n", 3, "general.version: expected a whole number"),
     (GENERAL.replace("version = 1\n", "") + "[torch-noarch]\n", 1, "general.version: expected a whole number, got nothing"),
     (GENERAL.replace('"MIT"', '""') + "[torch-noarch]\n", 5, "general.license: expected text"),
-    (GENERAL.replace("edition = 5", "edition = 6") + "[torch-noarch]\n", 4, "general.edition: expected 3, 4 or 5, got 6"),
+    (GENERAL.replace("edition = 5", "edition = 7") + "[torch-noarch]\n", 4, "general.edition: expected a whole number from 3 to 6, got 7"),
+    (GENERAL.replace("edition = 5", "edition = 2") + "[torch-noarch]\n", 4, "general.edition: expected a whole number from 3 to 6, got 2"),
+    (EDITION_6 + 'backend = "cpu"\n', 10, "kernel.a.backend: unknown key; expected one of cuda-capabilities"),
+    (EDITION_6.replace("cpp-cuda", "rust"), 9, "kernel.a.language: expected one of cpp-cpu, cpp-cuda, cpp-metal"),
+    (EDITION_6.replace("cpp-cuda", "cuda"), 9, "kernel.a.language: expected one of cpp-cpu"),
+    (EDITION_6.replace("cpp-cuda", "cpp-xpu"), 9, "kernel.a.language: 'xpu' is not in general.backends"),
     (GENERAL.replace('["cpu", "cuda"]', '["vulkan"]') + "[torch-noarch]\n", 6, "general.backends: expected some of cann, cpu"),
     (GENERAL.replace('["cpu", "cuda"]', "[]") + "[torch-noarch]\n", 6, "general.backends: expected some of"),
     (GENERAL.replace('["cpu", "cuda"]', '"cpu"') + "[torch-noarch]\n", 6, "general.backends: expected a list of text, got 'cpu'"),

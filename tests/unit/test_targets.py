@@ -141,6 +141,20 @@ def test_architectures(
     assert found.archs == archs
 
 
+def test_devices_that_nvcc_does_not_know_are_left_out(machine: Toolchain) -> None:
+    # Projects list the devices of every CUDA they are built with: 7.0 went with CUDA 13, 11.8 never was.
+    nvcc = replace(NVCC, devices=("7.5", "8.0", "9.0", "10.0"))
+    machine = replace(machine, nvcc=nvcc)
+    listed = recipe(kernel='cuda-capabilities = ["7.0", "8.0", "9.0a", "10.0+PTX", "11.8"]')
+    found = compiled_target(listed, "cuda", machine, None)
+    assert isinstance(found, Target)
+    assert found.archs == ("8.0", "9.0a", "10.0+PTX")
+
+    none = compiled_target(recipe(kernel='cuda-capabilities = ["7.0"]'), "cuda", machine, None)
+    assert isinstance(none, Skipped)
+    assert "kernel.one is for 7.0; nvcc here compiles for 7.5, 8.0, 9.0, 10.0" in none.reason
+
+
 def test_a_section_for_other_devices_is_a_reason_and_one_for_newer_cuda_is_left_out(machine: Toolchain) -> None:
     found = compiled_target(recipe(kernel='cuda-capabilities = ["10.0a"]'), "cuda", machine, ("9.0",))
     assert isinstance(found, Skipped)

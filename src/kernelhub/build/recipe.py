@@ -1,4 +1,4 @@
-"""`build.toml` as a value: every key of editions 3 to 5 of the `kernels` project's format.
+"""`build.toml` as a value: every key of editions 3 to 6 of the `kernels` project's format.
 
 An error names the line and the key. Older editions are read as they are; `Recipe.notes` says what edition 5 would have
 otherwise, and `update` writes that. One thing is read beyond the format: a project may have both [torch] and
@@ -26,6 +26,7 @@ else:
     import tomli as tomllib
 
 EDITION = 5
+NEWEST = 6  # as 5, but that a [kernel.<name>] has `language = "cpp-<backend>"` where it had `backend`
 _NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]", re.ASCII)
 _DEPENDS = re.compile(r"torch|cutlass_\d+_\d+|sycl_tla|metal-cpp", re.ASCII)
 
@@ -201,8 +202,9 @@ def update(text: str) -> str:
 
 def _refuse_ancient(raw: Mapping[str, Any], text: str) -> None:
     tables = [path for path in _ANCIENT if isinstance(raw.get(path[0]), dict) and path[1] in raw[path[0]]]
-    kernels = raw.get("kernel")
-    if isinstance(kernels, dict):
+    kernels, general = raw.get("kernel"), raw.get("general")
+    newest = isinstance(general, dict) and general.get("edition") == NEWEST
+    if isinstance(kernels, dict) and not newest:
         tables += [
             ("kernel", name, "language")  # type: ignore[misc]
             for name, table in kernels.items()
@@ -247,7 +249,7 @@ def _recipe(top: Table, general: Table) -> Recipe:
         noarch=noarch is not None or not frameworks,
         binding=_binding(binding) if binding else None,
         tvm_ffi="tvm-ffi" in frameworks,
-        sections=_sections(top, backends),
+        sections=_sections(top, backends, edition),
         archs={
             "cuda": noarch.texts("cuda_capabilities") if noarch else (),
             "rocm": noarch.texts("rocm_archs") if noarch else (),
@@ -268,9 +270,9 @@ def _edition(general: Table, frameworks: list[str], notes: list[str]) -> int:
     """The edition: as written, or the oldest that the file can be."""
     written = general.whole("edition")
     if written is not None:
-        if written > EDITION or written < 3:
-            raise general.error("edition", f"expected 3, 4 or {EDITION}, got {written}")
-        if written != EDITION:
+        if written > NEWEST or written < 3:
+            raise general.error("edition", f"expected a whole number from 3 to {NEWEST}, got {written}")
+        if written < EDITION:
             notes.append(f"general.edition is {written}, the present one is {EDITION}")
         return written
     notes.append(f"general.edition is missing, the present one is {EDITION}")
@@ -281,12 +283,12 @@ def _check_frameworks(top: Table, frameworks: list[str], notes: list[str]) -> No
     if not frameworks:
         if not notes:  # edition 5 as it should be, but for this
             raise top.error("torch", "expected one of the sections [torch], [torch-noarch] and [tvm-ffi], got none")
-        if top.has("kernel"):
+        if top.raw("kernel"):
             raise top.error("kernel", "sources to compile need a [torch] section with the bindings in src")
         notes.append("the section [torch-noarch] is missing; without a framework's section a kernel is noarch")
     if "torch" in frameworks and "tvm-ffi" in frameworks:
         raise top.error("tvm-ffi", "expected one framework, got [torch] and [tvm-ffi]")
-    if frameworks == ["torch-noarch"] and top.has("kernel"):
+    if frameworks == ["torch-noarch"] and top.raw("kernel"):
         raise top.error(
             "kernel", "a noarch kernel has no sources to compile; expected [torch] instead of [torch-noarch]"
         )
@@ -344,21 +346,25 @@ def _stable_abi(table: Table) -> dict[str, VersionPair]:
     return {key: version for key in BY_NAME if (version := per_backend.version(key))}
 
 
-def _sections(top: Table, backends: tuple[str, ...]) -> tuple[Section, ...]:
+def _sections(top: Table, backends: tuple[str, ...], edition: int) -> tuple[Section, ...]:
     tables = top.table("kernel")
     if not tables:
         return ()
     found = [(name, tables.table(name)) for name in tables.value]
-    return tuple(_section(name, table, backends) for name, table in found if table is not None)
+    key, prefix = ("language", "cpp-") if edition == NEWEST else ("backend", "")
+    return tuple(_section(name, table, backends, key, prefix) for name, table in found if table is not None)
 
 
-def _section(name: str, table: Table, backends: tuple[str, ...]) -> Section:
-    backend = table.string("backend")
+def _section(name: str, table: Table, backends: tuple[str, ...], key: str, prefix: str) -> Section:
+    """A section whose backend is what `key` has after `prefix`."""
+    written = table.string(key)
+    backend = written.removeprefix(prefix) if written and written.startswith(prefix) else None
     if backend not in _KERNEL_OF:
-        raise table.error("backend", f"expected one of {', '.join(sorted(_KERNEL_OF))}, got {backend!r}")
-    table.known(_KERNEL | _KERNEL_OF[backend])
+        expected = ", ".join(prefix + item for item in sorted(_KERNEL_OF))
+        raise table.error(key, f"expected one of {expected}, got {written!r}")
+    table.known(_KERNEL - {"backend"} | {key} | _KERNEL_OF[backend])
     if backend not in backends:
-        raise table.error("backend", f"{backend!r} is not in general.backends")
+        raise table.error(key, f"{backend!r} is not in general.backends")
     depends = table.texts("depends")
     for item in depends:
         if not _DEPENDS.fullmatch(item):

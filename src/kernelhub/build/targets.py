@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from kernelhub.core.variants import CPUS, SYSTEMS, BuildVariant, Compiled, Frame
 
 # What a CUDA kernel that names no capabilities is built for when it is to run elsewhere; PTX serves newer devices.
 RELEASE_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0+PTX")
+_DEVICE = re.compile(r"[a-z]?(\+PTX)?$", re.ASCII)  # what follows the device in "9.0a" and "10.0+PTX"
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,9 @@ def compiled_target(
     for section in recipe.sections_of(backend):
         if section.minver and (toolchain.nvcc is None or (toolchain.nvcc.version or (0, 0)) < section.minver):
             continue
-        archs = _archs(section, devices) if backend == "cuda" else ()
+        archs = _archs(section, devices, toolchain) if backend == "cuda" else ()
         if backend == "cuda" and not archs:
-            listed, have = ", ".join(section.archs), ", ".join(devices or ())
-            return Skipped(backend, f"kernel.{section.name} is for {listed}; the devices here are {have}", variant)
+            return Skipped(backend, _no_arch(section, devices, toolchain), variant)
         sections.append((section, archs))
     return Target(variant, backend, recipe.stable_abi_of(backend), tuple(sections), cuda)
 
@@ -157,12 +158,24 @@ def _cuda_tag(toolchain: Toolchain) -> VersionPair | None:
     return of_torch or (toolchain.nvcc.version if toolchain.nvcc else None)
 
 
-def _archs(section: Section, devices: Sequence[str] | None) -> tuple[str, ...]:
-    if devices is None:
-        return section.archs or RELEASE_ARCHS
-    if not section.archs:
-        return tuple(dict.fromkeys(devices))
-    return tuple(arch for arch in section.archs if any(covers((arch,), device) for device in devices))
+def _archs(section: Section, devices: Sequence[str] | None, toolchain: Toolchain) -> tuple[str, ...]:
+    """What a section is compiled for: of what it names, what the compiler knows and, given devices, they can run."""
+    wanted = section.archs or (tuple(dict.fromkeys(devices)) if devices is not None else RELEASE_ARCHS)
+    known = toolchain.nvcc.devices if toolchain.nvcc else ()
+    return tuple(
+        arch
+        for arch in wanted
+        if (not known or _DEVICE.sub("", arch) in known)
+        and (devices is None or any(covers((arch,), device) for device in devices))
+    )
+
+
+def _no_arch(section: Section, devices: Sequence[str] | None, toolchain: Toolchain) -> str:
+    """Why there is no architecture to compile a section for."""
+    known = ", ".join(toolchain.nvcc.devices) if toolchain.nvcc else ""
+    compiles = f"; nvcc here compiles for {known}" if known else ""
+    here = f"; the devices here are {', '.join(devices)}" if devices else ""
+    return f"kernel.{section.name} is for {', '.join(section.archs or devices or RELEASE_ARCHS)}{compiles}{here}"
 
 
 def _outside(have: VersionPair, least: VersionPair | None, most: VersionPair | None) -> str | None:

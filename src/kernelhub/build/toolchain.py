@@ -24,12 +24,16 @@ _TIMEOUT = 60.0  # seconds; the first start of a compiler on a cold disk takes s
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler that runs here. `identity` is what it says of its version: another text, another binary."""
+    """A compiler that runs here. `identity` is what it says of its version: another text, another binary.
+
+    `devices` are the architectures that nvcc compiles for (`"9.0"`); empty where it does not say.
+    """
 
     kind: str  # gcc, clang, zig or nvcc
     command: tuple[str, ...]
     identity: str
     version: VersionPair | None
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,9 @@ def _nvcc(cuda_home: Path | None) -> Compiler | None:
         text = _ask([path, "--version"]) if path else None
         release = re.search(r"release (\d+)\.(\d+)", text or "")
         if path and text and release:
-            return Compiler("nvcc", (path,), _identity(text), (int(release[1]), int(release[2])))
+            listed = re.findall(r"compute_(\d+)(\d)\b", _ask([path, "--list-gpu-arch"]) or "")
+            devices = tuple(f"{major}.{minor}" for major, minor in listed)
+            return Compiler("nvcc", (path,), _identity(text), (int(release[1]), int(release[2])), devices)
     return None
 
 
