@@ -14,7 +14,7 @@ _NAMES = {
     "kernelhub.errors": (
         "BuildFailed CompatibilityWarning HubUnavailable IncompatibleDevice IntegrityError InvalidMetadata InvalidReference KernelCycle "
         "KernelHubError KernelHubWarning KernelImportError KernelNotFound LayerContractError MissingDependency NoCompatibleVariant "
-        "NoKernelForLayer PublishConflict StoreError UntrustedKernel"
+        "NoKernelForLayer PublishConflict RankFailed RanksDisagree StoreError UntrustedKernel"
     ),
     "kernelhub.benchmark": "Benchmark",
     "kernelhub.config.kernel_config": "KernelConfig",
@@ -72,6 +72,8 @@ if TYPE_CHECKING:
         NoCompatibleVariant,
         NoKernelForLayer,
         PublishConflict,
+        RankFailed,
+        RanksDisagree,
         StoreError,
         UntrustedKernel,
     )

@@ -6,7 +6,7 @@ fact; whoever knows more adds it with `add_context`, and the last line says what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,8 @@ __all__ = [
     "NoCompatibleVariant",
     "NoKernelForLayer",
     "PublishConflict",
+    "RankFailed",
+    "RanksDisagree",
     "RepositoryNotFound",
     "StoreError",
     "UntrustedKernel",
@@ -232,3 +234,23 @@ class LayerContractError(KernelHubError, TypeError):
 
 class NoKernelForLayer(KernelHubError, ValueError):
     """A layer that was to be kernelized has no kernel, and `use_fallback` does not let it keep its forward."""
+
+
+class RankFailed(KernelHubError, RuntimeError):
+    """Processes that decide together could not: `failed` maps each rank that failed, or did not come, to the reason."""
+
+    def __init__(self, message: str, failed: Mapping[int, str], *, hint: str | None = None) -> None:
+        lines = [f"    rank {rank}: {reason}" for rank, reason in sorted(failed.items())]
+        super().__init__("\n".join([message, *lines]), hint=hint)
+        self.failed = dict(failed)
+
+
+class RanksDisagree(KernelHubError, RuntimeError):
+    """Processes that decide together were asked for different things; `differences` names ranks and layers."""
+
+    def __init__(self, message: str, differences: Sequence[str], *, hint: str | None = None) -> None:
+        shown = [f"    {difference}" for difference in differences[:20]]
+        if len(differences) > len(shown):
+            shown.append(f"    and {len(differences) - len(shown)} more")
+        super().__init__("\n".join([message, *shown]), hint=hint)
+        self.differences = tuple(differences)

@@ -26,7 +26,7 @@ class Settings:
 
     `ref_ttl` (seconds) is how long a version's commit is believed without asking the hub again. `cache` None is the
     platform's cache folder. `cxx` and `cuda_home` are the C++ compiler and the CUDA toolkit that kernels are built with;
-    None looks for them.
+    None looks for them. `ranks_timeout` (seconds) is how long the processes of torch.distributed wait for each other.
     """
 
     hubs: tuple[str, ...] = ()
@@ -43,6 +43,7 @@ class Settings:
     hf_endpoint: str = "https://huggingface.co"
     telemetry: bool = True
     source_date_epoch: int | None = None
+    ranks_timeout: float = 600.0
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -65,6 +66,7 @@ class Settings:
             hf_endpoint=(env.get("HF_ENDPOINT") or cls.hf_endpoint).rstrip("/"),
             telemetry=not any(_foreign_flag(env, name) for name in _NO_TELEMETRY),
             source_date_epoch=_epoch(env),
+            ranks_timeout=_seconds(env, "KERNELHUB_RANKS_TIMEOUT", cls.ranks_timeout),
         )
 
     @property

@@ -35,6 +35,7 @@ def test_every_setting_has_a_variable(name: str, tmp_path: Path) -> None:
         "hf_endpoint": {"HF_ENDPOINT": "https://hub.example"},
         "telemetry": {"DO_NOT_TRACK": "1"},
         "source_date_epoch": {"SOURCE_DATE_EPOCH": "1700000000"},
+        "ranks_timeout": {"KERNELHUB_RANKS_TIMEOUT": "30"},
     }[name]
     settings = Settings.from_env(variables)
     assert [f.name for f in fields(Settings) if getattr(settings, f.name) != getattr(Settings(), f.name)] == [name]
