@@ -96,10 +96,10 @@ def summarize(times: Sequence[float]) -> Summary:
 
 
 def scripts(folder: Path) -> list[Path]:
-    """The benchmark scripts of a kernel repository or project. Raises `InvalidReference` where there is none."""
-    found = sorted((folder / "benchmarks").glob("benchmark*.py"))
+    """The scripts in a `benchmarks` folder. Raises `InvalidReference` where there is none."""
+    found = sorted(folder.glob("benchmark*.py"))
     if not found:
-        raise InvalidReference(f"{folder} has no benchmarks", hint="Expected benchmarks/benchmark*.py.")
+        raise InvalidReference(f"{folder} has no benchmarks", hint="Expected benchmark*.py in it.")
     return found
 
 

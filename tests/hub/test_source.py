@@ -9,9 +9,10 @@ from kernelfiles import kernel_files, write_files
 from loopback_hub import LoopbackHub
 
 from kernelhub import Hub, Settings
+from kernelhub.benchmark import run_script, scripts
 from kernelhub.core.refs import KernelRef, RepoId
 from kernelhub.core.trust import Origin
-from kernelhub.errors import IntegrityError, NoCompatibleVariant, UntrustedKernel
+from kernelhub.errors import IntegrityError, KernelNotFound, NoCompatibleVariant, UntrustedKernel
 from kernelhub.hub.publish import publish
 from kernelhub.hub.server import app
 from kernelhub.hub.sources.huggingface import HuggingFaceSource
@@ -69,6 +70,55 @@ def test_the_hugging_face_protocol(repository, tmp_path, hub: LoopbackHub):
     hub.requests.clear()
     assert client(tmp_path, source).load(REF, trust_remote_code=True).module is module
     assert hub.requests == []
+
+
+BENCHMARK = b"""
+from kernelhub import Benchmark
+
+
+class Built(Benchmark):
+    def setup(self):
+        pass
+
+    def benchmark_built(self):
+        self.out = self.kernel.BUILT
+"""
+
+
+@pytest.mark.parametrize("protocol", ["layout", "hugging face"])
+def test_its_benchmarks_are_fetched_once_it_is_trusted(protocol, repository, tmp_path, hub: LoopbackHub):
+    write_files(repository / "benchmarks", {"benchmark.py": BENCHMARK, "data/sizes.json": b"[1]\n"})
+    if protocol == "layout":
+        publish(repository, str(tmp_path / "hub"), RepoId("org", "tree"), epoch=1)
+        here = client(tmp_path, LayoutSource(str(tmp_path / "hub"), agent))
+    else:
+        hub.app = app(repository.parent.parent)
+        here = client(tmp_path, HuggingFaceSource(hub.url, agent, lambda: None))
+        with pytest.raises(UntrustedKernel):
+            here.benchmarks(REF)
+        assert hub.targets("/resolve/") == hub.targets("benchmarks") == []
+
+    folder = here.benchmarks(REF, trust_remote_code=True)
+    assert [path.name for path in scripts(folder)] == ["benchmark.py"]
+    assert (folder / "data" / "sizes.json").read_bytes() == b"[1]\n"
+    kernel = here.load(REF, trust_remote_code=True).module
+    assert [item.workload for item in run_script(folder / "benchmark.py", kernel, "cpu", rounds=3)] == ["built"]
+
+    hub.requests.clear()
+    assert here.benchmarks(REF, trust_remote_code=True) == folder
+    assert hub.requests == []  # it is here
+    # What was altered in the store is fetched again, not run.
+    (folder / "benchmark.py").write_bytes(b"raise SystemExit\n")
+    assert here.benchmarks(REF, trust_remote_code=True) == folder
+    assert (folder / "benchmark.py").read_bytes() == BENCHMARK
+
+
+@pytest.mark.parametrize("protocol", ["layout", "hugging face"])
+def test_without_benchmarks_the_error_says_so(protocol, repository, layout, tmp_path, hub: LoopbackHub):
+    hub.app = app(repository.parent.parent)
+    source = layout if protocol == "layout" else HuggingFaceSource(hub.url, agent, lambda: None)
+    with pytest.raises(KernelNotFound, match="has no benchmarks of org/tree"):
+        client(tmp_path, source).benchmarks(REF, trust_remote_code=True)
 
 
 def test_has_kernel_agrees(layout, tmp_path):

@@ -95,8 +95,7 @@ def test_the_workloads_of_a_base_class_come_first(kernel: ModuleType, tmp_path: 
 def test_scripts_are_found_by_name(tmp_path: Path, kernel: ModuleType) -> None:
     with pytest.raises(InvalidReference, match="has no benchmarks"):
         scripts(tmp_path)
-    folder = tmp_path / "benchmarks"
-    folder.mkdir()
+    folder = tmp_path
     for name in ("benchmark_b.py", "benchmark.py", "helper.py"):
         (folder / name).write_text("x = 1\n")
     assert [path.name for path in scripts(tmp_path)] == ["benchmark.py", "benchmark_b.py"]

@@ -52,21 +52,15 @@ def benchmark(
 def _kernel(kernel: str, backend: str | None, trust: list[str]) -> tuple[Path, ModuleType]:
     """The folder that has the benchmarks, and the kernel's module."""
     from kernelhub.core.refs import KernelRef
-    from kernelhub.errors import InvalidReference
     from kernelhub.hub.client import Hub
-    from kernelhub.hub.sources.project import ProjectSource
 
     hub = Hub()
     path = Path(kernel)
     if path.is_dir():
-        return path, hub.load_local(path, backend=backend, trust_remote_code=trust).module
+        return path / "benchmarks", hub.load_local(path, backend=backend, trust_remote_code=trust).module
     ref = KernelRef.of(kernel)
-    source, _ = hub.versions(ref.repo)
-    if not isinstance(source, ProjectSource):
-        raise InvalidReference(
-            f"the benchmarks of {ref.repo} lie in {source.name}", hint="Fetch the repository and name its folder."
-        )
-    return source.project(ref.repo), hub.load(ref, backend=backend, trust_remote_code=trust).module
+    folder = hub.benchmarks(ref, trust_remote_code=trust)
+    return folder, hub.load(ref, backend=backend, trust_remote_code=trust).module
 
 
 def _device(backend: str | None) -> str:

@@ -51,7 +51,7 @@ from kernelhub.hub.checks import check_archs, check_level, check_python_depends
 from kernelhub.hub.importer import Importer, LoadedKernel, RepoInfo
 from kernelhub.hub.probe import detect_host
 from kernelhub.hub.progress import TerminalLine
-from kernelhub.hub.sources.base import LOCAL, UNAVAILABLE, Listing, Moved, Progress, Source
+from kernelhub.hub.sources.base import BENCHMARKS, LOCAL, SOURCE, UNAVAILABLE, Listing, Moved, Progress, Source
 from kernelhub.hub.sources.defaults import building_of, default_sources
 from kernelhub.hub.sources.local import LocalSource, local_source
 from kernelhub.hub.sources.project import EMBEDDED_ORG, ProjectSource
@@ -237,6 +237,22 @@ class Hub:
             "path": str(verified.path),
         }
 
+    def benchmarks(self, ref: KernelRef, *, trust_remote_code: Trust = False) -> Path:
+        """The folder of the repository's benchmark scripts, as they were published.
+
+        Raises `UntrustedKernel` before any is fetched, and `KernelNotFound` where there are none.
+        """
+        options = Options(self._policy(trust_remote_code), offline=self.settings.offline)
+        with context(f"while looking for the benchmarks of {ref}"):
+            found = self._trusted(self.find(ref, self.sources(), options), options)
+            if isinstance(found.source, ProjectSource):
+                folder: Path | None = found.source.project(found.repo) / BENCHMARKS
+            else:
+                folder = self._part(found, BENCHMARKS, options)
+            if folder is None or not folder.is_dir():
+                raise KernelNotFound(f"{found.source.name} has no benchmarks of {found.repo}")
+            return folder
+
     def versions(self, repo: RepoId) -> tuple[Source, Mapping[str, str]]:
         """The refs that the first source which has the repository names, with their commits."""
         for source in self._order(KernelRef(repo), self.sources(), self.settings.offline):
@@ -363,9 +379,9 @@ class Hub:
 
     def _listing(self, source: Source, repo: RepoId, commit: str, options: Options) -> Listing:
         record = self.store.listing(source.key, repo, commit)
-        known, tree = record.get("variants"), record.get("source")
-        if known and isinstance(known, dict) and all(isinstance(details, dict) for details in known.values()):
-            return Listing(known, tree if isinstance(tree, dict) else None)
+        known, parts = _details(record.get("variants")), _details(record.get("parts"))
+        if known and parts is not None:
+            return Listing(known, parts)
         listing = self._ask(source, options, lambda: source.listing(repo, commit))
         if commit != LOCAL:
             self.store.set_listing(source.key, repo, commit, _kept(listing))
@@ -429,21 +445,29 @@ class Hub:
 
     def _source_tree(self, found: Found, options: Options) -> Found | None:
         """The source that the repository brings, as a project in the store; None where it brings none."""
-        details = found.listing.source
-        if details is None:
-            return None
-
-        def write(into: Path) -> None:
-            question = partial(found.source.fetch_source, found.repo, found.commit, details, into, self.progress)
-            self._ask(found.source, options, question)
-
-        try:
-            folder = self.store.add_source(found.source.key, found.repo, found.commit, write)
-        except KernelNotFound:
+        folder = self._part(found, SOURCE, options)
+        if folder is None:
             return None
         source = ProjectSource.of(folder, found.repo, building_of(self.settings))
         commit = source.resolve(found.repo, Revision("main"))
         return Found(found.ref, source, commit, source.listing(found.repo, commit))
+
+    def _part(self, found: Found, part: str, options: Options) -> Path | None:
+        """The folder, verified, of what the repository brings beside its variants; None where it does not."""
+        details = found.listing.parts.get(part)
+        if details is None:
+            return None
+
+        def write(into: Path) -> None:
+            fetch = found.source.fetch_part
+            self._ask(
+                found.source, options, partial(fetch, found.repo, found.commit, part, details, into, self.progress)
+            )
+
+        try:
+            return self.store.add_part(found.source.key, found.repo, found.commit, part, write)
+        except KernelNotFound:
+            return None
 
     def _fetch(self, found: Found, variant: BuildVariant, options: Options) -> Verified:
         """The variant's folder, verified now: where the user has it, from the store, or from the hub into the store."""
@@ -589,7 +613,12 @@ class Hub:
 
 def _kept(listing: Listing) -> dict[str, Any]:
     """What the store keeps of a listing."""
-    return {"variants": listing.variants, "source": listing.source}
+    return {"variants": listing.variants, "parts": listing.parts}
+
+
+def _details(value: Any) -> dict[str, dict[str, Any]] | None:
+    """What a listing maps names to, where a file of the store has such a thing."""
+    return value if isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()) else None
 
 
 def read_lock(lockfile: Path) -> LockFile:

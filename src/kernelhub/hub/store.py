@@ -33,9 +33,6 @@ from kernelhub.core.variants import BuildVariant, parse_variant
 from kernelhub.errors import IntegrityError, InvalidMetadata, KernelHubError, StoreError
 from kernelhub.hub.verify import Known, Verified, learn, scan, verify, verify_tree
 
-# The folder of a kernel's source tree, beside those of its variants; no variant is called so.
-SOURCE = "source"
-
 # How long to wait for another process that is fetching the same variant, in seconds.
 LOCK_TIMEOUT = 1800.0
 
@@ -126,9 +123,9 @@ class Store:
             raise StoreError(f"{folder} vanished while it was written", hint="Is another process pruning the store?")
         return found
 
-    def add_source(self, hub: str, repo: RepoId, commit: str, write: Callable[[Path], None]) -> Path:
-        """The folder of the tree that a kernel is built from, written by `write` unless it is here as it was fetched."""
-        folder = self._commit(hub, repo, commit) / SOURCE
+    def add_part(self, hub: str, repo: RepoId, commit: str, part: str, write: Callable[[Path], None]) -> Path:
+        """The folder of what a repository brings beside its variants, written by `write` unless it is here as fetched."""
+        folder = self._commit(hub, repo, commit) / part
         if self._is_whole(folder):  # before the lock: a store that cannot be written serves what it has
             return folder
         with self._writing(folder):

@@ -29,18 +29,21 @@ LOCAL = "0" * 40
 # The key of a variant's details under which a source says why the variant cannot be had, as a user reads it.
 UNAVAILABLE = "unavailable"
 
+# What a repository may bring beside its variants: the tree that the kernel is built from, and its benchmark scripts.
+SOURCE, BENCHMARKS = "source", "benchmarks"
+
 
 @dataclass(frozen=True)
 class Listing:
     """What a hub has of a repository at one commit; the store keeps it, so it is asked once.
 
     `variants` maps the name of each variant's folder to what the source needs to fetch it (JSON values, perhaps empty).
-    A name here may be anything that the hub sent: it is a path only after `BuildVariant.parse` accepted it. `source` is
-    what is needed to fetch the tree that the kernel is built from; None where the repository brings none.
+    A name here may be anything that the hub sent: it is a path only after `BuildVariant.parse` accepted it. `parts` has
+    what is needed to fetch `SOURCE` and `BENCHMARKS`, for those that the repository may bring.
     """
 
     variants: Mapping[str, Mapping[str, Any]] = field(hash=False)
-    source: Mapping[str, Any] | None = field(default=None, hash=False)
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
 
 class Moved(Exception):
@@ -113,12 +116,12 @@ class Source(Protocol):
         `details` is `Listing.variants[variant]`. Nothing is ever written outside `folder`, whatever the hub sends.
         """
 
-    def fetch_source(
-        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    def fetch_part(
+        self, repo: RepoId, commit: str, part: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
-        """Write the tree that the kernel is built from into the empty `folder`; `details` is `Listing.source`.
+        """Write `SOURCE` or `BENCHMARKS` into the empty `folder`; `details` is `Listing.parts[part]`.
 
-        Raises `KernelNotFound` where there is no `build.toml` after all.
+        Raises `KernelNotFound` where there is none after all.
         """
 
     def locate(self, repo: RepoId, variant: str) -> Path | None:

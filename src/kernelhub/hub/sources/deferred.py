@@ -57,10 +57,10 @@ class Deferred:
     ) -> None:
         self.source.fetch(repo, commit, variant, details, folder, progress)
 
-    def fetch_source(
-        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    def fetch_part(
+        self, repo: RepoId, commit: str, part: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
-        self.source.fetch_source(repo, commit, details, folder, progress)
+        self.source.fetch_part(repo, commit, part, details, folder, progress)
 
     def locate(self, repo: RepoId, variant: str) -> Path | None:
         """Sources at an address have nothing in a folder of the user's: their variants are fetched."""

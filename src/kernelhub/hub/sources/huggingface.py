@@ -30,7 +30,7 @@ from kernelhub.errors import (
 )
 from kernelhub.hub.addresses import Address, endpoint_address
 from kernelhub.hub.http import EntryNotFound, HttpClient, Patience
-from kernelhub.hub.sources.base import Listing, Moved, Progress
+from kernelhub.hub.sources.base import BENCHMARKS, SOURCE, Listing, Moved, Progress
 from kernelhub.hub.transfer import Download, RemoteFile, writing
 
 if sys.version_info >= (3, 11):
@@ -153,7 +153,7 @@ class HuggingFaceSource:
             variants = {}
         if not variants and (destination := self._redirect(repo, commit)):
             raise Moved(destination)
-        return Listing(variants, source={})  # whether it has any is asked when it is wanted
+        return Listing(variants, {SOURCE: {}, BENCHMARKS: {}})  # whether it has them is asked when they are wanted
 
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         """The hub's mark for the organisation; False for a user's account, which hubs do not mark."""
@@ -181,15 +181,23 @@ class HuggingFaceSource:
         tree = f"{_api(repo)}/tree/{quote(commit, safe='')}/{quote(prefix[:-1], safe='')}?recursive=true"
         self._download(repo, commit, prefix, _plan(self._tree(tree), prefix), folder, progress)
 
-    def fetch_source(
-        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    def fetch_part(
+        self, repo: RepoId, commit: str, part: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
-        """Write all of the repository but its builds, where there is a `build.toml`."""
-        entries = self._tree(f"{_api(repo)}/tree/{quote(commit, safe='')}?recursive=true")
-        files = _plan((entry for entry in entries if not f"{entry.path}/".startswith("build/")), "")
-        if all(file.path != "build.toml" for file in files):
-            raise KernelNotFound(f"{repo} has no source to build it from: there is no build.toml")
-        self._download(repo, commit, "", files, folder, progress)
+        """Write the source, all of the repository but its builds where there is a `build.toml`, or its benchmarks."""
+        tree = f"{_api(repo)}/tree/{quote(commit, safe='')}"
+        if part == SOURCE:
+            prefix, entries = "", self._tree(f"{tree}?recursive=true")
+            files = _plan((entry for entry in entries if not f"{entry.path}/".startswith("build/")), prefix)
+            if all(file.path != "build.toml" for file in files):
+                raise KernelNotFound(f"{repo} has no source to build it from: there is no build.toml")
+        else:
+            prefix = f"{part}/"
+            try:
+                files = _plan(self._tree(f"{tree}/{part}?recursive=true"), prefix)
+            except EntryNotFound:
+                raise KernelNotFound(f"{repo} has no {part}") from None
+        self._download(repo, commit, prefix, files, folder, progress)
 
     def _download(
         self, repo: RepoId, commit: str, prefix: str, files: list[RemoteFile], folder: Path, progress: Progress

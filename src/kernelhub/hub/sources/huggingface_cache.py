@@ -128,10 +128,10 @@ class HuggingFaceCacheSource:
                 )
             progress.advance(path.stat().st_size)
 
-    def fetch_source(
-        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    def fetch_part(
+        self, repo: RepoId, commit: str, part: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
-        raise KernelNotFound(f"{self.name} has no source of {repo} to build it from")
+        raise KernelNotFound(f"{self.name} has no {part} of {repo}")
 
     def locate(self, repo: RepoId, variant: str) -> Path | None:
         return None

@@ -31,7 +31,7 @@ from kernelhub.errors import (
 )
 from kernelhub.hub.addresses import Address, hub_address
 from kernelhub.hub.files import Files, open_files
-from kernelhub.hub.sources.base import Listing, Progress
+from kernelhub.hub.sources.base import BENCHMARKS, SOURCE, Listing, Progress
 
 _SMALL = 64 * 1024  # bytes of a ref or a hub.json, which have a hundred
 _MAX_SOURCE = 256 * 1024 * 1024  # bytes of a packed source tree, whose size no manifest says
@@ -126,7 +126,8 @@ class LayoutSource:
         """The variants, with all that `fetch` needs: archive, size, metadata's text, layers."""
         manifest = self.manifest(repo, commit)
         variants = {name: variant.to_json() for name, variant in manifest.variants.items()}
-        return Listing(variants, {"archive": manifest.source} if manifest.source else None)
+        parts = {SOURCE: manifest.source, BENCHMARKS: manifest.benchmarks}
+        return Listing(variants, {part: {"archive": archive} for part, archive in parts.items() if archive})
 
     def manifest(self, repo: RepoId, commit: str) -> Manifest:
         """The commit's manifest, checked: it has this hash and answers for this repository, else `IntegrityError`."""
@@ -150,12 +151,12 @@ class LayoutSource:
         with context(f"{self.name}: {blob_path(wanted.archive)}"):
             _check_metadata(folder, wanted)
 
-    def fetch_source(
-        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    def fetch_part(
+        self, repo: RepoId, commit: str, part: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
         archive = details.get("archive")
         if not isinstance(archive, str) or not re.fullmatch("[0-9a-f]{64}", archive):
-            raise InvalidMetadata(f"{repo} at {commit}: its source is {archive!r}, not the hash of an archive")
+            raise InvalidMetadata(f"{repo} at {commit}: its {part} is {archive!r}, not the hash of an archive")
         self._unpack(archive, None, folder, progress)
 
     def _unpack(self, sha256: str, size: int | None, folder: Path, progress: Progress) -> None:

@@ -53,10 +53,10 @@ class LocalSource:
     ) -> None:
         raise InvalidReference(f"{self.folder} is loaded where it lies; {repo} {variant} is not copied from it")
 
-    def fetch_source(
-        self, repo: RepoId, commit: str, details: Mapping[str, Any], folder: Path, progress: Progress
+    def fetch_part(
+        self, repo: RepoId, commit: str, part: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
-        raise KernelNotFound(f"{self.name} has no source of {repo} to build it from")
+        raise KernelNotFound(f"{self.name} has no {part} of {repo}")
 
     def locate(self, repo: RepoId, variant: str) -> Path | None:
         self._check(repo)
