@@ -185,11 +185,23 @@ class IncompatibleDevice(KernelHubError, RuntimeError):
 
 
 class BuildFailed(KernelHubError, RuntimeError):
-    """A kernel's sources did not compile. `error` is the first thing the compiler said, `command` repeats it."""
+    """A kernel's sources did not compile. `error` is the first thing the compiler said, `command` repeats it.
 
-    def __init__(self, message: str, *, error: str, command: str = "", log: str = "", hint: str | None = None) -> None:
+    `in_source` says that the compiler named a line: the same sources fail again, where a killed compiler might not.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        error: str,
+        command: str = "",
+        log: str = "",
+        in_source: bool = False,
+        hint: str | None = None,
+    ) -> None:
         super().__init__(message, hint=hint)
-        self.error, self.command, self.log = error, command, log
+        self.error, self.command, self.log, self.in_source = error, command, log, in_source
 
 
 class HubUnavailable(KernelHubError, OSError):

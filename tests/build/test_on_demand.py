@@ -174,6 +174,33 @@ def test_a_build_that_fails_is_one_warning_and_the_noarch_variant(make_hub, tmp_
         assert hub.load(NAME) is loaded
 
 
+def test_a_build_that_failed_is_not_tried_by_each_new_process(make_hub, tmp_path):
+    """A new client stands for a new process: it knows what lies in the store and nothing else."""
+    project = tiny(tmp_path / "tiny", binding=BINDING + "int broken = missing_name;\n", noarch=True)
+    with pytest.warns(KernelHubWarning, match="missing_name"):
+        make_hub(project).load(NAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = make_hub(project)
+        assert str(again.load(NAME).variant) == "torch-cpu"
+    reasons = [item.reason for item in again.variants(NAME) if isinstance(item, VariantRejected)]
+    assert any("did not compile here: torch-ext/binding.cpp:4" in reason for reason in reasons)
+    with pytest.warns(KernelHubWarning, match="missing_name"):
+        make_hub(project).load(NAME, refresh=True)
+    (project / "torch-ext" / "binding.cpp").write_text(BINDING)
+    assert str(make_hub(project).load(NAME).variant) == COMPILED
+
+
+def test_a_compiler_that_could_not_run_is_tried_again(make_hub, tmp_path):
+    killed = tmp_path / "g++"
+    killed.write_text('#!/bin/sh\ncase "$*" in *--version*|*-print*) exec g++ "$@";; esac\nkill -9 $$\n')
+    killed.chmod(0o755)
+    project = tiny(tmp_path / "tiny", noarch=True)
+    for _ in range(2):
+        with pytest.warns(KernelHubWarning, match="does not compile"):
+            make_hub(project, cxx=str(killed)).load(NAME)
+
+
 def test_always_wants_the_compiled_build(make_hub, compiler, tmp_path):
     project = tiny(tmp_path / "tiny", noarch=True)
     assert str(make_hub(project, build="always").load(NAME).variant) == COMPILED

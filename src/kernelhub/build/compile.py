@@ -148,5 +148,6 @@ def _error(failure: Failure, folder: Path) -> BuildFailed:
         error=failure.text,
         command=command,
         log=failure.log,
+        in_source=any(map(_COMPILER.match, failure.log.splitlines())),
         hint="\n  ".join(filter(None, (hint, f"To repeat it: {command}"))),
     )

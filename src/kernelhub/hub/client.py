@@ -377,10 +377,21 @@ class Hub:
         if source.origin is Origin.REMOTE and self.store.ref(source.key, repo, str(pin)) is None:
             self.store.set_ref(source.key, repo, str(pin), RefRecord(None, self._clock()))
 
+    def _remember_failed(self, found: Found, variant: BuildVariant, error: BuildFailed) -> None:
+        """What does not compile is not tried again by each new process, but by `refresh` or once anything differs."""
+        reason = f"it did not compile here: {error.error}"
+        variants = {
+            **found.listing.variants,
+            str(variant): {**found.listing.variants[str(variant)], UNAVAILABLE: reason},
+        }
+        source, repo, commit = found.source, found.repo, found.commit
+        record = {**self.store.listing(source.key, repo, commit), **_kept(replace(found.listing, variants=variants))}
+        self.store.set_listing(source.key, repo, commit, record)
+
     def _listing(self, source: Source, repo: RepoId, commit: str, options: Options) -> Listing:
         record = self.store.listing(source.key, repo, commit)
         known, parts = _details(record.get("variants")), _details(record.get("parts"))
-        if known and parts is not None:
+        if known and parts is not None and not options.refresh:
             return Listing(known, parts)
         listing = self._ask(source, options, lambda: source.listing(repo, commit))
         if commit != LOCAL:
@@ -524,6 +535,8 @@ class Hub:
             except BuildFailed as error:
                 if other is None:
                     raise
+                if error.in_source:
+                    self._remember_failed(place, variant, error)
                 self._warn(
                     f"{found.repo}: {variant} does not compile: {error.error}\n"
                     f"  {other} serves instead. `kernelhub get {found.repo}` with KERNELHUB_BUILD=always says more.",
