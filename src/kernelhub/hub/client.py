@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 from kernelhub.core.backends import BY_NAME
@@ -548,13 +547,15 @@ class Hub:
         with context(f"while loading {ref}"):
             found, variant, verified = self._obtain(ref, sources, options)
             self._check(verified.metadata, options)
-        modules: dict[RepoId, ModuleType] = {}
+        needed: dict[RepoId, LoadedKernel] = {}
         for item in verified.metadata.kernel_depends:
             below = _below(options, str(ref.repo), item.repo)
-            modules[item.repo] = self._load(KernelRef(item.repo, item.pin), sources, below).module
+            needed[item.repo] = self._load(KernelRef(item.repo, item.pin), sources, below)
+        modules = {repo: kernel.module for repo, kernel in needed.items()}
+        depends = {digest for kernel in needed.values() for digest in (kernel.digest, *kernel.depends)}
         info = None if found.commit == LOCAL else RepoInfo(str(found.repo), found.commit)
         with context(f"while loading {ref}"):
-            return _importer.load(verified, variant, info, modules)
+            return _importer.load(verified, variant, info, modules, tuple(sorted(depends)))
 
     def _check(self, metadata: Metadata, options: Options) -> None:
         """What must hold before any of the kernel's code is imported."""

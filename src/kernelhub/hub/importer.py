@@ -56,7 +56,8 @@ class RepoInfo:
 class LoadedKernel:
     """A kernel that was loaded in this process.
 
-    `repo_info` is None for a kernel from the user's own folder; `digest` stands for every file (`sha256-...`).
+    `repo_info` is None for a kernel from the user's own folder; `digest` stands for every file (`sha256-...`), `depends`
+    has those of the kernels that it depends on, and that they do.
     """
 
     metadata: Metadata
@@ -65,6 +66,7 @@ class LoadedKernel:
     path: Path
     variant: BuildVariant | None
     digest: str
+    depends: tuple[str, ...] = ()
 
 
 @dataclass
@@ -82,10 +84,11 @@ class Importer:
         variant: BuildVariant | None,
         repo_info: RepoInfo | None,
         dependencies: Mapping[RepoId, ModuleType],
+        depends: tuple[str, ...] = (),
     ) -> LoadedKernel:
         """The kernel in the folder; one that is loaded already, from wherever, is the same module.
 
-        Raises `IntegrityError` where another build with the same id is loaded (their ops would mix), `InvalidMetadata`
+        `depends` are the digests of all that `dependencies` brought. Raises `IntegrityError` where another build with the same id is loaded (their ops would mix), `InvalidMetadata`
         where there is no `__init__.py`, `MissingDependency` where the kernel's code imports what is not installed.
         """
         name = _module_name(verified)
@@ -95,7 +98,7 @@ class Importer:
                 with _dependencies_of(verified.metadata, dependencies):
                     self._modules[name] = _import(name, verified)
             kernel = LoadedKernel(
-                verified.metadata, self._modules[name], repo_info, verified.path, variant, verified.digest.text
+                verified.metadata, self._modules[name], repo_info, verified.path, variant, verified.digest.text, depends
             )
             if kernel not in self._loaded:
                 self._loaded.append(kernel)

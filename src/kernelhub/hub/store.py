@@ -5,6 +5,7 @@
                                   /<commit>/listing.json         what it has at a commit, and who published it
                                            /<variant>/           the files, read-only
                                            /<variant>.json       what was learnt of them when they arrived
+<root>/verdicts/<kernel>/<key>.json                              what was found of a kernel, measured beside the original
 <root>/locks/                                                    one lock per folder being written
 ```
 
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,11 @@ from kernelhub.core.refs import RepoId, is_commit
 from kernelhub.core.variants import BuildVariant, parse_variant
 from kernelhub.errors import IntegrityError, InvalidMetadata, KernelHubError, StoreError
 from kernelhub.hub.verify import Known, Verified, learn, scan, verify, verify_tree
+
+_log = logging.getLogger("kernelhub")
+
+# The most bytes of a verdict that are read.
+MAX_VERDICT = 1 << 20
 
 # How long to wait for another process that is fetching the same variant, in seconds.
 LOCK_TIMEOUT = 1800.0
@@ -56,6 +63,16 @@ class Place:
 
     def __str__(self) -> str:
         return f"{self.repo} {self.commit[:12]} {self.variant}"
+
+
+@dataclass(frozen=True)
+class StoredVerdict:
+    """What was found of a kernel. `kernel` is its name, `path` where it lay then, `time` when that was (seconds)."""
+
+    file: Path
+    kernel: str
+    path: Path
+    time: float
 
 
 @dataclass(frozen=True)
@@ -156,6 +173,48 @@ class Store:
         """The bytes of a variant's files."""
         return sum(path.stat().st_size for path in self.path(place).rglob("*") if path.is_file())
 
+    # What was found of kernels
+
+    def verdict(self, kernel: str, name: str) -> dict[str, Any] | None:
+        """What was kept under the name for the kernel with this digest; None where nothing was that can be read."""
+        path = self._verdict(kernel, name)
+        try:
+            return _read_record(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            _log.warning("%s is no verdict, and not read: %s", path, error)
+            return None
+
+    def set_verdict(self, kernel: str, name: str, record: Mapping[str, Any]) -> None:
+        """Keep what was found. Raises `StoreError` where the store cannot be written."""
+        path = self._verdict(kernel, name)
+        with self._writing(path.parent):
+            self._write_json(path, record, must=True)
+
+    def verdicts(self) -> Iterator[StoredVerdict]:
+        """Every verdict in the store; a file that is none counts as one of a kernel that is not here any more."""
+        for file in sorted((self.root / "verdicts").glob("*/[!.]*")):
+            try:
+                record = _read_record(file)
+                found = StoredVerdict(file, str(record["name"]), Path(str(record["path"])), float(record["time"]))
+            except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                found = StoredVerdict(file, "", file / "gone", 0.0)
+            yield found
+
+    def prune_verdicts(self, selected: Callable[[StoredVerdict], bool]) -> Iterator[tuple[Path, int]]:
+        """Remove the verdicts `selected`, those of kernels that are gone, and what was left behind."""
+        for found in list(self.verdicts()):
+            if not found.path.is_dir() or selected(found):
+                with self._writing(found.file.parent):
+                    yield found.file, _remove(found.file)
+        for left in sorted((self.root / "verdicts").glob("*/.*")):
+            yield left, _remove(left)
+        for folder in sorted((self.root / "verdicts").glob("*/")):
+            if not any(folder.iterdir()):
+                with self._writing(folder), suppress(OSError):  # somebody may be writing into it just now
+                    folder.rmdir()
+
     # Keeping house
 
     def places(self) -> Iterator[Place]:
@@ -251,6 +310,9 @@ class Store:
                 hint="KERNELHUB_CACHE names another folder; `kernelhub cache prune` frees what is not needed.",
             ) from error
 
+    def _verdict(self, kernel: str, name: str) -> Path:
+        return self.root / "verdicts" / hashlib.sha256(kernel.encode()).hexdigest()[:32] / f"{name}.json"
+
     def _read_json(self, path: Path) -> dict[str, Any]:
         """A small file of ours; one that is not there or not readable counts as not written."""
         try:
@@ -269,6 +331,20 @@ class Store:
             beside.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
             if must:
                 raise
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """A verdict's file. Raises `OSError`, `ValueError` or `RecursionError` for what is none."""
+    with path.open("rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no file")
+        data = file.read(MAX_VERDICT + 1)
+    if len(data) > MAX_VERDICT:
+        raise ValueError(f"it has more than {MAX_VERDICT:,} bytes")
+    raw = json.loads(data)
+    if not isinstance(raw, dict):
+        raise ValueError("it is no object")
+    return raw
 
 
 def _lists(values: Iterable[object]) -> bool:
@@ -317,6 +393,14 @@ def make_read_only(folder: Path) -> None:
         for name in files:
             Path(parent, name).chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
         Path(parent).chmod(0o555)
+
+
+def _remove(path: Path) -> int:
+    """Remove a file, a link or a folder; the bytes that it held."""
+    if path.is_symlink():
+        path.unlink()
+        return 0
+    return remove_tree(path)
 
 
 def remove_tree(folder: Path) -> int:
