@@ -231,7 +231,7 @@ def test_a_folder_hub_serves_offline(make_hub):
 def test_what_nobody_vouches_for_is_refused_before_it_is_fetched(make_hub, tmp_path):
     source = source_of(code=f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     source.trusted = False
-    with pytest.raises(UntrustedKernel, match='trust_remote_code=\\["org/small"\\]'):
+    with pytest.raises(UntrustedKernel, match='trust_remote_code=\\["https://memory.test/org/small"\\]'):
         make_hub(source).load(SMALL)
     assert "fetch" not in source.asked
     assert not (tmp_path / "ran").exists()

@@ -30,8 +30,8 @@ def test_a_remote_kernel_needs_a_reason() -> None:
 def test_the_refusal_says_who_published_and_how_to_trust_them() -> None:
     with pytest.raises(UntrustedKernel) as caught:
         TrustPolicy().decide(remote())
-    assert "org/name would run code published by 'org'" in str(caught.value)
-    assert 'trust_remote_code=["org/name"]' in str(caught.value)
+    assert "org/name would run code published by 'org' in https://hub.example" in str(caught.value)
+    assert 'trust_remote_code=["https://hub.example/org/name"] (["org/name"] trusts' in str(caught.value)
 
 
 def test_the_embedded_organisation_gives_no_trust_to_a_remote_hub() -> None:

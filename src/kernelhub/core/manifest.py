@@ -14,7 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from kernelhub.core.canonical import canonical_json, sha256_hex
+from kernelhub.core.reading import as_object, json_object, typed
 from kernelhub.core.refs import RepoId, is_commit
+from kernelhub.core.signatures import Signature, parse_signatures, signatures_to_json
 from kernelhub.errors import IntegrityError, InvalidMetadata, InvalidReference
 
 LAYOUT = 1
@@ -37,11 +39,11 @@ class LayerInfo:
 
     @classmethod
     def parse(cls, value: Any, where: str) -> LayerInfo:
-        value = _object(value, where)
+        value = as_object(value, where)
         return cls(
-            _typed(value, "can_torch_compile", bool, where),
-            _typed(value, "has_backward", bool, where),
-            _typed(value, "forward", str, where),
+            typed(value, "can_torch_compile", bool, where),
+            typed(value, "has_backward", bool, where),
+            typed(value, "forward", str, where),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -64,15 +66,15 @@ class ManifestVariant:
     @classmethod
     def parse(cls, value: Any, where: str = "variant") -> ManifestVariant:
         """Read a variant's entry. Raises `InvalidMetadata`, which names the key."""
-        value = _object(value, where)
-        size = _typed(value, "size", int, where)
+        value = as_object(value, where)
+        size = typed(value, "size", int, where)
         if size <= 0:
             raise InvalidMetadata(f"{where}: size: expected a positive number of bytes, got {size}")
-        layers = _object(value.get("layers", {}), f"{where}: layers")
+        layers = as_object(value.get("layers", {}), f"{where}: layers")
         return cls(
             archive=_hash(value.get("archive"), f"{where}: archive"),
             size=size,
-            metadata=_typed(value, "metadata", str, where),
+            metadata=typed(value, "metadata", str, where),
             layers={name: LayerInfo.parse(layer, f"{where}: layers: {name}") for name, layer in layers.items()},
         )
 
@@ -106,17 +108,17 @@ class Manifest:
     @classmethod
     def from_raw(cls, raw: Any) -> Manifest:
         """The value of a manifest's object. Raises `InvalidMetadata`, which names the key."""
-        raw = _object(raw, "manifest")
+        raw = as_object(raw, "manifest")
         _check_layout(raw, "manifest")
-        repo, parent, time = _typed(raw, "repo", str), raw.get("parent"), _typed(raw, "time", str)
+        repo, parent, time = typed(raw, "repo", str, "manifest"), raw.get("parent"), typed(raw, "time", str, "manifest")
         if parent is not None and not (isinstance(parent, str) and is_commit(parent)):
             raise InvalidMetadata(f"manifest: parent: expected a commit of 40 hex digits or null, got {parent!r}")
         if not _TIME.fullmatch(time):
             raise InvalidMetadata(f"manifest: time: expected such as 2026-11-21T20:00:00Z, got {time!r}")
-        version = _typed(raw, "version", int)
+        version = typed(raw, "version", int, "manifest")
         if version < 0:
             raise InvalidMetadata(f"manifest: version: expected a whole number, got {version}")
-        variants = _object(raw.get("variants"), "manifest: variants")
+        variants = as_object(raw.get("variants"), "manifest: variants")
         try:
             repo_id = RepoId.parse(repo)
         except InvalidReference as error:
@@ -155,14 +157,6 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Signature:
-    """A signature over the canonical JSON of a manifest: which key, and the signature in base64."""
-
-    key: str
-    ed25519: str
-
-
-@dataclass(frozen=True)
 class ManifestDocument:
     """The file `commits/<commit>.json`: a manifest, and signatures, which may be added later."""
 
@@ -172,21 +166,13 @@ class ManifestDocument:
     @classmethod
     def parse(cls, data: bytes | str) -> ManifestDocument:
         """Read the file. Raises `InvalidMetadata`, which names the key."""
-        raw = _json_object(data, "the manifest", MAX_BYTES)
-        try:
-            canonical_json(raw)  # so that `commit` is there: half of a surrogate pair and NaN have no canonical text
-        except (ValueError, RecursionError) as error:
-            raise InvalidMetadata(f"the manifest has no canonical JSON: {error}") from error
-        signatures = raw.get("signatures", [])
-        if not isinstance(signatures, list):
-            raise InvalidMetadata(f"signatures: expected a list, got {signatures!r}")
-        found = []
-        for item in signatures:
-            entry = _object(item, "signatures")
-            found.append(
-                Signature(_typed(entry, "key", str, "signatures"), _typed(entry, "ed25519", str, "signatures"))
-            )
-        return cls(Manifest.from_raw(raw.get("manifest")), tuple(found))
+        raw = json_object(data, "the manifest", MAX_BYTES)
+        return cls(Manifest.from_raw(raw.get("manifest")), parse_signatures(raw))
+
+    @property
+    def payload(self) -> bytes:
+        """What signatures are over: the canonical JSON of the manifest."""
+        return canonical_json(self.manifest.to_json())
 
     def checked(self, repo: RepoId, commit: str) -> ManifestDocument:
         """The document, where it is what `commit` of `repo` names; else `IntegrityError`."""
@@ -202,8 +188,8 @@ class ManifestDocument:
 
     def to_bytes(self) -> bytes:
         """The file's contents, in one canonical text."""
-        signatures = [{"key": item.key, "ed25519": item.ed25519} for item in self.signatures]
-        return canonical_json({"manifest": self.manifest.to_json(), "signatures": signatures}) + b"\n"
+        value = {"manifest": self.manifest.to_json(), "signatures": signatures_to_json(self.signatures)}
+        return canonical_json(value) + b"\n"
 
 
 @dataclass(frozen=True)
@@ -235,7 +221,7 @@ class RefFile:
 
 def parse_hub_file(data: bytes | str) -> None:
     """Check a `hub.json`. Raises `InvalidMetadata` where it is none, or one of a layout that is not known here."""
-    _check_layout(_json_object(data, "hub.json", MAX_BYTES), "hub.json")
+    _check_layout(json_object(data, "hub.json", MAX_BYTES), "hub.json")
 
 
 def hub_file() -> bytes:
@@ -251,31 +237,6 @@ def _check_layout(raw: Mapping[str, Any], where: str) -> None:
             f"{where}: layout: expected {LAYOUT}, got {layout!r}",
             hint="A newer kernelhub made it: pip install --upgrade kernelhub" if newer else None,
         )
-
-
-def _json_object(data: bytes | str, where: str, limit: int) -> dict[str, Any]:
-    if len(data) > limit:
-        raise InvalidMetadata(f"{where} has {len(data):,} bytes; the most is {limit:,}")
-    try:
-        raw = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InvalidMetadata(f"{where} is not JSON: {error}") from error
-    return _object(raw, where)
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InvalidMetadata(f"{where}: expected an object, got {value!r:.80}")
-    return value
-
-
-def _typed(raw: Mapping[str, Any], key: str, kind: type[Any], where: str = "manifest") -> Any:
-    value = raw.get(key)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        found = "nothing" if key not in raw else f"{value!r:.80}"
-        expected = {str: "text", int: "a whole number", bool: "true or false"}[kind]
-        raise InvalidMetadata(f"{where}: {key}: expected {expected}, got {found}")
-    return value
 
 
 def _hash(value: Any, where: str) -> str:
