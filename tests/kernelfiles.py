@@ -100,6 +100,9 @@ class MemorySource:
         self._asked("publisher_trusted")
         return self.trusted
 
+    def revocations(self, key_id: str) -> bytes | None:
+        return None
+
     def fetch(
         self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:

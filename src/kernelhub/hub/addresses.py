@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from kernelhub.core.canonical import sha256_hex
+from kernelhub.core.paths import user_path
 from kernelhub.core.trust import Origin
 from kernelhub.errors import InvalidReference
 
@@ -58,7 +59,7 @@ def local_path(url: str) -> Path | None:
     if not url.strip():
         raise InvalidReference("a hub's address is empty", hint="Expected a path, file://, https:// or s3://.")
     if scheme is None:
-        return Path(url).expanduser().absolute()
+        return user_path(url)
     if scheme[1].lower() != "file":
         return None
     parts = urlsplit(url)

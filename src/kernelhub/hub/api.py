@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from kernelhub.core.paths import user_path
 from kernelhub.core.refs import KernelRef, RepoId
 from kernelhub.core.variants import VariantAccepted, VariantRejected
 from kernelhub.errors import InvalidReference
@@ -76,7 +77,7 @@ def get_local_kernel(
     """
     return (
         default_hub()
-        .load_local(Path(repo_path), backend=backend, trust_remote_code=trust_remote_code, user_agent=user_agent)
+        .load_local(user_path(repo_path), backend=backend, trust_remote_code=trust_remote_code, user_agent=user_agent)
         .module
     )
 
@@ -162,4 +163,4 @@ def load_kernel(repo_id: str, *, lockfile: str | Path | None = None, backend: st
 def _lockfile(path: str | Path | None) -> Path:
     if path is None:
         raise InvalidReference("no lock file was given", hint='Pass lockfile="kernels.lock".')
-    return Path(path)
+    return user_path(path)

@@ -1,7 +1,7 @@
 """What a source of kernels answers, and the values it answers with.
 
-A source is asked four things, each only when the answer is not in the store: which commit is this version or revision,
-what is there at this commit, does the hub trust who published it, and give me one variant's files. It raises
+A source is asked, each only when the answer is not in the store: which commit is this version or revision, what is there
+at this commit, does the hub trust who published it, what did this key revoke, and give me one variant's files. It raises
 
 - `RepositoryNotFound` where it does not have the repository (the next source is asked),
 - `KernelNotFound` where it has the repository and not this version, revision or variant,
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from kernelhub.core.manifest import ManifestDocument
 from kernelhub.core.refs import KernelRef, Pin, RepoId
 from kernelhub.core.trust import Origin
 
@@ -39,11 +40,13 @@ class Listing:
 
     `variants` maps the name of each variant's folder to what the source needs to fetch it (JSON values, perhaps empty).
     A name here may be anything that the hub sent: it is a path only after `BuildVariant.parse` accepted it. `parts` has
-    what is needed to fetch `SOURCE` and `BENCHMARKS`, for those that the repository may bring.
+    what is needed to fetch `SOURCE` and `BENCHMARKS`, for those that the repository may bring. `document` is the commit's
+    manifest with its signatures, checked against the commit, where the hub has manifests.
     """
 
     variants: Mapping[str, Mapping[str, Any]] = field(hash=False)
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    document: ManifestDocument | None = field(default=None, hash=False, repr=False)
 
 
 class Moved(Exception):
@@ -107,6 +110,9 @@ class Source(Protocol):
 
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         """Whether the hub marks the publisher as trusted; None where it has no such marks."""
+
+    def revocations(self, key_id: str) -> bytes | None:
+        """The revocation list of a key, as it lies in the hub and unchecked; None where there is none."""
 
     def fetch(
         self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any], folder: Path, progress: Progress

@@ -52,6 +52,9 @@ class Deferred:
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         return self.source.publisher_trusted(repo)
 
+    def revocations(self, key_id: str) -> bytes | None:
+        return self.source.revocations(key_id)
+
     def fetch(
         self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:

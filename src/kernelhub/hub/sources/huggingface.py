@@ -167,6 +167,9 @@ class HuggingFaceSource:
             raise self._malformed(target, "expected trustedKernelPublisher to be true or false")
         return mark
 
+    def revocations(self, key_id: str) -> bytes | None:
+        return None
+
     def fetch(
         self,
         repo: RepoId,

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
+from kernelhub.core import revocations
 from kernelhub.core.manifest import MAX_BYTES, Manifest, ManifestDocument, ManifestVariant, RefFile, parse_hub_file
 from kernelhub.core.refs import Pin, RepoId, Revision, is_commit
 from kernelhub.core.trust import Origin
@@ -94,7 +95,7 @@ class LayoutSource:
         the commit itself is still answered.
         """
         if isinstance(pin, Revision) and pin.commit:
-            if self._manifest_or_none(repo, pin.commit) is None:
+            if self._document_or_none(repo, pin.commit) is None:
                 self._not_found(repo, pin.ref)
             return pin.commit
         ref = self.ref(repo, pin.ref)
@@ -124,23 +125,31 @@ class LayoutSource:
 
     def listing(self, repo: RepoId, commit: str) -> Listing:
         """The variants, with all that `fetch` needs: archive, size, metadata's text, layers."""
-        manifest = self.manifest(repo, commit)
+        document = self.document(repo, commit)
+        manifest = document.manifest
         variants = {name: variant.to_json() for name, variant in manifest.variants.items()}
         parts = {SOURCE: manifest.source, BENCHMARKS: manifest.benchmarks}
-        return Listing(variants, {part: {"archive": archive} for part, archive in parts.items() if archive})
+        return Listing(variants, {part: {"archive": archive} for part, archive in parts.items() if archive}, document)
 
     def manifest(self, repo: RepoId, commit: str) -> Manifest:
         """The commit's manifest, checked: it has this hash and answers for this repository, else `IntegrityError`."""
-        manifest = self._manifest_or_none(repo, commit)
-        if manifest is None:
+        return self.document(repo, commit).manifest
+
+    def document(self, repo: RepoId, commit: str) -> ManifestDocument:
+        """The commit's manifest with its signatures; the manifest is checked, the signatures are not."""
+        document = self._document_or_none(repo, commit)
+        if document is None:
             path = f"{repo}/commits/{commit}.json"
             raise HubUnavailable(
                 f"{self.name} lacks {path}, so it is not a whole copy of a hub", hub=self.name, request=f"GET {path}"
             )
-        return manifest
+        return document
 
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         return None
+
+    def revocations(self, key_id: str) -> bytes | None:
+        return self.files.read(revocations.path_of(key_id), revocations.MAX_BYTES)
 
     def fetch(
         self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any], folder: Path, progress: Progress
@@ -184,14 +193,14 @@ class LayoutSource:
     def locate(self, repo: RepoId, variant: str) -> Path | None:
         return None
 
-    def _manifest_or_none(self, repo: RepoId, commit: str) -> Manifest | None:
+    def _document_or_none(self, repo: RepoId, commit: str) -> ManifestDocument | None:
         if not is_commit(commit):
             raise InvalidReference(f"{commit!r} is not a commit", hint="Expected 40 hex digits.")
         data = self.files.read(f"{repo}/commits/{commit}.json", MAX_BYTES)
         if data is None:
             return None
         with context(f"{self.name}: {repo}/commits/{commit}.json"):
-            return ManifestDocument.parse(data).checked(repo, commit).manifest
+            return ManifestDocument.parse(data).checked(repo, commit)
 
     def _ref_names(self, repo: RepoId) -> list[str] | None:
         return self.files.names(f"{repo}/refs")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelhub.core.metadata import Metadata
+from kernelhub.core.paths import user_path
 from kernelhub.core.refs import Pin, RepoId
 from kernelhub.core.trust import Origin
 from kernelhub.core.variants import BuildVariant, parse_variant
@@ -48,6 +49,9 @@ class LocalSource:
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         return None
 
+    def revocations(self, key_id: str) -> bytes | None:
+        return None
+
     def fetch(
         self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
@@ -74,7 +78,7 @@ def local_source(path: Path, repo: RepoId | None = None, building: Building | No
     `build.toml`, and no `build/` or one that `kernelhub build` made from other sources than are there now). `building` is
     for source trees. Raises `InvalidReference`, which says what was expected.
     """
-    path = path.expanduser().absolute()
+    path = user_path(path)
     if not path.is_dir():
         raise InvalidReference(f"{path} is not a folder", hint="Expected the folder of a kernel.")
     repo = repo or RepoId("local", _name(path))

@@ -117,6 +117,9 @@ class ProjectSource:
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         return None
 
+    def revocations(self, key_id: str) -> bytes | None:
+        return None
+
     def fetch(
         self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any], folder: Path, progress: Progress
     ) -> None:
