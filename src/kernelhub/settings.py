@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernelhub.core.paths import user_path
 from kernelhub.core.refs import RepoId
 from kernelhub.core.trust import TrustPolicy
 from kernelhub.errors import InvalidReference, context
@@ -53,7 +54,9 @@ class Settings:
         cuda = env.get("CUDA_HOME") or env.get("CUDA_PATH")
         return cls(
             hubs=_listed(env.get("KERNELHUB_HUBS", "")),
-            cache=_folder(cache, "KERNELS_CACHE" if env.get("KERNELS_CACHE") else "KERNELHUB_CACHE") if cache else None,
+            cache=user_path(cache, "KERNELS_CACHE" if env.get("KERNELS_CACHE") else "KERNELHUB_CACHE")
+            if cache
+            else None,
             offline=_flag(env, "KERNELHUB_OFFLINE") or _foreign_flag(env, "HF_HUB_OFFLINE"),
             ref_ttl=_seconds(env, "KERNELHUB_REF_TTL", cls.ref_ttl),
             verify_always=_choice(env, "KERNELHUB_VERIFY", ("auto", "always")) == "always",
@@ -62,7 +65,7 @@ class Settings:
             local_kernels=_local_kernels(env.get("LOCAL_KERNELS", "")),
             mapping_disabled=_flag(env, "DISABLE_KERNEL_MAPPING"),
             cxx=env.get("CXX", "").strip() or None,
-            cuda_home=_folder(cuda, "CUDA_HOME" if env.get("CUDA_HOME") else "CUDA_PATH") if cuda else None,
+            cuda_home=user_path(cuda, "CUDA_HOME" if env.get("CUDA_HOME") else "CUDA_PATH") if cuda else None,
             hf_endpoint=(env.get("HF_ENDPOINT") or cls.hf_endpoint).rstrip("/"),
             telemetry=not any(_foreign_flag(env, name) for name in _NO_TELEMETRY),
             source_date_epoch=_epoch(env),
@@ -135,14 +138,6 @@ def _trust(env: Mapping[str, str]) -> tuple[str, ...]:
     return patterns
 
 
-def _folder(text: str, where: str) -> Path:
-    """A folder that the user named. Absolute: a later change of the working directory does not move it."""
-    try:
-        return Path(text).expanduser().absolute()
-    except RuntimeError as error:  # "~name" of nobody's
-        raise InvalidReference(f"{where}: {text!r}: {error}", hint="Expected a path; write it without `~`.") from error
-
-
 def _local_kernels(text: str) -> tuple[tuple[str, Path], ...]:
     """`org/name=path` entries, separated as `PATH` is. A malformed one, or a path that is not there, is an error."""
     found: list[tuple[str, Path]] = []
@@ -157,7 +152,7 @@ def _local_kernels(text: str) -> tuple[tuple[str, Path], ...]:
                 f"LOCAL_KERNELS: {entry!r} is malformed",
                 hint=f'Expected "org/name=path", several separated by {os.pathsep!r}.',
             )
-        path = _folder(path_text.strip(), f"LOCAL_KERNELS: {entry!r}")
+        path = user_path(path_text.strip(), f"LOCAL_KERNELS: {entry!r}")
         if not path.is_dir():
             raise InvalidReference(f"LOCAL_KERNELS: {entry!r}: {path} is not a folder")
         found.append((str(repo), path))

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from kernelhub.core.paths import is_bytecode, safe_path
-from kernelhub.errors import InvalidMetadata
+from kernelhub.core.paths import is_bytecode, safe_path, user_path
+from kernelhub.errors import InvalidMetadata, InvalidReference
 
 
 @pytest.mark.parametrize(
@@ -50,3 +53,16 @@ def test_compiled_python_is_bytecode(path: str) -> None:
 @pytest.mark.parametrize("path", ["a.py", "a.pyd", "pyc", "a.pyc.py", "a__pycache__/b.py", "a.so", "pycache/a"])
 def test_other_files_are_not(path: str) -> None:
     assert not is_bytecode(path)
+
+
+@pytest.mark.parametrize("written", [5, None, "~no-such-user-here/kernel"])
+def test_what_is_no_path_of_the_users_is_one_error(written: Any) -> None:
+    with pytest.raises(InvalidReference, match=r"^here: "):
+        user_path(written, "here")
+
+
+def test_a_path_of_the_users_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert user_path("kernel") == user_path(Path("~/kernel")) == tmp_path / "kernel"

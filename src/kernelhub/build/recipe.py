@@ -129,6 +129,8 @@ class Recipe:
             raise InvalidMetadata(f"{project} has no build.toml", hint="`kernelhub init` makes a project.") from None
         except UnicodeDecodeError as error:
             raise InvalidMetadata(f"{path} is not UTF-8: {error}") from error
+        except OSError as error:
+            raise InvalidMetadata(f"{path} cannot be read: {error.strerror}") from error
         try:
             return cls.parse(text)
         except InvalidMetadata as error:

@@ -31,7 +31,7 @@ class RepoId:
 
     @classmethod
     def parse(cls, text: str) -> RepoId:
-        org, slash, name = text.partition("/")
+        org, slash, name = text.partition("/") if isinstance(text, str) else ("", "", "")
         if not (slash and _SEGMENT.fullmatch(org) and _SEGMENT.fullmatch(name)):
             raise InvalidReference(
                 f"{text!r} does not name a kernel repository",
@@ -73,7 +73,13 @@ class Revision:
 
     @classmethod
     def parse(cls, text: str) -> Revision:
-        if not _REVISION.fullmatch(text) or text.endswith(("/", ".", ".lock")) or "//" in text or "/." in text:
+        if (
+            not isinstance(text, str)
+            or not _REVISION.fullmatch(text)
+            or text.endswith(("/", ".", ".lock"))
+            or "//" in text
+            or "/." in text
+        ):
             raise InvalidReference(
                 f"{text!r} is not a revision", hint="Expected the name of a branch, a tag or a commit."
             )
@@ -112,6 +118,8 @@ class KernelRef:
     @classmethod
     def parse(cls, text: str) -> KernelRef:
         """Read `org/name[@pin][:Layer]`. Raises `InvalidReference`, which says what was expected."""
+        if not isinstance(text, str):
+            raise InvalidReference(f"{text!r} does not name a kernel", hint='Expected text such as "org/name@v1".')
         rest, colon, layer = text.partition(":")
         name, at, pin = rest.partition("@")
         if colon and not layer.isidentifier():

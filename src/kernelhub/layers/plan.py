@@ -50,7 +50,7 @@ class Selector:
 
 
 def _matcher(argument: str, items: Selection) -> Callable[[str, nn.Module], bool]:
-    listed = [items] if isinstance(items, (str, type)) else list(items or ())
+    listed = list(items or ()) if not isinstance(items, (str, type)) and isinstance(items, Iterable) else [items]
     for item in listed:
         if not isinstance(item, (str, type)) or item == "":
             raise InvalidReference(
@@ -283,6 +283,8 @@ def _plan_row(site: Site, decision: Decision, mode: Mode) -> PlanRow:
     reason = decision.reason
     if row is not None:
         reason = f"{row.mode}; {_CHECKED_THEN}"
+        if row.others:
+            reason = f"{reason}; the fastest of them where they are measured, else the first that can be used"
         if decision.distributed:
             reason = f"{reason}; its weights are DTensors, which the kernel must take"
     return PlanRow(
@@ -292,7 +294,7 @@ def _plan_row(site: Site, decision: Decision, mode: Mode) -> PlanRow:
         str(decision.device) if decision.device else None,
         str(mode),
         "keep" if row is None else "try",
-        str(row.repository) if row else None,
+        row.named if row else None,
         reason,
         site.user is not None,
     )

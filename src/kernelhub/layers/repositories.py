@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernelhub.core.paths import user_path
 from kernelhub.core.refs import KernelRef, RepoId
 from kernelhub.core.trust import TrustPolicy
 from kernelhub.errors import InvalidReference, LayerContractError, NoKernelForLayer
@@ -133,7 +134,7 @@ class LocalRepository(Repository):
     repo_path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "repo_path", Path(self.repo_path).expanduser().absolute())
+        object.__setattr__(self, "repo_path", user_path(self.repo_path, type(self).__name__))
 
     def kernel(self, hub: Hub, *, backend: str | None = None) -> LoadedKernel:
         return hub.load_local(self.repo_path, backend=backend)
@@ -153,7 +154,7 @@ class LockedRepository(Repository):
     def __post_init__(self) -> None:
         object.__setattr__(self, "trust_remote_code", _trust(self.trust_remote_code))
         if self.lockfile is not None:
-            object.__setattr__(self, "lockfile", Path(self.lockfile).expanduser().absolute())
+            object.__setattr__(self, "lockfile", user_path(self.lockfile, type(self).__name__))
         RepoId.parse(self.repo_id)
 
     def kernel(self, hub: Hub, *, backend: str | None = None) -> LoadedKernel:

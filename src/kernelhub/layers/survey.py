@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from kernelhub.errors import InvalidReference
 from kernelhub.layers.markers import FUNCS, FunctionModule, always
 from kernelhub.layers.swap import MARKER, USES
 
@@ -82,6 +83,8 @@ class Survey(NamedTuple):
 
 def survey(model: nn.Module) -> Survey:
     """Walk the model once; a module that is reached twice is met once. A compiled model is walked inside."""
+    if not isinstance(model, nn.Module):
+        raise InvalidReference(f"expected a model (an nn.Module), got {type(model).__name__}")
     found = Survey(Tree([], []), [], [], [])
     (modules, above), sites = found.tree, found.sites
     classes: dict[type, AwareClass | None] = {}
