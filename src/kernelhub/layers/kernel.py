@@ -62,7 +62,9 @@ class Swap:
     """What stands in for a module's forward: which kernel, and what it was chosen for.
 
     It is all that a report needs and all that a pickle carries; `mode` is the mode that was asked for, `device` the
-    device that the layer had, `training` whether it was in training mode then.
+    device that the layer had, `training` whether it was in training mode then, `restore` whether the
+    kernel is taken out when it raises. `lost` says of the kernels that were
+    registered beside this one why it is none of them.
     """
 
     repository: Repository
@@ -77,6 +79,8 @@ class Swap:
     digest: str
     notes: tuple[str, ...] = ()
     evidence: Evidence | None = field(default=None, compare=False)
+    restore: bool = False
+    lost: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def content(self) -> tuple[object, ...]:

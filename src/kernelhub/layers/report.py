@@ -23,7 +23,7 @@ from kernelhub.layers.evidence import Evidence
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.plan import Request, decide
 from kernelhub.layers.survey import Devices, Site, Survey, capability, class_name, survey, uncompiled
-from kernelhub.layers.swap import MARKER, USES, Lost, Marker, Uses, holds, in_effect
+from kernelhub.layers.swap import MARKER, USES, Lost, Marker, Taken, Uses, holds, in_effect
 from kernelhub.layers.tables import table
 
 
@@ -32,7 +32,8 @@ class ReportRow:
     """One kernel-aware layer. `outcome` is `kernel` or `original`.
 
     `stale` says that the layer moved or changed mode since its kernel was chosen: kernelize again. `shared` marks a
-    function, which is one module for all models. What was measured is there where it was: see `Evidence`.
+    function, which is one module for all models. What was measured is there where it was: see `Evidence`. `lost` says of the
+    kernels that were registered beside the one that runs why it is none of them.
     """
 
     path: str
@@ -56,6 +57,8 @@ class ReportRow:
     speedup_low: float | None = None
     speedup_high: float | None = None
     timed_on: str | None = None
+    remembered: str | None = None
+    lost: tuple[str, ...] = ()
     shared: bool = False
     stale: bool = False
 
@@ -127,6 +130,7 @@ class KernelReport:
             "against",
             "calls",
             "speed",
+            "remembered of",
             "reason",
         )
         return "\n".join([self.summary(), table(head, [_cells(row) for row in self.rows]), *self.notes])
@@ -173,6 +177,7 @@ def _row(site: Site, devices: Devices, kept: _Kept) -> ReportRow:
         swap.variant,
         swap.digest,
         **_measured(swap.evidence),
+        lost=swap.lost,
         shared=site.user is not None,
         stale=bool(stale),
     )
@@ -187,6 +192,8 @@ def _why_not(site: Site, kept: _Kept) -> tuple[str, Mode | None]:
     marker = site.module.__dict__.get(MARKER)
     if isinstance(marker, Lost):
         return f"its kernel could not be read back: {marker.reason}", marker.swap.mode
+    if isinstance(marker, Taken):
+        return f"its kernel was taken out: {marker.reason}", marker.swap.mode
     if isinstance(marker, Marker):
         other = marker.module is not site.module
         text = "its forward is bound to the module that it was copied from" if other else "its forward was replaced"
@@ -352,5 +359,6 @@ def _cells(row: ReportRow) -> tuple[str, ...]:
         row.reference or "",
         str(row.calls or ""),
         _speed(row),
-        "; ".join([*flags, *([row.reason] if row.reason else [])]),
+        row.remembered or "",
+        "; ".join([*flags, *([row.reason] if row.reason else []), *(f"lost: {text}" for text in row.lost)]),
     )

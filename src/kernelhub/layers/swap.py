@@ -65,6 +65,17 @@ class Lost:
         return self
 
 
+@dataclass(frozen=True)
+class Taken:
+    """In place of a marker: the kernel raised when it was used, and the module runs its own forward since."""
+
+    swap: Swap
+    reason: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Taken:
+        return self
+
+
 class Uses:
     """What a module carries whose kernel-aware functions run kernels: a stake in each of them.
 
@@ -210,6 +221,9 @@ class Transaction:
                 users.discard(uses)
                 if not has_users(function):
                     take(function)
+            elif isinstance(function.__dict__.get(MARKER), Taken):
+                self._remember(function)
+                take(function)
 
     def undo(self) -> None:
         """Make every module what it was."""
@@ -325,7 +339,11 @@ def _function_for(module: nn.Module, swap: Swap) -> Any:
         _log.warning("%s is not here, the model runs without it: %s", swap.repository, error)
         lost = _lost[id(swap)] = Lost(swap, _first_line(error))
         return lost
-    return kernel.forward
+    if not swap.restore:
+        return kernel.forward
+    from kernelhub.layers.quarantine import watched  # here: it takes forwards off modules, as this module does
+
+    return watched(kernel.forward)
 
 
 def _first_line(error: BaseException) -> str:
