@@ -1,0 +1,107 @@
+"""The compiled ops: when they take a call.
+
+Where a build has none for the input's device (every noarch one), or the case is not theirs, `parts` does it in PyTorch.
+"""
+
+# ruff: noqa: ARG001  (what the ops are given and what decides on the shapes is not the same)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._ops import add_op_namespace_prefix, ops
+
+__all__ = ["HERE", "PLAIN", "backward", "gradient_", "losses", "takes"]
+
+HERE = hasattr(ops, "cross_entropy")
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+PLAIN = frozenset((Tensor, nn.Parameter))
+
+
+def takes(logits: Tensor, labels: Tensor) -> bool:
+    """Whether the ops take logits, (..., classes), and labels, (...)."""
+    return (
+        HERE
+        and logits.dtype in _DTYPES
+        and labels.dtype is torch.int64
+        and logits.is_cpu
+        and labels.is_cpu
+        and type(logits) in PLAIN
+        and type(labels) in PLAIN
+        and logits.shape[-1] > 0
+    )
+
+
+if HERE:
+    _cross_entropy = ops.cross_entropy.default
+    _cross_entropy_backward = ops.cross_entropy_backward.default
+    _cross_entropy_gradient = ops.cross_entropy_gradient_.default
+
+
+def losses(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """The losses, (...), in float32, and what `backward` wants to have kept."""
+    return _checked(_cross_entropy, logits, labels, *options)
+
+
+def backward(grad: Tensor, logits: Tensor, labels: Tensor, sums: Tensor, *options: Any) -> Tensor:
+    """The gradient of sum(grad * losses): (..., classes)."""
+    return _cross_entropy_backward(grad, logits, labels, sums, *options)
+
+
+def gradient_(logits: Tensor, labels: Tensor, scale: Tensor, *options: Any) -> Tensor:
+    """The losses; the logits become the gradient of sum(scale * losses)."""
+    return _checked(_cross_entropy_gradient, logits, labels, scale, *options)
+
+
+def _checked(op: Any, *arguments: Any) -> Any:
+    """An op knows only RuntimeErrors; a label out of bounds is an IndexError, as in PyTorch."""
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if "out of bounds" in str(error):
+            raise IndexError(str(error).partition("\n")[0]) from None
+        raise
+
+
+def _register_shapes() -> None:
+    """What the ops return, for `torch.compile` and export."""
+
+    def register(name: str) -> Any:
+        return torch.library.register_fake(add_op_namespace_prefix(name))
+
+    def like(labels: Tensor) -> Tensor:
+        return labels.new_empty(labels.shape, dtype=torch.float32)
+
+    @register("cross_entropy")
+    def _(
+        logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        return like(labels), labels.new_empty((2 * labels.numel(),), dtype=torch.float32)
+
+    @register("cross_entropy_backward")
+    def _(
+        grad: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        sums: Tensor,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+    ) -> Tensor:
+        return logits.new_empty(logits.shape)
+
+    @register("cross_entropy_gradient_")
+    def _(
+        logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+    ) -> Tensor:
+        return like(labels)
+
+
+if HERE:
+    _register_shapes()

@@ -1,0 +1,172 @@
+"""The projection to logits with its loss, some rows at a time, as one op: what is in memory is the same when compiled."""
+
+# ruff: noqa: ARG001  (what the op is given and what decides on the shapes is not the same)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import compiled, parts
+from ._ops import add_op_namespace_prefix, ops
+
+__all__ = ["gradients", "losses", "rows_together"]
+
+# Logits that are few, whatever the weight is like: in float32 64 MiB.
+_FEW = 1 << 24
+# Classes whose part of the weight's gradient is added at a time, where that takes a copy.
+_CLASSES = 8192
+
+
+def rows_together(features: int, classes: int) -> int:
+    """The rows whose logits are in memory at a time.
+
+    As many as there are features: their logits then take as much as the weight, of which training keeps several copies
+    anyway, and the products stay large (each passes over the weight three times). More where that would be next to none.
+    """
+    return max(features, _FEW // classes, 1)
+
+
+def losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """hidden: (rows, features), weight: (classes, features), labels: (rows,) -> the losses, (rows,). No gradients."""
+    return _op(hidden, weight, bias, labels, None, ignore_index, label_smoothing, z_loss, False, False, False)[0]
+
+
+def gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses, and the gradients of sum(scale * losses), empty where they are not needed. scale: (rows,)."""
+    needs = needs_hidden, needs_weight, needs_bias
+    return _op(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, z_loss, *needs)
+
+
+def _compute(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = _empty(hidden, weight, labels, needs_hidden, needs_weight, needs_bias)
+    all_losses, hidden_grad, weight_grad, bias_grad = found
+    options = ignore_index, label_smoothing, z_loss
+    (count, features), classes = hidden.shape, weight.shape[0]
+    rows = min(count, rows_together(features, classes))
+    # A sum over several parts is taken in float32: each addition in 16 bits would round.
+    several = count > rows and hidden.element_size() == 2
+    weight_sum = weight_grad.new_zeros(weight_grad.shape, dtype=torch.float32) if several else weight_grad.zero_()
+    bias_sum = bias_grad.new_zeros(bias_grad.shape, dtype=parts.wide(bias_grad).dtype)
+    memory = hidden.new_empty((rows, classes))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, count, max(rows, 1)):
+            part = slice(start, min(start + rows, count))
+            x, y, logits = hidden[part], labels[part], memory[: min(rows, count - start)]
+            if bias is None:
+                torch.mm(x, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, x, weight.t(), out=logits)
+            if scale is None:
+                all_losses[part] = _losses(logits, y, *options)
+                continue
+            all_losses[part] = _gradient_(logits, y, scale[part], *options)
+            if needs_hidden:
+                torch.mm(logits, weight, out=hidden_grad[part])
+            if needs_weight:
+                _add_product(weight_sum, logits, x)
+            if needs_bias:
+                bias_sum += logits.sum(0, dtype=bias_sum.dtype)
+        del memory
+        if several and needs_weight:
+            weight_grad.copy_(weight_sum)
+        bias_grad.copy_(bias_sum)
+    return found
+
+
+def _losses(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float) -> Tensor:
+    if compiled.takes(logits, labels):
+        return compiled.losses(logits, labels, ignore_index, label_smoothing, z_loss)[0]
+    return parts.losses(logits, labels, ignore_index, label_smoothing, z_loss)
+
+
+def _gradient_(
+    logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> Tensor:
+    way = compiled.gradient_ if compiled.takes(logits, labels) else parts.gradient_
+    return way(logits, labels, scale, ignore_index, label_smoothing, z_loss)
+
+
+def _add_product(total: Tensor, logits: Tensor, x: Tensor) -> None:
+    """`total += logits.T @ x`, the copy that this takes where the dtypes differ only of some classes."""
+    if total.dtype is x.dtype:
+        total.addmm_(logits.t(), x)
+        return
+    for start in range(0, len(total), _CLASSES):
+        some = slice(start, start + _CLASSES)
+        total[some] += torch.mm(logits[:, some].t(), x)
+
+
+def _empty(
+    hidden: Tensor, weight: Tensor, labels: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+    return (
+        labels.new_empty(labels.shape, dtype=dtype),
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        weight.new_empty((weight.shape[0],) if needs_bias else (0,)),
+    )
+
+
+def _shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty(hidden, weight, labels, needs_hidden, needs_weight, needs_bias)
+
+
+# Its name carries the build's digest: where it is there already, this module was imported before, from another place.
+if not hasattr(ops, "linear_cross_entropy"):
+    _namespace, _, _name = add_op_namespace_prefix("linear_cross_entropy").partition("::")
+    _library = torch.library.Library(_namespace, "FRAGMENT")
+    _library.define(
+        f"{_name}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? scale, int ignore_index, "
+        "float label_smoothing, float z_loss, bool needs_hidden, bool needs_weight, bool needs_bias) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    _library.impl(_name, _compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_namespace}::{_name}", _shapes, lib=_library)
+
+_op = ops.linear_cross_entropy.default
