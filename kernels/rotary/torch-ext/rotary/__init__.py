@@ -1,0 +1,8 @@
+"""Rotary position embeddings: q and k turned in one call and one pass over memory, the same rounding."""
+
+from __future__ import annotations
+
+from . import layers
+from .functions import apply_rotary
+
+__all__ = ["apply_rotary", "layers"]

@@ -1,0 +1,106 @@
+"""Which formula a function has that is marked as `rotary_pos_emb`.
+
+transformers 5.22 marks functions of six formulas by this one name: they differ in where they round, in the dtype of the
+result, in the width of cos and sin, and in the direction. So a function is asked, once, with a few numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .compiled import INVERSE, ROUND_ONCE
+from .functions import apply_rotary
+
+__all__ = ["CAST_BACK", "PAIRED", "UNKNOWN", "is_static", "of"]
+
+# Beside INVERSE and ROUND_ONCE, which say how products of one dtype are rounded:
+CAST_BACK = 16  # with float32 tables the result has q's dtype, not float32
+PAIRED = 32  # cos and sin have one element for each pair
+UNKNOWN = -1
+
+_Function = Callable[..., tuple[Tensor, Tensor]]
+_known: dict[type, int] = {}
+
+
+def of(cls: type[nn.Module]) -> int:
+    """The formula of the class's forward, as bits; UNKNOWN where it is none that the op has."""
+    found = _known.get(cls)
+    if found is None:
+        function: Any = cls.forward
+        if not is_static(cls):
+            function = function.__get__(None, cls)
+        # Not by the tensors of a trace that may be going on: what is asked for is values.
+        with _disable_current_modes():
+            found = _known[cls] = _formula(function)
+    return found
+
+
+def is_static(cls: type[nn.Module]) -> bool:
+    """Whether the class's forward is the function itself, which takes no module."""
+    return isinstance(inspect.getattr_static(cls, "forward"), staticmethod)
+
+
+# What dynamo would otherwise trace into. `torch.compiler.assume_constant_result` does just this, and imports dynamo: 1 s.
+of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_static._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _formula(function: _Function) -> int:
+    q, k, cos, sin = _numbers()
+    for paired in (0, PAIRED):
+        width = 4 if paired else 8
+        tables = cos[..., :width], sin[..., :width]
+        for form in (0, INVERSE, ROUND_ONCE, INVERSE | ROUND_ONCE):
+            if _agree(function, form, q, k, *(table.to(q.dtype) for table in tables)):
+                return form | paired | _with_float32(function, form, q, k, *tables)
+    return UNKNOWN
+
+
+def _with_float32(function: _Function, form: int, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> int:
+    return CAST_BACK if _agree(function, form | ROUND_ONCE, q, k, cos, sin) else 0
+
+
+def _agree(function: _Function, form: int, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the function gives the bits of the form, with heads before and behind tokens."""
+    options = {"inverse": bool(form & INVERSE), "round_once": bool(form & ROUND_ONCE), "rotary_dim": q.shape[-1]}
+    for dim in (1, 2):
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        try:
+            got = function(q, k, cos, sin, unsqueeze_dim=dim)
+        except Exception:  # noqa: BLE001 - whatever the function raises, it has not this formula
+            return False
+        expected = apply_rotary(q, k, cos, sin, dim, **options)
+        if not _same(got, expected):
+            return False
+    return True
+
+
+def _same(got: Any, expected: tuple[Tensor, Tensor]) -> bool:
+    return (
+        isinstance(got, tuple)
+        and len(got) == len(expected)
+        and all(isinstance(a, Tensor) and a.dtype is b.dtype for a, b in zip(got, expected, strict=True))
+        and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    )
+
+
+def _numbers() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q and k, (2, tokens, heads, 8) in bfloat16, cos and sin, (2, tokens, 8) in float32: of no pattern that a formula could share."""
+
+    def numbers(*shape: int, start: int, dtype: torch.dtype) -> Tensor:
+        count = torch.Size(shape).numel()
+        ones = torch.arange(start, start + count, dtype=torch.float32, device="cpu")
+        return (ones * 12.9898).sin().reshape(shape).to(dtype)
+
+    return (
+        numbers(2, 3, 4, 8, start=1, dtype=torch.bfloat16),
+        numbers(2, 3, 2, 8, start=201, dtype=torch.bfloat16),
+        numbers(2, 3, 8, start=301, dtype=torch.float32),
+        numbers(2, 3, 8, start=401, dtype=torch.float32),
+    )

@@ -1,0 +1,23 @@
+#include <torch/csrc/stable/library.h>
+
+#include "registration.h"
+#include "rotary_cpu/rotary.h"
+
+STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
+  ops.def(
+      "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, int heads_dim, int rotary_dim, int form) "
+      "-> (Tensor, Tensor)");
+  ops.def("use_level(int level) -> int");
+}
+
+#if defined(CPU_KERNEL)
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
+  ops.impl("rotate", TORCH_BOX(&kernelhub::rotate));
+}
+
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
+  ops.impl("use_level", TORCH_BOX(&kernelhub::use_level));
+}
+#endif
+
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
