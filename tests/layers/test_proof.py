@@ -64,7 +64,8 @@ def checked(
     [
         ({"verify": True}, "verify=True needs sample_inputs"),
         ({"only_if_faster": True}, "only_if_faster=True needs sample_inputs"),
-        ({"sample_inputs": torch.ones(1)}, "nothing would be run on them"),
+        ({"sample_inputs": torch.ones(1)}, "sample_inputs without a question: nothing would be measured"),
+        ({"refresh": True}, "refresh=True without a question"),
         ({"sample_inputs": 3, "verify": True}, "int is nothing to run a model on"),
         ({"sample_inputs": torch.ones(1), "verify": "yes"}, "verify='yes'"),
     ],

@@ -188,19 +188,20 @@ def test_layers_of_one_kind_share_a_timing_and_say_so(watch: Callable[[float, fl
 
 
 @pytest.mark.usefixtures("timed_norm")
-def test_compiled_models_are_timed_compiled(
+def test_compiled_models_are_compared_and_timed_in_compiled_frames(
     watch: Callable[[float, float], Watch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One frame for the original and one for the kernel, whatever many layers of the kind there are."""
     compiled: list[object] = []
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
-    model = layers.Norm()
-    recorded = proof.capture(model, [model], proof.Sample(torch.randn(3, 8)), I)[id(model)]
     watch(3.0, 2.0)
-    calls = list(recorded.calls.values())
-    proof.time_calls(proof.Replay(model, False), model.forward, calls, I)
+    model = nn.Sequential(layers.Norm(), layers.Norm())
+    kernelize(model, mode=I, sample_inputs=torch.randn(3, 8), verify=True, only_if_faster=True)
     assert compiled == []
-    proof.time_calls(proof.Replay(model, False), model.forward, calls, I | Mode.TORCH_COMPILE)
-    assert len({id(function.__code__) for function in compiled}) == 2, "a frame for each, cached by its code object"
+    mode = I | Mode.TORCH_COMPILE
+    kernelize(model, mode=mode, sample_inputs=torch.randn(3, 8), verify=True, only_if_faster=True)
+    assert len({id(function.__code__) for function in compiled}) == len(compiled) == 2, "cached by its code object"
+    assert [row.outcome for row in kernel_report(model).rows] == ["kernel"] * 2
 
 
 def test_a_kernel_that_raises_is_not_faster(tmp_path: Path, watch: Callable[[float, float], Watch]) -> None:

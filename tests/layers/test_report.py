@@ -57,6 +57,8 @@ def test_a_row_says_which_kernel_runs_with_its_digest(model: nn.Module, folder: 
         "speedup_low": None,
         "speedup_high": None,
         "timed_on": None,
+        "remembered": None,
+        "lost": (),
         "shared": False,
         "stale": False,
     }

@@ -12,7 +12,8 @@ class Evidence:
     `max_error` is the largest difference to the reference, `max_relative_error` the largest of any tensor over that tensor's
     largest value, `worst` the name of the result that came nearest to (or went farthest over) what is allowed. `reference`
     is `float64` or `original`; `calls` how many of the model's calls were compared. `speedup` is the original's time
-    over the kernel's, with a 95 % interval; it was measured on the layer `timed_on`.
+    over the kernel's, with a 95 % interval; it was measured on the layer `timed_on`. `remembered` is when (UTC), where it was
+    not in this run: the errors are then the largest of all layers of the kind.
     """
 
     reference: str | None = None
@@ -24,6 +25,7 @@ class Evidence:
     speedup_low: float | None = None
     speedup_high: float | None = None
     timed_on: str | None = None
+    remembered: str | None = None
 
 
 NOTHING = Evidence()

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,13 +40,17 @@ from kernelhub.layers.mapping import Row
 from kernelhub.layers.mode import KernelizeFallback, Mode
 from kernelhub.layers.outcome import Outcome, allow, where
 from kernelhub.layers.plan import Decision, DeviceLike, Request, Selection, Selector, decide, reasons
+from kernelhub.layers.quarantine import forward_for, restores
+from kernelhub.layers.ranks import GroupLike, agree, check_same, deciding, described, place_of, prove_together
 from kernelhub.layers.report import Run, forget, remember
+from kernelhub.layers.repositories import Repository
 from kernelhub.layers.survey import Site, Survey, class_name, device_type, survey
 from kernelhub.layers.swap import USES, Transaction, functions_lock, has_users, in_effect
 from kernelhub.settings import Settings
 
 if TYPE_CHECKING:
     from kernelhub.hub.client import Hub
+    from kernelhub.hub.store import Store
     from kernelhub.layers.proof import Demand
     from kernelhub.layers.tolerance import Tolerance
 
@@ -68,6 +72,9 @@ def kernelize(
     sample_inputs: Any = None,
     verify: bool | Tolerance = False,
     only_if_faster: bool = False,
+    refresh: bool = False,
+    on_error: str = "raise",
+    group: GroupLike = None,
 ) -> nn.Module:
     """Let the kernel-aware layers of `model` run the kernels that are registered for them; returns the same model.
 
@@ -81,35 +88,63 @@ def kernelize(
     `verify` runs each kernel beside the original forward on what the layer is called with when the model runs on
     `sample_inputs` (a tensor, an args tuple, a kwargs dict, a function that runs the model, or a `Sample` of one), and
     keeps the original where they are not equal: within the tolerance of each dtype, within a `Tolerance`, or to the
-    bit (`Tolerance.exact()`). `only_if_faster` times both, and keeps the kernel only where it wins.
+    bit (`Tolerance.exact()`). `only_if_faster` times both, and keeps the kernel only where it wins; of several that are
+    registered for a layer the fastest is taken. What was found is remembered in the store; `refresh` measures again.
+
+    `on_error="restore"`: a kernel that raises when it is used is taken out of that layer, once and with a warning, and the
+    original forward answers.
+
+    Under torch.distributed all ranks decide together: the same kernels under the same layers, or none. `group` are the
+    ranks that do: None all of them, a process group its own, False this process alone.
 
     Raises `InvalidReference` [ValueError] for arguments that cannot be, `NoKernelForLayer` [ValueError] and
     `LayerContractError` [TypeError] where a layer must not keep its forward, what loading raises where CANNOT_LOAD is not
-    allowed, and `UntrustedKernel` and `IntegrityError` always.
+    allowed, and `UntrustedKernel` and `IntegrityError` always; `RanksDisagree` and `RankFailed` [RuntimeError] where ranks
+    have different models or kernels, where one of them raises, or does not come.
     """
-    request = Request.of(mode, device, include, exclude)
-    fallback = KernelizeFallback.of(use_fallback)
-    demand = _demand(sample_inputs, verify, only_if_faster)
-    if Settings.from_env().mapping_disabled:
-        unkernelize(model)
-        remember(model, Run(mode, "kernels are switched off (DISABLE_KERNEL_MAPPING)", {}))
-        _log.info("%s keeps its forwards: kernels are switched off (DISABLE_KERNEL_MAPPING)", type(model).__name__)
-        return model
-    from kernelhub.hub.client import default_hub
+    settings = Settings.from_env()
+    with deciding(group, settings.ranks_timeout) as ranks:
+        request = Request.of(mode, device, include, exclude)
+        fallback = KernelizeFallback.of(use_fallback)
+        demand = _demand(sample_inputs, verify, only_if_faster, refresh)
+        restore = restores(on_error, mode)
+        found = survey(model)
+        options = {"use_fallback": fallback, "verify": verify, "only_if_faster": only_if_faster, "on_error": on_error}
+        options["DISABLE_KERNEL_MAPPING"] = settings.mapping_disabled
+        check_same(ranks, "what is asked for", lambda: described(request, found, options))
+        if settings.mapping_disabled:
+            unkernelize(model)
+            remember(model, Run(mode, "kernels are switched off (DISABLE_KERNEL_MAPPING)", {}))
+            _log.info("%s keeps its forwards: kernels are switched off (DISABLE_KERNEL_MAPPING)", type(model).__name__)
+            return model
+        from kernelhub.hub.client import default_hub
 
-    found = survey(model)
-    resolver = _Resolver(default_hub(), request, fallback)
-    decisions = decide(found, request)
-    outcomes = resolver.outcomes(found.sites, decisions)
-    with functions_lock, Transaction() as transaction:
-        for _, module in found.marked:
-            transaction.take(module)
-        for _, module in found.users:
-            transaction.leave(module)
-        if demand is not None:
-            outcomes = _prove(model, found.sites, outcomes, demand, mode, fallback)
-        _swap_layers(found.sites, outcomes, transaction)
-        told = _swap_functions(found.sites, outcomes, transaction, fallback)
+        hub = default_hub()
+        decisions = decide(found, request)
+
+        def load(first: bool) -> list[Outcome]:
+            source = hub if first else hub.without_network()
+            resolver = _Resolver(source, request, fallback, compared=demand is not None, restore=restore)
+            return resolver.outcomes(found.sites, decisions)
+
+        outcomes = load(True) if ranks.alone else ranks.first_at("loading", place_of(hub.store.root), load)
+        outcomes = agree(ranks, "loading", found.sites, outcomes)
+        with functions_lock, Transaction() as transaction:
+            for _, module in found.marked:
+                transaction.take(module)
+            for _, module in found.users:
+                transaction.leave(module)
+            if demand is not None:
+                asked = demand
+                outcomes = prove_together(
+                    ranks,
+                    found.sites,
+                    outcomes,
+                    lambda loaded: _prove(model, found.sites, loaded, asked, mode, fallback, hub.store),
+                )
+            _swap_layers(found.sites, outcomes, transaction)
+            told = _swap_functions(found.sites, outcomes, transaction, fallback)
+            check_same(ranks, "swapping", lambda: [f"{path}: {reason}" for path, reason in told.items()])
     remember(model, Run(mode, None, {**_kept(found.sites, outcomes), **told}, _evidence(found.sites, outcomes)))
     _say(model, outcomes)
     return model
@@ -134,13 +169,13 @@ def unkernelize(model: nn.Module, *, include: Selection = None, exclude: Selecti
     return model
 
 
-def _demand(sample_inputs: Any, verify: bool | Tolerance, only_if_faster: bool) -> Demand | None:
+def _demand(sample_inputs: Any, verify: bool | Tolerance, only_if_faster: bool, refresh: bool) -> Demand | None:
     """What is to be shown of the kernels. Nothing of that is imported for those who ask for nothing."""
-    if sample_inputs is None and verify is False and only_if_faster is False:
+    if sample_inputs is None and verify is False and only_if_faster is False and refresh is False:
         return None
     from kernelhub.layers.proof import Demand
 
-    return Demand.of(sample_inputs, verify, only_if_faster)
+    return Demand.of(sample_inputs, verify, only_if_faster, refresh)
 
 
 def _prove(
@@ -150,10 +185,12 @@ def _prove(
     demand: Demand,
     mode: Mode,
     fallback: KernelizeFallback,
+    store: Store,
 ) -> list[Outcome]:
     from kernelhub.layers.proof import prove
+    from kernelhub.layers.verdicts import Memory
 
-    return prove(model, sites, outcomes, demand, mode, fallback)
+    return prove(model, sites, outcomes, demand, mode, fallback, Memory(store, refresh=demand.refresh))
 
 
 @contextmanager
@@ -184,9 +221,10 @@ def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class _Failure:
-    """A kernel that cannot be used, in a case that `use_fallback` may allow."""
+    """A kernel that cannot be used, in a case that `use_fallback` may allow; None: in one that it always allows."""
 
-    case: KernelizeFallback
+    repository: Repository
+    case: KernelizeFallback | None
     error: KernelHubError | ImportError | OSError
 
     @property
@@ -196,11 +234,17 @@ class _Failure:
 
 @dataclass
 class _Resolver:
-    """Loads each kernel once, and decides once for all layers of a class on a device."""
+    """Loads each kernel once, and decides once for all layers of a class on a device.
+
+    `compared`: all that are registered for a layer are loaded, to be measured against each other; else the first that can
+    be used is taken.
+    """
 
     hub: Hub
     request: Request
     fallback: KernelizeFallback
+    compared: bool = False
+    restore: bool = False
     _kernels: dict[tuple[Any, str], LayerKernel | _Failure] = field(default_factory=dict)
     _outcomes: dict[tuple[int, int, bool], tuple[Outcome, Decision]] = field(default_factory=dict)
 
@@ -223,52 +267,80 @@ class _Resolver:
             if decision.case is not None and decision.case not in self.fallback:
                 raise NoKernelForLayer(f"{where(site)}: {decision.reason}", hint=allow(decision.case))
             return Outcome(name, None, None, decision.reason)
-        chosen = self._choose(site.module, row, device)
-        if isinstance(chosen, _Failure):
-            if chosen.case not in self.fallback:
-                if isinstance(chosen.error, KernelHubError):
-                    chosen.error.add_context(f"while kernelizing {where(site)}")
-                raise chosen.error
-            return Outcome(name, None, None, chosen.reason)
-        kernel, swap = chosen
-        if decision.distributed and not kernel.takes_dtensor:
-            return Outcome(name, None, None, "its weights are DTensors, and the kernel does not say that it takes them")
-        return Outcome(name, kernel, swap)
+        usable, failures = self._usable(site.module, row, decision, device)
+        if not usable:
+            self._check_allowed(site, failures)
+            return Outcome(name, None, None, _said(failures))
+        (kernel, swap), *others = usable
+        return Outcome(name, kernel, swap, others=tuple(others))
 
-    def _choose(self, module: nn.Module, row: Row, device: torch.device) -> tuple[LayerKernel, Swap] | _Failure:
-        kernel = self._kernel(row, device)
+    def _usable(
+        self, module: nn.Module, row: Row, decision: Decision, device: torch.device
+    ) -> tuple[list[tuple[LayerKernel, Swap]], list[_Failure]]:
+        """The registered kernels that can be used, in the order in which they are, and why the others cannot."""
+        usable: list[tuple[LayerKernel, Swap]] = []
+        failures: list[_Failure] = []
+        for repository in row.repositories:
+            chosen = self._choose(module, repository, row, decision, device)
+            if isinstance(chosen, _Failure):
+                failures.append(chosen)
+                continue
+            usable.append(chosen)
+            if not self.compared:
+                break
+        lost = tuple(f"{failure.repository}: {failure.reason}" for failure in failures)
+        return [(kernel, replace(swap, lost=lost)) for kernel, swap in usable] if lost else usable, failures
+
+    def _check_allowed(self, site: Site, failures: list[_Failure]) -> None:
+        """Raises the first error that `use_fallback` does not cover."""
+        for failure in failures:
+            if failure.case is not None and failure.case not in self.fallback:
+                if isinstance(failure.error, KernelHubError):
+                    failure.error.add_context(f"while kernelizing {where(site)}")
+                raise failure.error
+
+    def _choose(
+        self, module: nn.Module, repository: Repository, row: Row, decision: Decision, device: torch.device
+    ) -> tuple[LayerKernel, Swap] | _Failure:
+        kernel = self._kernel(repository, device)
         if isinstance(kernel, _Failure):
             return kernel
         try:
             self._check_device(kernel, device)
-            notes = contract.check(kernel.cls, kernel.forward, type(module), str(row.repository))
+            notes = contract.check(kernel.cls, kernel.forward, type(module), str(repository))
         except IncompatibleDevice as error:
-            return _Failure(KernelizeFallback.CANNOT_LOAD, error)
+            return _Failure(repository, KernelizeFallback.CANNOT_LOAD, error)
         except LayerContractError as error:
-            return _Failure(KernelizeFallback.CONTRACT, error)
-        unfit = self._unfit(kernel, row)
+            return _Failure(repository, KernelizeFallback.CONTRACT, error)
+        unfit = self._unfit(kernel, row) or self._undistributed(kernel, decision)
         return unfit or (kernel, self._swap(kernel, module, device, notes))
 
-    def _kernel(self, row: Row, device: torch.device) -> LayerKernel | _Failure:
+    def _undistributed(self, kernel: LayerKernel, decision: Decision) -> _Failure | None:
+        if not decision.distributed or kernel.takes_dtensor:
+            return None
+        error = NoKernelForLayer("its weights are DTensors, and the kernel does not say that it takes them")
+        return _Failure(kernel.repository, None, error)
+
+    def _kernel(self, repository: Repository, device: torch.device) -> LayerKernel | _Failure:
         backend = DEVICE_BACKENDS.get(device_type(device), device.type)
-        key = (row.repository, backend)
+        key = (repository, backend)
         if key not in self._kernels:
-            self._kernels[key] = self._load(row, backend)
+            self._kernels[key] = self._load(repository, backend)
         return self._kernels[key]
 
-    def _load(self, row: Row, backend: str) -> LayerKernel | _Failure:
+    def _load(self, repository: Repository, backend: str) -> LayerKernel | _Failure:
         try:
             self.hub.host.choose_backend(backend)
         except InvalidReference as error:
-            return _Failure(KernelizeFallback.CANNOT_LOAD, error)
+            return _Failure(repository, KernelizeFallback.CANNOT_LOAD, error)
         try:
-            return load_layer(row.repository, backend, self.hub)
+            return load_layer(repository, backend, self.hub)
         except (IntegrityError, UntrustedKernel):
             raise  # never a case for the original: what is here is not what was asked for
         except LayerContractError as error:
-            return _Failure(KernelizeFallback.CONTRACT, error)
+            return _Failure(repository, KernelizeFallback.CONTRACT, error)
         except (NoKernelForLayer, IncompatibleDevice, ImportError, OSError) as error:
-            return _Failure(KernelizeFallback.CANNOT_LOAD, error)
+            return _Failure(repository, KernelizeFallback.CANNOT_LOAD, error)
 
     def _check_device(self, kernel: LayerKernel, device: torch.device) -> None:
         """Raises `IncompatibleDevice` where the build does not cover the architecture of the layer's own device."""
@@ -297,7 +369,8 @@ class _Resolver:
             f"{kernel.repository} does not serve {mode}: {lacks}",
             hint=f"It is registered for {row.mode}." if explicit else None,
         )
-        return _Failure(KernelizeFallback.CONTRACT if explicit else KernelizeFallback.NO_COMPATIBLE_MODE, error)
+        case = KernelizeFallback.CONTRACT if explicit else KernelizeFallback.NO_COMPATIBLE_MODE
+        return _Failure(kernel.repository, case, error)
 
     def _swap(self, kernel: LayerKernel, module: nn.Module, device: torch.device, notes: tuple[str, ...]) -> Swap:
         loaded = kernel.loaded
@@ -313,13 +386,21 @@ class _Resolver:
             variant=str(loaded.variant) if loaded.variant else None,
             digest=loaded.digest,
             notes=notes,
+            restore=self.restore,
         )
 
 
+def _said(failures: list[_Failure]) -> str:
+    """Why no kernel can be used; of several, each by name."""
+    if len(failures) == 1:
+        return failures[0].reason
+    return "; ".join(f"{failure.repository}: {failure.reason}" for failure in failures)
+
+
 def _swap_layers(sites: list[Site], outcomes: list[Outcome], transaction: Transaction) -> None:
-    for site, (_, kernel, swap, _, _) in zip(sites, outcomes, strict=True):
+    for site, (_, kernel, swap, *_) in zip(sites, outcomes, strict=True):
         if kernel is not None and swap is not None and site.user is None:
-            transaction.put(site.module, swap, kernel.forward)
+            transaction.put(site.module, swap, forward_for(swap.restore, kernel.forward))
 
 
 def _swap_functions(
@@ -329,7 +410,7 @@ def _swap_functions(
     told: dict[str, str] = {}
     mine: set[int] = set()
     stakes: dict[int, tuple[nn.Module, dict[str, tuple[nn.Module, Swap]]]] = {}
-    for site, (_, kernel, swap, _, _) in zip(sites, outcomes, strict=True):
+    for site, (_, kernel, swap, *_) in zip(sites, outcomes, strict=True):
         if site.user is None:
             continue
         function, marker = site.module, in_effect(site.module)
@@ -339,7 +420,7 @@ def _swap_functions(
                 told[site.path] = _tell(site, marker.swap, swap, fallback)
                 continue
         elif kernel is not None and swap is not None:
-            transaction.use(function, swap, kernel.forward)
+            transaction.use(function, swap, forward_for(swap.restore, kernel.forward))
         elif marker is not None:
             transaction.take(function)  # whoever had it is gone
         if swap is not None:

@@ -2,9 +2,10 @@
 
 >>> from kernelhub.layers.repositories import LayerRepository
 >>> norm = LayerRepository("org/norm", layer_name="RMSNorm", version=1)
->>> table = parse({"RMSNorm": {"cuda": {Mode.INFERENCE: norm}, "cpu": norm}})
->>> [(str(row.device), str(row.mode)) for row in table["RMSNorm"]]
-[('cuda', 'INFERENCE'), ('cpu', 'FALLBACK')]
+>>> other = LayerRepository("org/other", layer_name="RMSNorm", version=1)
+>>> table = parse({"RMSNorm": {"cuda": {Mode.INFERENCE: norm}, "cpu": [norm, other]}})
+>>> [(str(row.device), str(row.mode), len(row.repositories)) for row in table["RMSNorm"]]
+[('cuda', 'INFERENCE', 1), ('cpu', 'FALLBACK', 2)]
 """
 
 from __future__ import annotations
@@ -22,17 +23,32 @@ from kernelhub.layers.device import Device
 from kernelhub.layers.mode import KernelizeFallback, Mode, serving
 from kernelhub.layers.repositories import Repository, check_repository
 
-# What users write: {layer name: {device type or Device: repository, or {mode: repository}}}.
+# What users write: {layer name: {device type or Device: repository, or {mode: repository}}}; a list of repositories may
+# stand for one.
 KernelMapping = Mapping[str, Mapping[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One registration: on this device, for this mode, this repository."""
+    """One registration: on this device, for this mode, this repository, or one of the `others` after it.
+
+    Measured, the fastest of those that are equal to the original is taken; else the first that can be used.
+    """
 
     device: Device
     mode: Mode
     repository: Repository
+    others: tuple[Repository, ...] = ()
+
+    @property
+    def repositories(self) -> tuple[Repository, ...]:
+        """All that may be taken, in the order in which they were registered."""
+        return (self.repository, *self.others)
+
+    @property
+    def named(self) -> str:
+        """The repositories, as a reader wants them."""
+        return ", or ".join(map(str, self.repositories))
 
     @property
     def width(self) -> float:
@@ -175,9 +191,19 @@ def _rows(name: str, key: object, value: object) -> Iterator[Row]:
         raise InvalidReference(f"{where}: expected a device type or a Device")
     device = Device(key) if isinstance(key, str) else key
     if not isinstance(value, Mapping):
-        yield Row(device, Mode.FALLBACK, check_repository(value, where))
+        yield _row(device, Mode.FALLBACK, value, where)
         return
     for mode, repository in value.items():
         if not isinstance(mode, Mode):
             raise InvalidReference(f"{where}: {mode!r} is not a Mode", hint="Such as {Mode.INFERENCE: repository}.")
-        yield Row(device, mode, check_repository(repository, f"{where}: {mode}"))
+        yield _row(device, mode, repository, f"{where}: {mode}")
+
+
+def _row(device: Device, mode: Mode, value: object, where: str) -> Row:
+    """A registration of one repository, or of a list of them, in which each is named once."""
+    if not isinstance(value, (list, tuple)):
+        return Row(device, mode, check_repository(value, where))
+    if not value:
+        raise InvalidReference(f"{where}: the list of repositories is empty", hint="Leave the device or mode out.")
+    first, *others = dict.fromkeys(check_repository(item, f"{where}[{at}]") for at, item in enumerate(value))
+    return Row(device, mode, first, tuple(others))

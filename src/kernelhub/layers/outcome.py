@@ -13,7 +13,8 @@ from kernelhub.layers.survey import Site, class_name
 class Outcome(NamedTuple):
     """A kernel, or the reason why the layer keeps its forward.
 
-    Layers of one class on one device share one, until something is measured of each; `name` is the class's.
+    Layers of one class on one device share one, until something is measured of each; `name` is the class's. `others` are
+    the kernels after the first that could stand there too: a measurement decides between them.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Outcome(NamedTuple):
     swap: Swap | None
     reason: str = ""
     evidence: Evidence | None = None
+    others: tuple[tuple[LayerKernel, Swap], ...] = ()
 
 
 def where(site: Site) -> str:

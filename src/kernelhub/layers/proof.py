@@ -1,46 +1,53 @@
-"""capture -> equal? -> faster?: each kernel beside the original forward, on the calls that the model makes.
+"""capture -> equal? -> faster? -> the fastest: each kernel beside the original forward, on the calls that the model makes.
 
 The kernels are not on the model yet: a layer runs its original among originals, so that an error of one kernel is not
-taken for another's.
+taken for another's. What was found before, of the same kernel for the same kind of layer and calls, is not found again.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
 
 from kernelhub.errors import InvalidReference, NoKernelForLayer
 from kernelhub.layers import timing
 from kernelhub.layers.capture import Call, Recorder, Sample, capture, original_forward
-from kernelhub.layers.compare import COMPUTED, Comparison, compare, together
 from kernelhub.layers.evidence import NOTHING, Evidence
+from kernelhub.layers.examine import KernelFailed, OriginalFailed, examine, first_line
 from kernelhub.layers.fitness import is_special
+from kernelhub.layers.kernel import LayerKernel, Swap
 from kernelhub.layers.mode import KernelizeFallback, Mode
 from kernelhub.layers.outcome import Outcome, allow, where
-from kernelhub.layers.replay import Effects, Replay, poisoned_memory
+from kernelhub.layers.replay import Replay
 from kernelhub.layers.survey import Site
 from kernelhub.layers.tolerance import Tolerance
-from kernelhub.layers.values import tensors_in
-from kernelhub.layers.workload import time_calls
+from kernelhub.layers.verdicts import Equality, Key, Memory, Timing, key_of, tolerance_facts
+from kernelhub.layers.workload import Frames, Side, time_calls
+
+_log = logging.getLogger("kernelhub")
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What is to be shown of each kernel, on what. `tolerance` None: the default of each dtype."""
+    """What is to be shown of each kernel, on what. `tolerance` None: the default of each dtype; `refresh`: anew."""
 
     sample: Sample
     equal: bool
     tolerance: Tolerance | None
     faster: bool
+    refresh: bool = False
 
     @classmethod
-    def of(cls, sample_inputs: Any, verify: bool | Tolerance, only_if_faster: bool) -> Demand | None:
+    def of(
+        cls, sample_inputs: Any, verify: bool | Tolerance, only_if_faster: bool, refresh: bool = False
+    ) -> Demand | None:
         """None where nothing is to be shown. Raises `InvalidReference` [ValueError] for what cannot be."""
         if not isinstance(verify, (bool, Tolerance)):
             raise InvalidReference(
@@ -48,10 +55,11 @@ class Demand:
             )
         equal, faster = verify is not False, bool(only_if_faster)
         if not (equal or faster):
-            if sample_inputs is None:
+            if sample_inputs is None and not refresh:
                 return None
+            what = "refresh=True" if sample_inputs is None else "sample_inputs"
             raise InvalidReference(
-                "sample_inputs without a question: nothing would be run on them",
+                f"{what} without a question: nothing would be measured",
                 hint="Say verify=True, only_if_faster=True, or both.",
             )
         if sample_inputs is None:
@@ -60,7 +68,8 @@ class Demand:
                 f"{asked}={verify if equal else True!r} needs sample_inputs: kernels are measured on the model's own inputs",
                 hint="A tensor, a tuple of arguments, a mapping of keywords, or a function that runs the model.",
             )
-        return cls(Sample.of(sample_inputs), equal, verify if isinstance(verify, Tolerance) else None, faster)
+        given = verify if isinstance(verify, Tolerance) else None
+        return cls(Sample.of(sample_inputs), equal, given, faster, bool(refresh))
 
 
 def prove(
@@ -70,8 +79,9 @@ def prove(
     demand: Demand,
     mode: Mode,
     fallback: KernelizeFallback,
+    memory: Memory,
 ) -> list[Outcome]:
-    """The outcomes with what was measured; a kernel that does not stand the test leaves the original and a reason.
+    """The outcomes with what was measured; of several kernels the fastest, and where none stands the test the original.
 
     The layers of `model` run their originals. Raises `NoKernelForLayer` [ValueError] where `fallback` does not allow
     that, and what the model raises on the sample.
@@ -79,87 +89,194 @@ def prove(
     candidates = [site.module for site, outcome in zip(sites, outcomes, strict=True) if outcome.kernel is not None]
     if not candidates:
         return outcomes
-    judge = _Judge(demand, mode, fallback, capture(model, candidates, demand.sample, mode))
-    return [judge.outcome(site, outcome) for site, outcome in zip(sites, outcomes, strict=True)]
+    recorded = capture(model, candidates, demand.sample, mode)
+    judge = _Judge(demand, mode, memory, recorded, Counter(map(id, candidates)))
+    choices = [judge.choice(site, outcome) for site, outcome in zip(sites, outcomes, strict=True)]
+    judge.remember()
+    return [
+        outcome if choice is None else _settled(site, outcome, choice, fallback)
+        for site, outcome, choice in zip(sites, outcomes, choices, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class _Verdict:
     """What was found of a kernel on a layer: `case` and `reason` say why it may not stand there."""
 
+    kernel: LayerKernel
+    swap: Swap
     evidence: Evidence
     case: KernelizeFallback | None = None
     reason: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.kernel.repository}: {self.reason}"
+
+
+def _settled(site: Site, outcome: Outcome, verdicts: list[_Verdict], fallback: KernelizeFallback) -> Outcome:
+    """The fastest of the kernels that stand the test (not timed: the first), or the original."""
+    standing = [verdict for verdict in verdicts if verdict.case is None]
+    if not standing:
+        for verdict in verdicts:
+            if verdict.case is not None and verdict.case not in fallback:
+                raise NoKernelForLayer(f"{where(site)}: {verdict}", hint=allow(verdict.case))
+        swap = verdicts[0].swap
+        reason = "; ".join([*swap.lost, *map(str, verdicts)])
+        return Outcome(outcome.name, None, None, reason, verdicts[0].evidence)
+    best = max(standing, key=lambda verdict: verdict.evidence.speedup or 0.0)
+    lost = [str(verdict) if verdict.case else _slower(verdict, best) for verdict in verdicts if verdict is not best]
+    swap = replace(best.swap, evidence=best.evidence, lost=(*best.swap.lost, *lost))
+    return Outcome(outcome.name, best.kernel, swap)
+
+
+def _slower(verdict: _Verdict, best: _Verdict) -> str:
+    found = verdict.evidence
+    return (
+        f"{verdict.kernel.repository}: {found.speedup:.2f}x, and {best.kernel.repository} {best.evidence.speedup:.2f}x"
+    )
+
 
 @dataclass
 class _Judge:
+    """Tests each kernel on each layer; `users` is how many sites have a module, whose calls are kept until the last."""
+
     demand: Demand
     mode: Mode
-    fallback: KernelizeFallback
+    memory: Memory
     recorded: Mapping[int, Recorder]
-    _verdicts: dict[tuple[int, int], _Verdict] = field(default_factory=dict)
-    _races: dict[tuple[Any, ...], tuple[timing.Speed, str]] = field(default_factory=dict)
+    users: Counter[int]
+    _choices: dict[tuple[int, ...], list[_Verdict]] = field(default_factory=dict)
+    _found: dict[str, tuple[Key, LayerKernel, list[Equality]]] = field(default_factory=dict)
+    _timings: dict[str, tuple[Timing, str | None]] = field(default_factory=dict)
+    _frames: Frames = field(default_factory=Frames)
 
-    def outcome(self, site: Site, outcome: Outcome) -> Outcome:
-        """The outcome, after the test. A function that several modules call is tested once."""
+    def choice(self, site: Site, outcome: Outcome) -> list[_Verdict] | None:
+        """What was found of the kernels for a layer; None where there are none. A function of several is tested once."""
         kernel, swap = outcome.kernel, outcome.swap
         if kernel is None or swap is None:
-            return outcome
-        key = id(site.module), id(kernel)
-        if key not in self._verdicts:
-            self._verdicts[key] = self._verdict(site, kernel.forward, swap.content)
-        verdict = self._verdicts[key]
-        if verdict.case is None:
-            return outcome._replace(swap=replace(swap, evidence=verdict.evidence))
-        if verdict.case not in self.fallback:
-            raise NoKernelForLayer(f"{where(site)}: {kernel.repository}: {verdict.reason}", hint=allow(verdict.case))
-        return Outcome(outcome.name, None, None, f"{kernel.repository}: {verdict.reason}", verdict.evidence)
+            return None
+        candidates = [(kernel, swap), *outcome.others]
+        key = (id(site.module), *(id(one) for one, _ in candidates))
+        if key not in self._choices:
+            self._choices[key] = self._tested(site, candidates)
+        self.users[id(site.module)] -= 1
+        if not self.users[id(site.module)]:
+            self.recorded[id(site.module)].calls.clear()  # the copies go when this layer is done
+        return self._choices[key]
 
-    def _verdict(self, site: Site, function: Any, content: tuple[object, ...]) -> _Verdict:
-        recorder = self.recorded[id(site.module)]
+    def remember(self) -> None:
+        """Keep what was found: of a kind of layer, what holds for all of them that the model has."""
+        for key, kernel, found in self._found.values():
+            if len({not one.difference for one in found}) > 1:
+                _log.debug("%s is equal for some layers of a kind: they are compared each time", kernel.repository)
+                continue
+            whole = found[0]
+            for one in found[1:]:
+                whole = whole.with_(one)
+            self.memory.keep(key, whole, kernel.loaded)
+
+    def _tested(self, site: Site, candidates: list[tuple[LayerKernel, Swap]]) -> list[_Verdict]:
+        recorder, found = self.recorded[id(site.module)], []
         calls = list(recorder.calls.values())
-        recorder.calls.clear()  # the copies go when this layer is done
         unknown = _untestable(site.module, recorder, calls)
         case = KernelizeFallback.NOT_EQUAL if self.demand.equal else KernelizeFallback.NOT_FASTER
-        if unknown:
-            return _Verdict(NOTHING, case, unknown)
         replay = Replay(site.module, Mode.TRAINING in self.mode)
         with _training_state(site.module, replay.training):
-            return self._tested(site, replay, MethodType(function, site.module), calls, content)
+            for kernel, swap in candidates:
+                if unknown:
+                    found.append(_Verdict(kernel, swap, NOTHING, case, unknown))
+                    continue
+                found.append(_Test(self, site, replay, kernel, swap, calls).verdict())
+                if found[-1].case is None and not self.demand.faster:
+                    break  # the first that is equal
+        return found
 
-    def _tested(
-        self, site: Site, replay: Replay, kernel: Any, calls: list[Call], content: tuple[object, ...]
-    ) -> _Verdict:
-        evidence = NOTHING
-        if self.demand.equal:
+
+@dataclass(frozen=True)
+class _Test:
+    """One kernel on one layer."""
+
+    judge: _Judge
+    site: Site
+    replay: Replay
+    kernel: LayerKernel
+    swap: Swap
+    calls: list[Call]
+
+    def verdict(self) -> _Verdict:
+        judge, evidence = self.judge, NOTHING
+        key = key_of(self.site.module, self.kernel, self.calls, judge.mode)
+        if judge.demand.equal:
             try:
-                found, evidence = examine(replay, kernel, calls, self.demand.tolerance)
-            except OriginalFailed as error:
-                return _Verdict(NOTHING, KernelizeFallback.NOT_EQUAL, str(error))
-            if found.difference:
-                return _Verdict(evidence, KernelizeFallback.NOT_EQUAL, f"not equal: {found.difference}")
-        if not self.demand.faster:
-            return _Verdict(evidence)
+                difference, evidence = self._equality(key)
+            except (OriginalFailed, KernelFailed) as error:
+                return self._refused(NOTHING, KernelizeFallback.NOT_EQUAL, str(error))
+            if difference:
+                return self._refused(evidence, KernelizeFallback.NOT_EQUAL, f"not equal: {difference}")
+        if not judge.demand.faster:
+            return _Verdict(self.kernel, self.swap, evidence)
         try:
-            speed, path = self._speed(site, replay, kernel, calls, content)
+            found, when = self._timing(key)
         except Exception as error:  # noqa: BLE001 - whatever the kernel raises is what is wrong with it
-            return _Verdict(evidence, KernelizeFallback.NOT_FASTER, f"timing it failed: {_first_line(error)}")
-        evidence = replace(evidence, speedup=speed.ratio, speedup_low=speed.low, speedup_high=speed.high, timed_on=path)
+            return self._refused(evidence, KernelizeFallback.NOT_FASTER, f"timing it failed: {first_line(error)}")
+        speed = timing.Speed(found.ratio, found.low, found.high)
+        evidence = replace(
+            evidence,
+            speedup=speed.ratio,
+            speedup_low=speed.low,
+            speedup_high=speed.high,
+            timed_on=found.path,
+            remembered=min(filter(None, (evidence.remembered, when)), default=None),
+        )
         if speed.wins:
-            return _Verdict(evidence)
-        shared = "" if path == site.path else f", timed on {path}"
-        return _Verdict(evidence, KernelizeFallback.NOT_FASTER, f"not faster: {speed}{shared}")
+            return _Verdict(self.kernel, self.swap, evidence)
+        shared = "" if found.path == self.site.path else f", timed on {found.path}"
+        return self._refused(evidence, KernelizeFallback.NOT_FASTER, f"not faster: {speed}{shared}")
 
-    def _speed(
-        self, site: Site, replay: Replay, kernel: Any, calls: list[Call], content: tuple[object, ...]
-    ) -> tuple[timing.Speed, str]:
-        """How much faster the kernel is; layers of one kind with calls of one kind share what was measured of the first."""
-        signatures = tuple((call.signature, call.autocast) for call in calls)
-        key = (type(site.module), content, plain_attributes(site.module), _weight_kinds(site.module), signatures)
-        if key not in self._races:
-            self._races[key] = time_calls(replay, kernel, calls, self.mode), site.path
-        return self._races[key]
+    def _refused(self, evidence: Evidence, case: KernelizeFallback, reason: str) -> _Verdict:
+        return _Verdict(self.kernel, self.swap, evidence, case, reason)
+
+    def _sides(self, key: Key | None) -> tuple[Side, Side]:
+        """Original and kernel, as they are written and as the mode runs them."""
+        module = self.site.module
+        forwards = original_forward(module), MethodType(self.kernel.forward, module)
+        if Mode.TORCH_COMPILE not in self.judge.mode:
+            return Side(forwards[0]), Side(forwards[1])
+        kind = str(key.facts["layer"]) if key else str(id(module))
+        original, kernel = (Side(forward, self.judge._frames.of(forward, kind)) for forward in forwards)
+        return original, kernel
+
+    def _equality(self, key: Key | None) -> tuple[str, Evidence]:
+        """Where the kernel differs from the original, if it does: remembered, or looked at."""
+        judge, tolerance = self.judge, self.judge.demand.tolerance
+        key = key and key.of("equal", tolerance=tolerance_facts(tolerance))
+        known = judge.memory.recall(key, Equality)
+        if known is not None:
+            found, when = known
+            measured = (found.calls, found.max_error, found.max_relative_error, found.worst)
+            return found.difference, Evidence(found.reference, *measured, remembered=when)
+        difference, evidence = examine(self.replay, *self._sides(key), self.calls, tolerance)
+        if key is not None:
+            _, _, listed = judge._found.setdefault(key.name, (key, self.kernel, []))
+            reference, errors = str(evidence.reference), (evidence.max_error, evidence.max_relative_error)
+            listed.append(Equality(difference, reference, evidence.calls, *errors, evidence.worst))
+        return difference, evidence
+
+    def _timing(self, key: Key | None) -> tuple[Timing, str | None]:
+        """How much faster the kernel is. Layers of one kind with calls of one kind share what was measured of the first."""
+        judge, key = self.judge, key and key.of("faster")
+        name = key.name if key else f"{id(self.site.module)} {id(self.kernel)}"
+        if name not in judge._timings:
+            known = judge.memory.recall(key, Timing)
+            judge._timings[name] = known or (self._timed(key), None)
+        return judge._timings[name]
+
+    def _timed(self, key: Key | None) -> Timing:
+        speed = time_calls(self.replay, *self._sides(key), self.calls)
+        found = Timing(speed.ratio, speed.low, speed.high, self.site.path)
+        if key is not None:
+            self.judge.memory.keep(key, found, self.kernel.loaded)
+        return found
 
 
 def _untestable(module: nn.Module, recorder: Recorder, calls: list[Call]) -> str:
@@ -176,132 +293,6 @@ def _untestable(module: nn.Module, recorder: Recorder, calls: list[Call]) -> str
     return "not tested: the sample inputs never reach it"
 
 
-class OriginalFailed(RuntimeError):
-    """The original forward cannot be run again on what it was called with, so that there is nothing to compare with."""
-
-
-class KernelFailed(RuntimeError):
-    """The kernel raised on a call that the original answers."""
-
-
-def examine(replay: Replay, kernel: Any, calls: list[Call], tolerance: Tolerance | None) -> tuple[Comparison, Evidence]:
-    """The kernel's forward beside the original's on each call. Raises `OriginalFailed`.
-
-    Each call is made three times: as it was, with other values, and again as it was, in memory full of NaN. What a kernel
-    keeps from one call to the next, or reads before it wrote it, shows; and so does a result of the first call that the
-    second changed, because it is looked at after that.
-    """
-    original = original_forward(replay.module)
-    found, references = [], set()
-    for call in calls:
-        comparison, reference = _examine_call(replay, original, kernel, call, tolerance)
-        found.append(comparison)
-        references.add(reference)
-        if comparison.difference:
-            break
-    whole = together(found)
-    measured = whole.share >= 0
-    evidence = Evidence(
-        reference="float64" if references == {"float64"} else "original",
-        calls=len(found),
-        max_error=whole.max_error if measured else None,
-        max_relative_error=whole.max_relative_error if measured else None,
-        worst=whole.worst,
-    )
-    return whole, evidence
-
-
-def _examine_call(
-    replay: Replay, original: Any, kernel: Any, call: Call, tolerance: Tolerance | None
-) -> tuple[Comparison, str]:
-    expected = _original(replay, original, call)
-    precise = None if tolerance == Tolerance.exact() else _precise(replay, original, call, expected, tolerance)
-    reference = "original" if precise is None else "float64"
-    try:
-        first = _run(replay, kernel, call)
-        others = _with_other_values(replay, original, kernel, call, expected, tolerance)
-        # Only now: the call with other values may have written into what the first returned.
-        runs = [compare(first, expected, precise, tolerance)]
-        with poisoned_memory():
-            again = _run(replay, kernel, call)
-    except KernelFailed as error:
-        return Comparison(str(error), share=float("inf")), reference
-    runs += [_said(others, "called with other values in between: ")] if others else []
-    runs += [_said(compare(again, expected, precise, tolerance), "called again: ")]
-    return together(runs), reference
-
-
-def _run(replay: Replay, kernel: Any, call: Call) -> Effects:
-    """The call with the kernel, to its end on the device: what goes wrong on a GPU is raised later."""
-    try:
-        effects = replay.run(kernel, call)
-        for device in {leaf.device for leaf in tensors_in(dict(effects.values)) if leaf.device.type == "cuda"}:
-            torch.cuda.synchronize(device)
-    except Exception as error:
-        raise KernelFailed(f"the kernel raises {_first_line(error)}") from error
-    return effects
-
-
-def _said(comparison: Comparison, text: str) -> Comparison:
-    if not comparison.difference:
-        return comparison
-    return replace(comparison, difference=text + comparison.difference)
-
-
-def _original(replay: Replay, original: Any, call: Call) -> Effects:
-    try:
-        return replay.run(original, call)
-    except Exception as error:
-        raise OriginalFailed(f"not tested: the original cannot be run by itself: {_first_line(error)}") from error
-
-
-def _precise(
-    replay: Replay, original: Any, call: Call, expected: Effects, tolerance: Tolerance | None
-) -> Effects | None:
-    """The original in float64; None where it cannot be run so, or is then another function than before."""
-    if not any(leaf.dtype.is_floating_point for leaf in tensors_in(dict(expected.values))):
-        return None
-    try:
-        precise = replay.run_in_float64(original, call)
-    except Exception:  # noqa: BLE001 - many ops have no float64; the original as it is will do
-        return None
-    if any(name.startswith(COMPUTED) for name in expected.values.keys() - precise.values.keys()):
-        return None
-    own = compare(_in_dtype_of(precise, expected), expected, None, tolerance)
-    return None if own.difference else precise
-
-
-def _in_dtype_of(precise: Effects, expected: Effects) -> Effects:
-    values = dict(expected.values)
-    for name, value in precise.values.items():
-        like = values.get(name)
-        if isinstance(like, torch.Tensor) and isinstance(value, torch.Tensor):
-            values[name] = value.to(like.dtype)
-    return Effects(values)
-
-
-def _with_other_values(
-    replay: Replay, original: Any, kernel: Any, call: Call, expected: Effects, tolerance: Tolerance | None
-) -> Comparison | None:
-    """The same kind of call with other values, where the original makes sense of them."""
-    other = call.altered()
-    if other is None:
-        return None
-    try:
-        reference = _original(replay, original, other)
-    except OriginalFailed:
-        return None
-    if _special(reference) and not _special(expected):
-        return None
-    precise = None if tolerance == Tolerance.exact() else _precise(replay, original, other, reference, tolerance)
-    return compare(_run(replay, kernel, other), reference, precise, tolerance)
-
-
-def _special(effects: Effects) -> bool:
-    tensors = (leaf for leaf in tensors_in(dict(effects.values)) if leaf.dtype.is_floating_point)
-    return any(not bool(leaf.isfinite().all()) for leaf in tensors)
-
-
 @contextmanager
 def _training_state(module: nn.Module, training: bool) -> Iterator[None]:
     """The layer in the training state of the mode, as it was in the recorded run."""
@@ -313,32 +304,3 @@ def _training_state(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for child, flag in flags:
             child.training = flag
-
-
-def plain_attributes(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    """The settings of a layer and its children (eps, activation, sizes): what is no tensor and no module, by name."""
-    found = []
-    for path, child in module.named_modules():
-        for name, value in child.__dict__.items():
-            if not name.startswith("_") and not isinstance(value, (torch.Tensor, nn.Module)):
-                found.append(
-                    (
-                        f"{path}.{name}",
-                        repr(value)
-                        if not callable(value)
-                        else getattr(value, "__qualname__", type(value).__qualname__),
-                    )
-                )
-    return tuple(found)
-
-
-def _weight_kinds(module: nn.Module) -> tuple[Any, ...]:
-    named = (*module.named_parameters(), *module.named_buffers())
-    return tuple(
-        (name, item.dtype, tuple(item.shape), tuple(item.stride()), item.device, item.requires_grad)
-        for name, item in named
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -89,7 +89,8 @@ class KernelReport:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> KernelReport:
         """The report that `to_dict` was made of."""
-        return cls(value["model"], tuple(ReportRow(**row) for row in value["rows"]), tuple(value.get("notes", ())))
+        rows = tuple(ReportRow(**{**row, "lost": tuple(row.get("lost", ()))}) for row in value["rows"])
+        return cls(value["model"], rows, tuple(value.get("notes", ())))
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""

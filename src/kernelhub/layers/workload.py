@@ -1,9 +1,11 @@
-"""A layer's calls as work to be timed: original against kernel, as they will be run."""
+"""A layer's calls as they will be run, compiled where the mode says so; and as work to be timed, original against kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -11,21 +13,47 @@ import torch
 from torch import nn
 
 from kernelhub.layers import timing
-from kernelhub.layers.capture import Call, original_forward, same_random_state, snapshot
-from kernelhub.layers.mode import Mode
+from kernelhub.layers.capture import Call, same_random_state, snapshot
 from kernelhub.layers.replay import Replay, cotangent, differentiable
 from kernelhub.layers.values import leaves, tensors_in
 
 
-def time_calls(replay: Replay, kernel: Any, calls: list[Call], mode: Mode) -> timing.Speed:
+@dataclass(frozen=True)
+class Side:
+    """A forward, bound to its layer: as it is `written`, and `compiled` where the mode runs it so."""
+
+    written: Any
+    compiled: Any = None
+
+    @property
+    def run(self) -> Any:
+        """The forward as the mode runs it."""
+        return self.written if self.compiled is None else self.compiled
+
+
+class Frames:
+    """Forwards in compiled frames of their own: one for all layers of a kind, so that it is compiled once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, str], Any] = {}
+
+    def of(self, forward: Any, kind: str) -> Any:
+        """The compiled forward of a layer; `kind` says which layers are alike."""
+        function = getattr(forward, "__func__", forward)
+        key = (function, kind)
+        if key not in self._made:
+            self._made[key] = _compiled(function)
+        made = self._made[key]
+        return made if function is forward else partial(made, forward.__self__)
+
+
+def time_calls(replay: Replay, original: Side, kernel: Side, calls: list[Call]) -> timing.Speed:
     """All recorded calls of a layer, original against kernel, as they will be run: with backward in TRAINING, compiled."""
-    original, module = original_forward(replay.module), replay.module
-    if Mode.TORCH_COMPILE in mode:
-        original, kernel = _compiled(original), _compiled(kernel)
+    module = replay.module
     device, before = _device(calls, module), snapshot(module)
     try:
         with same_random_state({device}), torch.set_grad_enabled(replay.training):
-            sides = _work(replay, original, calls), _work(replay, kernel, calls)
+            sides = _work(replay, original.run, calls), _work(replay, kernel.run, calls)
             return timing.race(*sides, timing.stopwatch(device))
     finally:
         before.take_back()

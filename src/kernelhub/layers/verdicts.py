@@ -1,0 +1,323 @@
+"""What was found of kernels, remembered: a second run on layers and calls of the same kind measures nothing.
+
+A verdict is found again by everything that it could depend on, but the values of weights and inputs: a kernel that was equal
+for layers of a kind, on calls of a kind, is taken to be equal for others of that kind. Anything else that changed gives
+another key, and is measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from kernelhub.errors import KernelHubError
+from kernelhub.hub.importer import LoadedKernel
+from kernelhub.hub.store import Store
+from kernelhub.layers import describe
+from kernelhub.layers.capture import Call
+from kernelhub.layers.kernel import LayerKernel
+from kernelhub.layers.mode import Mode
+from kernelhub.layers.tolerance import DEFAULTS, Tolerance
+from kernelhub.layers.values import tensors_in
+
+_log = logging.getLogger("kernelhub")
+
+_SCHEMA = 1
+
+# The code that finds verdicts: what an older version of it found is not what this one would.
+_PROOF = (
+    "capture", "compare", "describe", "examine", "proof", "replay", "timing", "tolerance", "values", "verdicts", "workload",
+)  # fmt: skip
+
+
+# What a verdict is found by
+
+
+@dataclass(frozen=True)
+class Key:
+    """All that a verdict depends on. `name` is short, and the same in every process."""
+
+    facts: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return describe.digest(self.facts)
+
+    def of(self, question: str, **more: Any) -> Key:
+        """The key of the answer to one question."""
+        return Key({**self.facts, "question": question, **more})
+
+
+def key_of(module: nn.Module, kernel: LayerKernel, calls: Iterable[Call], mode: Mode) -> Key | None:
+    """The key of a kernel on a layer with these calls; None where the layer holds what cannot be told."""
+    calls = list(calls)
+    try:
+        facts = {
+            "schema": _SCHEMA,
+            "proof": proof_digest(),
+            "machine": machine(_devices(module, calls)),
+            "switches": switches(),
+            "kernel": _kernel(kernel),
+            "class": describe.digest(describe.code(module)),
+            "settings": describe.digest(describe.settings(module)),
+            "weights": describe.weights(module),
+            "calls": [_call(call) for call in calls],
+            "mode": str(mode),
+        }
+        return Key({**facts, "layer": describe.digest(facts)})
+    except Exception as error:  # noqa: BLE001 - whatever objects of others raise when they are looked at
+        _log.debug("nothing is remembered of %s: %s", type(module).__name__, error)
+        return None
+
+
+@functools.cache
+def proof_digest() -> str:
+    """Stands for the code of this package that finds verdicts."""
+    state = hashlib.sha256()
+    for name in _PROOF:
+        state.update(name.encode())
+        state.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return state.hexdigest()
+
+
+def machine(devices: Iterable[torch.device]) -> dict[str, Any]:
+    """What computes, and with what: devices by name, torch, the libraries under it, threads."""
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "triton": _version("triton"),
+        "python": list(sys.version_info[:3]),
+        "system": [platform.system(), platform.machine()],
+        "threads": torch.get_num_threads(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "devices": sorted({device_name(device) for device in devices} | {device_name(torch.device("cpu"))}),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The device by its maker's name: what is measured on one holds for others of that name."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"cuda: {properties.name}, {properties.multi_processor_count} multiprocessors"
+    if device.type == "cpu":
+        return f"cpu: {_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return str(device.type)
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "CPU part")))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def switches() -> dict[str, str]:
+    """The settings of torch that decide how it computes."""
+    return {name: _switch(ask) for name, ask in _SWITCHES.items()}
+
+
+_SWITCHES: dict[str, Callable[[], Any]] = {
+    "default dtype": torch.get_default_dtype,
+    "matmul precision": torch.get_float32_matmul_precision,
+    "matmul tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
+    "matmul fp16": lambda: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+    "matmul bf16": lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    "cudnn tf32": lambda: torch.backends.cudnn.allow_tf32,
+    "cudnn benchmark": lambda: torch.backends.cudnn.benchmark,
+    "cudnn deterministic": lambda: torch.backends.cudnn.deterministic,
+    "deterministic": torch.are_deterministic_algorithms_enabled,
+    "mkldnn": lambda: torch.backends.mkldnn.enabled,
+}
+
+
+def _switch(ask: Callable[[], Any]) -> str:
+    try:
+        return str(ask())
+    except (AttributeError, RuntimeError) as error:  # torch refuses the old names where the new ones were used
+        return type(error).__name__
+
+
+def _kernel(kernel: LayerKernel) -> dict[str, Any]:
+    loaded = kernel.loaded
+    packages = {name: _version(name) for name in sorted(loaded.metadata.python_depends)}
+    return {
+        "digest": loaded.digest,
+        "depends": sorted(loaded.depends),
+        "packages": packages,
+        "layer": kernel.repository.name,
+        "backend": kernel.backend,
+    }
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _call(call: Call) -> dict[str, Any]:
+    held = list(tensors_in((call.args, dict(call.kwargs))))
+    return {
+        "arguments": [_without_index(list(leaf)) for leaf in call.signature.leaves],
+        "aligned": [tensor.layout is torch.strided and tensor.data_ptr() % 16 == 0 for tensor in held],
+        "autocast": [[item.device_type, item.enabled, str(item.dtype)] for item in call.autocast],
+    }
+
+
+def _without_index(leaf: list[Any]) -> list[Any]:
+    """A leaf of a signature without the number of its device."""
+    return [str(item).partition(":")[0] if at == 4 else item for at, item in enumerate(leaf)]
+
+
+def _devices(module: nn.Module, calls: list[Call]) -> set[torch.device]:
+    held = [tensor for call in calls for tensor in tensors_in((call.args, dict(call.kwargs)))]
+    homes = {home for call in calls for home in call.homes.values()}
+    return homes | {item.device for item in (*module.parameters(), *module.buffers(), *held)}
+
+
+def tolerance_facts(given: Tolerance | None) -> Any:
+    """What is allowed, as a key has it."""
+    named = {str(dtype): item for dtype, item in DEFAULTS.items()} if given is None else {"given": given}
+    return {name: {part: str(value) for part, value in asdict(item).items()} for name, item in named.items()}
+
+
+# What is remembered
+
+
+@dataclass(frozen=True)
+class Equality:
+    """What comparing found. `difference` is empty where the kernel is equal; `layers` is how many it was shown for."""
+
+    difference: str
+    reference: str
+    calls: int
+    max_error: float | None
+    max_relative_error: float | None
+    worst: str | None
+    layers: int = 1
+
+    def with_(self, other: Equality) -> Equality:
+        """What holds for both: the larger errors, and the result that came nearest to what is allowed in the worse one."""
+        worse = other if (other.max_relative_error or 0.0) > (self.max_relative_error or 0.0) else self
+        return replace(
+            worse,
+            difference=self.difference or other.difference,
+            reference=self.reference if self.reference == other.reference else "original",
+            max_error=_larger(self.max_error, other.max_error),
+            max_relative_error=_larger(self.max_relative_error, other.max_relative_error),
+            layers=self.layers + other.layers,
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What timing found, on the layer `path`: the original's time over the kernel's, with its interval."""
+
+    ratio: float
+    low: float
+    high: float
+    path: str
+
+
+_Found = TypeVar("_Found", Equality, Timing)
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A verdict from the store, and when it was found (UTC)."""
+
+    found: Any
+    when: str
+
+
+class Memory:
+    """The verdicts in a store. One that cannot be written is read; what is in it and is no verdict is not there."""
+
+    def __init__(self, store: Store, *, refresh: bool = False, clock: Callable[[], float] = time.time) -> None:
+        self._store, self._refresh, self._clock = store, refresh, clock
+
+    def recall(self, key: Key | None, kind: type[_Found]) -> tuple[_Found, str] | None:
+        """What was found for the key, and when; None where it is not known, or to be found anew."""
+        if key is None or self._refresh:
+            return None
+        record = self._store.verdict(_kernel_digest(key), key.name)
+        if record is None:
+            return None
+        try:
+            return _read(record, key, kind)
+        except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
+            _log.warning("the verdict %s in the store is none, and found again: %s", key.name[:12], error)
+            return None
+
+    def keep(self, key: Key, found: Equality | Timing, kernel: LoadedKernel) -> None:
+        """Remember what was found. A store that cannot be written does not, and it is found again next time."""
+        record = {
+            "key": dict(key.facts),
+            "found": {name: _text(value) for name, value in asdict(found).items()},
+            "time": self._clock(),
+            "path": str(kernel.path),
+            "name": kernel.repo_info.repo_id if kernel.repo_info else kernel.metadata.name,
+        }
+        try:
+            self._store.set_verdict(_kernel_digest(key), key.name, record)
+        except (KernelHubError, OSError) as error:
+            _log.info("what was measured is not remembered: %s", str(error).partition("\n")[0])
+
+
+def _kernel_digest(key: Key) -> str:
+    return str(key.facts["kernel"]["digest"])
+
+
+def _read(record: Mapping[str, Any], key: Key, kind: type[_Found]) -> tuple[_Found, str]:
+    """A record's value. Raises where it is not one for this key, whatever it is."""
+    if describe.digest(record["key"]) != key.name:
+        raise ValueError("it is for something else")
+    raw = record["found"]
+    if raw.keys() != {field.name for field in fields(kind)}:
+        raise ValueError(f"it has {', '.join(sorted(map(str, raw)))}")
+    found = kind(**{field.name: _value(raw[field.name], str(field.type)) for field in fields(kind)})
+    when = datetime.fromtimestamp(float(record["time"]), timezone.utc)
+    return found, when.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _text(value: Any) -> Any:
+    """Numbers as JSON has them all: infinities and NaN are text."""
+    return repr(value) if isinstance(value, float) else value
+
+
+def _value(raw: Any, wanted: str) -> Any:
+    """A field's value, of the type that the field is declared with."""
+    if raw is None and wanted.endswith("| None"):
+        return None
+    name = wanted.removesuffix(" | None")
+    if name == "float" and isinstance(raw, str) and len(raw) <= 40:
+        return float(raw)
+    if name == "int" and type(raw) is int:
+        return raw
+    if name == "str" and isinstance(raw, str) and len(raw) <= 10_000:
+        return raw
+    raise ValueError(f"{raw!r:.60} is no {name}")
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return max((item for item in (one, other) if item is not None), default=None)
