@@ -61,10 +61,12 @@ def timed_norm(hub: Hub, tmp_path: Path) -> None:
     """A right kernel that says when it runs."""
     before = "from test_proof_timing import CALLS"
     code = layers.source(
-        "def forward(self, x):\n        CALLS.append(1)\n        return norm(x, self.weight, self.eps)", before
+        "can_torch_compile = True\n\n    def forward(self, x):\n        CALLS.append(1)\n        return norm(x, self.weight, self.eps)",
+        before,
     )
     folder = write_kernel(tmp_path / "kernel", name="timed", layers=code, init="from . import layers")
-    register_kernel_mapping({"Norm": {"cpu": {T: LocalLayerRepository(folder, layer_name="Kernel")}}})
+    mode = T | Mode.TORCH_COMPILE
+    register_kernel_mapping({"Norm": {"cpu": {mode: LocalLayerRepository(folder, layer_name="Kernel")}}})
 
 
 # The race

@@ -10,21 +10,25 @@ from __future__ import annotations
 import json
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from kernelhub.errors import KernelHubError
+from kernelhub.errors import InvalidMetadata, InvalidReference, KernelHubError, context
 from kernelhub.layers.evidence import Evidence
+from kernelhub.layers.machine import summary
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.plan import Request, decide
-from kernelhub.layers.survey import Devices, Site, Survey, capability, class_name, survey, uncompiled
+from kernelhub.layers.survey import AwareClass, Devices, Site, Survey, capability, class_name, places, survey, uncompiled
 from kernelhub.layers.swap import MARKER, USES, Lost, Marker, Taken, Uses, holds, in_effect
 from kernelhub.layers.tables import table
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,14 @@ class ReportRow:
 class KernelReport:
     """A row per kernel-aware layer, in the model's order. `str()` is a table.
 
-    `notes` are about what is no layer and could run a kernel: functions that nothing has made kernel-aware.
+    `notes` are about what is no layer and could run a kernel: functions that nothing has made kernel-aware. `machine` is where
+    it was made: torch, the devices of the rows by name, and under torch.distributed the rank.
     """
 
     model: str
     rows: tuple[ReportRow, ...]
     notes: tuple[str, ...] = ()
+    machine: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def kernels(self) -> tuple[ReportRow, ...]:
@@ -84,26 +90,73 @@ class KernelReport:
 
     def to_dict(self) -> dict[str, Any]:
         rows = [row.to_dict() for row in self.rows]
-        return {"model": self.model, "summary": self.summary(), "rows": rows, "notes": list(self.notes)}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "summary": self.summary(),
+            "machine": dict(self.machine),
+            "rows": rows,
+            "notes": list(self.notes),
+        }
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> KernelReport:
-        """The report that `to_dict` was made of."""
-        rows = tuple(ReportRow(**{**row, "lost": tuple(row.get("lost", ()))}) for row in value["rows"])
-        return cls(value["model"], rows, tuple(value.get("notes", ())))
+        """The report that `to_dict` was made of. Raises `InvalidMetadata` [ValueError] for what is none."""
+        if not isinstance(value, Mapping) or value.get("schema_version") != SCHEMA_VERSION:
+            version = value.get("schema_version") if isinstance(value, Mapping) else None
+            raise InvalidMetadata(
+                f"a kernel report is an object with schema_version {SCHEMA_VERSION}, got {version!r:.40}",
+                hint="KernelReport.save writes it; a newer kernelhub may have written this one.",
+            )
+        model, rows, notes = value.get("model"), value.get("rows"), value.get("notes", [])
+        machine = value.get("machine", {})
+        if not isinstance(model, str) or not isinstance(rows, list):
+            raise InvalidMetadata("a kernel report has the text `model` and the list `rows`")
+        if not isinstance(machine, Mapping) or not _texts(machine.values()) or not _texts(notes):
+            raise InvalidMetadata("a kernel report's `machine` is an object of text, and its `notes` a list of it")
+        return cls(model, tuple(map(_read_row, range(len(rows)), rows)), tuple(notes), dict(machine))
+
+    @classmethod
+    def load(cls, path: str | Path) -> KernelReport:
+        """Read a report that `save` wrote. Raises `InvalidReference` where there is none, `InvalidMetadata`."""
+        try:
+            with Path(path).open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise InvalidReference(f"cannot read the report {path}: {error.strerror or error}") from error
+        with context(str(path)):
+            if len(data) > MAX_BYTES:
+                raise InvalidMetadata(f"it has more than {MAX_BYTES:,} bytes")
+            try:
+                value = json.loads(data)
+            except (ValueError, RecursionError) as error:
+                raise InvalidMetadata(f"it is not JSON: {error}") from error
+            return cls.from_dict(value)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
+        """Write the report as JSON: a receipt, which `kernelhub verify-report` checks against the kernels it names."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def diff(self, other: KernelReport) -> tuple[str, ...]:
-        """What is different in `other`, a line per layer: what it ran here, and what it runs there."""
+        """What is different in `other`, a line each: of the machine or rank, and of each layer.
+
+        Of a layer that runs the same kernel, errors count from a tenth of their size on, and speeds where their intervals do
+        not meet.
+        """
+        facts = dict.fromkeys((*self.machine, *other.machine))
+        lines = [
+            f"{name}: {self.machine.get(name, 'not known')} -> {other.machine.get(name, 'not known')}"
+            for name in facts
+            if self.machine.get(name) != other.machine.get(name)
+        ]
         ours, theirs = ({row.path: row for row in report.rows} for report in (self, other))
-        lines = []
         for path in dict.fromkeys((*ours, *theirs)):
             here, there = ours.get(path), theirs.get(path)
+            named = path or "(the model)"
             if here is None or there is None or _ran(here) != _ran(there):
-                lines.append(f"{path or '(the model)'}: {_shown(here)} -> {_shown(there)}")
+                lines.append(f"{named}: {_shown(here)} -> {_shown(there)}")
+            else:
+                lines += [f"{named}: {text}" for text in _changed(here, there)]
         return tuple(lines)
 
     def summary(self) -> str:
@@ -140,12 +193,15 @@ class KernelReport:
 def kernel_report(model: nn.Module) -> KernelReport:
     """What each kernel-aware layer of `model` runs: which kernel, which file digest, or why its own forward."""
     found, root = survey(model), uncompiled(model)
-    devices, kept = Devices(found.tree), _kept(model, found, list(_runs_in(root)))
-    rows = tuple(_row(site, devices, kept.get(site.path, _Kept())) for site in found.sites)
-    return KernelReport(type(root).__name__, rows, _noted(root))
+    runs = list(_runs_in(root))
+    devices, kept = Devices(found.tree), _kept(model, found, runs)
+    paths = {id(module): path for path, module in found.marked}
+    rows = tuple(_row(site, devices, kept.get(site.path, _Kept()), paths) for site in _with_parts(found))
+    on = {row.device for row in rows if row.device is not None}
+    return KernelReport(type(root).__name__, rows, (*_noted(root), *_unfused(runs)), summary(on))
 
 
-def _row(site: Site, devices: Devices, kept: _Kept) -> ReportRow:
+def _row(site: Site, devices: Devices, kept: _Kept, paths: Mapping[int, str]) -> ReportRow:
     marker = in_effect(site.module)
     device = devices.of(site.at)
     if marker is None:
@@ -162,8 +218,9 @@ def _row(site: Site, devices: Devices, kept: _Kept) -> ReportRow:
             shared=site.user is not None,
         )
     swap = marker.swap
-    stale = _stale(site, marker, device)
-    reasons = [text for text in (stale, kept.reason, *swap.notes) if text]
+    stale = _stale(site, marker, device) or _torn(marker)
+    first = marker.fusion is None or marker.fusion.parts[0] is site.module
+    reasons = [text for text in (stale, _fused(marker, paths), kept.reason, *(swap.notes if first else ())) if text]
     return ReportRow(
         site.path,
         class_name(site.module),
@@ -177,7 +234,7 @@ def _row(site: Site, devices: Devices, kept: _Kept) -> ReportRow:
         swap.commit,
         swap.variant,
         swap.digest,
-        **_measured(swap.evidence),
+        **_measured(swap.evidence if first else None),
         lost=swap.lost,
         shared=site.user is not None,
         stale=bool(stale),
@@ -215,6 +272,48 @@ def _stale(site: Site, marker: Marker, device: torch.device | None) -> str:
     if Mode.INFERENCE in swap.mode and site.module.training and not swap.training:
         return f"stale: it was kernelized for {swap.mode} and is in training mode; kernelize again"
     return ""
+
+
+def _torn(marker: Marker) -> str:
+    """Of modules with one kernel: whether one of them does something else by now."""
+    fusion = marker.fusion
+    torn = fusion is not None and any(in_effect(part) is None for part in fusion.parts)
+    return "stale: one of the layers that it is fused with has another forward; kernelize again" if torn else ""
+
+
+def _fused(marker: Marker, paths: Mapping[int, str]) -> str:
+    """Which other layers the kernel computes, or whose kernel computes this one."""
+    fusion = marker.fusion
+    if fusion is None:
+        return ""
+    first, *others = (paths.get(id(part), name) for part, name in zip(fusion.parts, fusion.names, strict=True))
+    if fusion.parts[0] is marker.module:
+        return f"it computes {', '.join(others)} too" if others else ""
+    return f"computed by the kernel on {first}"
+
+
+def _with_parts(found: Survey) -> list[Site]:
+    """The sites, with those of modules that run a kernel with others and are not kernel-aware themselves."""
+    aware = {id(site.module) for site in found.sites}
+    parts = [(path, module, in_effect(module)) for path, module in found.marked if id(module) not in aware]
+    if not parts:
+        return found.sites
+    at = places(found.tree)
+    sites = list(found.sites)
+    for path, module, marker in parts:
+        if marker is not None and marker.fusion is not None:
+            name = dict(zip(map(id, marker.fusion.parts), marker.fusion.layers, strict=True))[id(module)]
+            kind = AwareClass(name, None, None, False)
+            sites.append(Site(path, module, kind, at[id(module)], module.training))
+    return sorted(sites, key=lambda site: site.at)
+
+
+def _unfused(runs: list[tuple[str, Run]]) -> tuple[str, ...]:
+    """Why layers are not computed together that a mapping names together."""
+    lines = []
+    for prefix, run in runs:
+        lines += [f"{prefix}{path}: not fused: {reason}" for path, reason in run.kept.items() if " + " in path]
+    return tuple(lines)
 
 
 def _kind(device: torch.device) -> tuple[str, int | None]:
@@ -319,6 +418,43 @@ def _planned(model: nn.Module, found: Survey) -> dict[str, _Kept]:
     }
 
 
+# Reports from files
+
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "int": lambda value: type(value) is int,
+    "float": lambda value: type(value) in (int, float),
+    "None": lambda value: value is None,
+    "tuple[str, ...]": lambda value: isinstance(value, (list, tuple)) and _texts(value),
+}
+
+
+def _read_row(number: int, value: Any) -> ReportRow:
+    """A row as `to_dict` writes it. Raises `InvalidMetadata`, which names what is wrong with it."""
+    if not isinstance(value, Mapping):
+        raise InvalidMetadata(f"row {number} is no object")
+    known = {field.name: field for field in fields(ReportRow)}
+    for name, item in value.items():
+        if name not in known:
+            raise InvalidMetadata(
+                f"row {number}: {name!r:.40} is nothing that this version knows",
+                hint="A newer kernelhub may have written it.",
+            )
+        kinds = str(known[name].type).split(" | ")
+        if not any(_TYPES[kind](item) for kind in kinds):
+            raise InvalidMetadata(f"row {number}: {name} is {' or '.join(kinds)}, got {item!r:.60}")
+    missing = [name for name, one in known.items() if one.default is MISSING and name not in value]
+    if missing:
+        raise InvalidMetadata(f"row {number} has no {', '.join(missing)}")
+    read: Any = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
+    return ReportRow(**read)
+
+
+def _texts(values: Any) -> bool:
+    return not isinstance(values, str) and all(isinstance(value, str) for value in values)
+
+
 # How rows look
 
 
@@ -332,6 +468,26 @@ def _shown(row: ReportRow | None) -> str:
     if row.outcome != "kernel":
         return f"original ({row.reason})" if row.reason else "original"
     return f"{row.repository}:{row.layer} {row.variant or ''} {row.digest or ''}".replace("  ", " ")
+
+
+def _changed(here: ReportRow, there: ReportRow) -> list[str]:
+    """What else is different about a layer that runs the same."""
+    found = [
+        f"{name.replace('_', ' ')} {getattr(here, name) or 'none'} -> {getattr(there, name) or 'none'}"
+        for name in ("device", "mode", "reason", "reference", "calls", "worst")
+        if getattr(here, name) != getattr(there, name)
+    ]
+    one, other = here.max_error, there.max_error
+    if one is not None and other is not None and abs(one - other) > 0.1 * max(one, other):
+        found.append(f"error {one:.2g} -> {other:.2g}")
+    if _apart(here, there) or _apart(there, here):
+        found.append(f"speed {_speed(here)} -> {_speed(there)}")
+    return found
+
+
+def _apart(slower: ReportRow, faster: ReportRow) -> bool:
+    high, low = slower.speedup_high, faster.speedup_low
+    return high is not None and low is not None and high < low
 
 
 def _speed(row: ReportRow) -> str:

@@ -10,14 +10,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +26,7 @@ from kernelhub.hub.store import Store
 from kernelhub.layers import describe
 from kernelhub.layers.capture import Call
 from kernelhub.layers.kernel import LayerKernel
+from kernelhub.layers.machine import machine, switches, version
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.tolerance import DEFAULTS, Tolerance
 from kernelhub.layers.values import tensors_in
@@ -40,7 +37,7 @@ _SCHEMA = 1
 
 # The code that finds verdicts: what an older version of it found is not what this one would.
 _PROOF = (
-    "capture", "compare", "describe", "examine", "proof", "replay", "timing", "tolerance", "values", "verdicts", "workload",
+    "capture", "compare", "describe", "examine", "machine", "proof", "replay", "timing", "tolerance", "values", "verdicts", "workload",
 )  # fmt: skip
 
 
@@ -94,70 +91,9 @@ def proof_digest() -> str:
     return state.hexdigest()
 
 
-def machine(devices: Iterable[torch.device]) -> dict[str, Any]:
-    """What computes, and with what: devices by name, torch, the libraries under it, threads."""
-    return {
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "triton": _version("triton"),
-        "python": list(sys.version_info[:3]),
-        "system": [platform.system(), platform.machine()],
-        "threads": torch.get_num_threads(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "devices": sorted({device_name(device) for device in devices} | {device_name(torch.device("cpu"))}),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The device by its maker's name: what is measured on one holds for others of that name."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return f"cuda: {properties.name}, {properties.multi_processor_count} multiprocessors"
-    if device.type == "cpu":
-        return f"cpu: {_processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    return str(device.type)
-
-
-@functools.cache
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "CPU part")))
-    return next(named, "") or platform.processor() or platform.machine()
-
-
-def switches() -> dict[str, str]:
-    """The settings of torch that decide how it computes."""
-    return {name: _switch(ask) for name, ask in _SWITCHES.items()}
-
-
-_SWITCHES: dict[str, Callable[[], Any]] = {
-    "default dtype": torch.get_default_dtype,
-    "matmul precision": torch.get_float32_matmul_precision,
-    "matmul tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
-    "matmul fp16": lambda: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-    "matmul bf16": lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-    "cudnn tf32": lambda: torch.backends.cudnn.allow_tf32,
-    "cudnn benchmark": lambda: torch.backends.cudnn.benchmark,
-    "cudnn deterministic": lambda: torch.backends.cudnn.deterministic,
-    "deterministic": torch.are_deterministic_algorithms_enabled,
-    "mkldnn": lambda: torch.backends.mkldnn.enabled,
-}
-
-
-def _switch(ask: Callable[[], Any]) -> str:
-    try:
-        return str(ask())
-    except (AttributeError, RuntimeError) as error:  # torch refuses the old names where the new ones were used
-        return type(error).__name__
-
-
 def _kernel(kernel: LayerKernel) -> dict[str, Any]:
     loaded = kernel.loaded
-    packages = {name: _version(name) for name in sorted(loaded.metadata.python_depends)}
+    packages = {name: version(name) for name in sorted(loaded.metadata.python_depends)}
     return {
         "digest": loaded.digest,
         "depends": sorted(loaded.depends),
@@ -165,14 +101,6 @@ def _kernel(kernel: LayerKernel) -> dict[str, Any]:
         "layer": kernel.repository.name,
         "backend": kernel.backend,
     }
-
-
-@functools.cache
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _call(call: Call) -> dict[str, Any]:
