@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kernelhub.core.paths import user_path
 from kernelhub.core.refs import RepoId
-from kernelhub.core.trust import TrustPolicy
+from kernelhub.core.signatures import ALGORITHM
+from kernelhub.core.trust import TrustedIdentity, TrustedKey, TrustPolicy
 from kernelhub.errors import InvalidReference, context
 
 _TRUE = frozenset({"1", "on", "yes", "true"})
@@ -26,8 +29,9 @@ class Settings:
     """What the user configured; every field has the default of a machine with no environment variables set.
 
     `ref_ttl` (seconds) is how long a version's commit is believed without asking the hub again. `cache` None is the
-    platform's cache folder. `cxx` and `cuda_home` are the C++ compiler and the CUDA toolkit that kernels are built with;
-    None looks for them. `ranks_timeout` (seconds) is how long the processes of torch.distributed wait for each other.
+    platform's cache folder. `trust`, `trusted_keys`, `trusted_identities` and `require_signature` are what may run:
+    `core/trust.py`; `sigstore_root` is the root of trust of a Sigstore that is not the public one. `cxx` and `cuda_home`
+    are the C++ compiler and the CUDA toolkit that kernels are built with; None looks for them. `ranks_timeout` (seconds) is how long the processes of torch.distributed wait for each other.
     """
 
     hubs: tuple[str, ...] = ()
@@ -37,6 +41,10 @@ class Settings:
     verify_always: bool = False
     build: str = "auto"
     trust: tuple[str, ...] = ()
+    trusted_keys: tuple[TrustedKey, ...] = ()
+    trusted_identities: tuple[TrustedIdentity, ...] = ()
+    require_signature: bool = False
+    sigstore_root: Path | None = None
     local_kernels: tuple[tuple[str, Path], ...] = ()
     mapping_disabled: bool = False
     cxx: str | None = None
@@ -51,6 +59,8 @@ class Settings:
         """Read the environment. Raises `InvalidReference`, which names the variable and shows its value."""
         env = os.environ if env is None else env
         cache = env.get("KERNELS_CACHE") or env.get("KERNELHUB_CACHE")
+        root = env.get("KERNELHUB_SIGSTORE_ROOT")
+        project = _project(env)
         cuda = env.get("CUDA_HOME") or env.get("CUDA_PATH")
         return cls(
             hubs=_listed(env.get("KERNELHUB_HUBS", "")),
@@ -61,7 +71,17 @@ class Settings:
             ref_ttl=_seconds(env, "KERNELHUB_REF_TTL", cls.ref_ttl),
             verify_always=_choice(env, "KERNELHUB_VERIFY", ("auto", "always")) == "always",
             build=_choice(env, "KERNELHUB_BUILD", ("auto", "never", "always")),
-            trust=_trust(env),
+            trust=(*_trust(env), *project.trust),
+            trusted_keys=(
+                *_keys(_listed(env.get("KERNELHUB_TRUSTED_KEYS", "")), "KERNELHUB_TRUSTED_KEYS"),
+                *project.keys,
+            ),
+            trusted_identities=(
+                *_identities(_listed(env.get("KERNELHUB_TRUSTED_IDENTITIES", "")), "KERNELHUB_TRUSTED_IDENTITIES"),
+                *project.identities,
+            ),
+            require_signature=_flag(env, "KERNELHUB_REQUIRE_SIGNATURE") or project.require_signature,
+            sigstore_root=user_path(root, "KERNELHUB_SIGSTORE_ROOT") if root else None,
             local_kernels=_local_kernels(env.get("LOCAL_KERNELS", "")),
             mapping_disabled=_flag(env, "DISABLE_KERNEL_MAPPING"),
             cxx=env.get("CXX", "").strip() or None,
@@ -136,6 +156,102 @@ def _trust(env: Mapping[str, str]) -> tuple[str, ...]:
     with context("KERNELHUB_TRUST"):
         TrustPolicy.of(patterns)
     return patterns
+
+
+def _keys(texts: Sequence[str], where: str, folder: Path | None = None) -> tuple[TrustedKey, ...]:
+    """Trusted keys: each a key's text or the path of a file with one key a line, after `<pattern>=` perhaps."""
+    found: list[TrustedKey] = []
+    with context(where):
+        for text in texts:
+            pattern, equals, path = text.rpartition("=") if f"{ALGORITHM}:" not in text else ("", "", "")
+            keys = [text] if not path else [f"{pattern}{equals}{key}" for key in _key_file(path.strip(), folder)]
+            found += [TrustedKey.parse(key) for key in keys]
+    return tuple(found)
+
+
+def _key_file(text: str, folder: Path | None) -> list[str]:
+    """The keys in a file: the first word of each line that is not empty and does not begin with `#`."""
+    path = user_path(text) if folder is None else folder / Path(text).expanduser()
+    try:
+        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidReference(
+            f"{text!r:.200} is neither a key nor a file with keys: {reason}",
+            hint='Expected "ed25519:...", or the path of the .pub file that `kernelhub keygen` makes.',
+        ) from error
+    keys = [words[0] for words in lines if words and not words[0].startswith("#")]
+    if not keys:
+        raise InvalidReference(f"{path} has no keys")
+    return keys
+
+
+def _identities(texts: Sequence[str], where: str) -> tuple[TrustedIdentity, ...]:
+    with context(where):
+        return tuple(TrustedIdentity.parse(text) for text in texts)
+
+
+@dataclass(frozen=True)
+class _Project:
+    """What a project's file says of trust."""
+
+    trust: tuple[str, ...] = ()
+    keys: tuple[TrustedKey, ...] = ()
+    identities: tuple[TrustedIdentity, ...] = ()
+    require_signature: bool = False
+
+
+def _project(env: Mapping[str, str]) -> _Project:
+    """The `[tool.kernelhub]` of the pyproject.toml that `KERNELHUB_PROJECT` names; without it, of none.
+
+    The file in the current folder is not taken unasked: it may be one that somebody else wrote, and it says what runs.
+    """
+    text = env.get("KERNELHUB_PROJECT", "").strip()
+    if not text:
+        return _Project()
+    path = user_path(text, "KERNELHUB_PROJECT")
+    path = path / "pyproject.toml" if path.is_dir() else path
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    with context(f"KERNELHUB_PROJECT: {path}"):
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InvalidReference(f"cannot read it: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidReference(f"it is not TOML: {error}") from error
+        table = raw.get("tool", {}).get("kernelhub", {}) if isinstance(raw.get("tool", {}), dict) else None
+        if not isinstance(table, dict):
+            raise InvalidReference("tool.kernelhub is not a table")
+        return _project_table(table, path.parent)
+
+
+def _project_table(table: Mapping[str, Any], folder: Path) -> _Project:
+    known = ("trust", "trusted_keys", "trusted_identities", "require_signature", "dependencies")
+    if unknown := sorted(table.keys() - set(known)):
+        raise InvalidReference(f"[tool.kernelhub] has {', '.join(unknown)}", hint=f"It may have {', '.join(known)}.")
+    require = table.get("require_signature", False)
+    if not isinstance(require, bool):
+        raise InvalidReference(f"require_signature must be true or false, got {require!r}")
+    texts = {name: _texts(table, name) for name in known[:3]}
+    with context("trust"):
+        TrustPolicy.of(texts["trust"])
+    return _Project(
+        texts["trust"],
+        _keys(texts["trusted_keys"], "trusted_keys", folder),
+        _identities(texts["trusted_identities"], "trusted_identities"),
+        require,
+    )
+
+
+def _texts(table: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = table.get(name, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InvalidReference(f"{name} must be a list of texts, got {value!r:.200}")
+    return tuple(value)
 
 
 def _local_kernels(text: str) -> tuple[tuple[str, Path], ...]:

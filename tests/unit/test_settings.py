@@ -10,6 +10,9 @@ from kernelhub.errors import InvalidReference
 from kernelhub.settings import Settings
 
 
+KEY = "ed25519:" + "A" * 43 + "="
+
+
 def test_without_variables_there_are_the_defaults() -> None:
     assert Settings.from_env({}) == Settings()
     settings = Settings()
@@ -28,6 +31,10 @@ def test_every_setting_has_a_variable(name: str, tmp_path: Path) -> None:
         "verify_always": {"KERNELHUB_VERIFY": "always"},
         "build": {"KERNELHUB_BUILD": "never"},
         "trust": {"KERNELHUB_TRUST": "org/*"},
+        "trusted_keys": {"KERNELHUB_TRUSTED_KEYS": KEY},
+        "trusted_identities": {"KERNELHUB_TRUSTED_IDENTITIES": "org/*=me@example.org|https://issuer.example"},
+        "require_signature": {"KERNELHUB_REQUIRE_SIGNATURE": "1"},
+        "sigstore_root": {"KERNELHUB_SIGSTORE_ROOT": "/srv/trusted_root.json"},
         "local_kernels": {"LOCAL_KERNELS": f"org/name={tmp_path}"},
         "cxx": {"CXX": "clang++"},
         "cuda_home": {"CUDA_HOME": str(tmp_path)},

@@ -73,7 +73,7 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Read a pattern. Raises `InvalidReference`."""
-        *hub, org, name = text.rsplit("/", 2) if "/" in text else (text, "")
+        *hub, org, name = text.rsplit("/", 2) if isinstance(text, str) and "/" in text else ("", "")
         where = hub[0].rstrip("/") if hub else None
         try:
             RepoId.parse(f"{org}/any" if name == "*" else f"{org}/{name}")
@@ -117,19 +117,31 @@ class TrustedKey:
 
 @dataclass(frozen=True)
 class TrustedIdentity:
-    """Whose Sigstore signatures the user trusts over the kernels of the patterns, as the certificate names them.
+    """Whose Sigstore signature the user trusts over the kernels of a pattern, as the certificate names them.
 
-    `identities` are the names that it may be issued to, such as a workflow's address with its ref, and `issuer` who
-    vouched for that name. A workflow may be called from any repository: `source` is the one that it must have run for.
+    `identity` is the name that it was issued to, such as a workflow's address with its ref, and `issuer` who vouched for
+    that name. A workflow may be called from any repository: `source` is the one that it must have run for.
     """
 
-    patterns: tuple[Pattern, ...]
+    pattern: Pattern
+    identity: str
     issuer: str
-    identities: tuple[str, ...]
     source: str | None = None
 
-    def holds(self, published: Published) -> bool:
-        return any(pattern.holds(published) for pattern in self.patterns)
+    @classmethod
+    def parse(cls, text: str) -> TrustedIdentity:
+        """Read `<pattern>=<identity>|<issuer>`, perhaps with `|<source>`. Raises `InvalidReference`."""
+        pattern, equals, rest = text.strip().partition("=") if isinstance(text, str) else ("", "", "")
+        parts = [part.strip() for part in rest.split("|")]
+        if not equals or len(parts) not in (2, 3) or not all(parts):
+            raise InvalidReference(
+                f"{text!r:.300} is not a trusted identity",
+                hint='Expected "org/*=identity|issuer", or with the source repository "org/*=identity|issuer|source".',
+            )
+        return cls(Pattern.parse(pattern.strip()), parts[0], parts[1], parts[2] if len(parts) == 3 else None)
+
+    def __str__(self) -> str:
+        return f"{self.pattern}=" + "|".join(part for part in (self.identity, self.issuer, self.source) if part)
 
 
 @dataclass(frozen=True)
@@ -173,7 +185,7 @@ class TrustPolicy:
 
     def identities_for(self, published: Published) -> list[TrustedIdentity]:
         """The identities whose Sigstore signatures count for the kernel."""
-        return [item for item in self.identities if item.holds(published)]
+        return [item for item in self.identities if item.pattern.holds(published)]
 
     def decide(self, published: Published) -> str:
         """The reason why the kernel may run. Raises `UntrustedKernel` where there is none."""

@@ -17,23 +17,22 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from kernelhub.core.backends import BY_NAME
 from kernelhub.core.host import Host
 from kernelhub.core.lockfile import LockedKernel, LockFile
 from kernelhub.core.metadata import Metadata
-from kernelhub.core.refs import KernelRef, Pin, RepoId, Revision
+from kernelhub.core.refs import KernelRef, RepoId, Revision
 from kernelhub.core.select import rank
-from kernelhub.core.trust import Origin, Published, TrustPolicy
+from kernelhub.core.trust import Origin, TrustPolicy
 from kernelhub.core.variants import BuildVariant, VariantAccepted, VariantRejected
 from kernelhub.errors import (
     BuildFailed,
     CompatibilityWarning,
-    HubUnavailable,
     IncompatibleDevice,
     IntegrityError,
     InvalidMetadata,
@@ -43,63 +42,29 @@ from kernelhub.errors import (
     KernelNotFound,
     NoCompatibleVariant,
     RepositoryNotFound,
-    Yanked,
+    UntrustedKernel,
     context,
 )
 from kernelhub.hub.checks import check_archs, check_level, check_python_depends
+from kernelhub.hub.gate import Gate
 from kernelhub.hub.importer import Importer, LoadedKernel, RepoInfo
 from kernelhub.hub.probe import detect_host
 from kernelhub.hub.progress import TerminalLine
-from kernelhub.hub.sources.base import BENCHMARKS, LOCAL, SOURCE, UNAVAILABLE, Listing, Moved, Progress, Source
+from kernelhub.hub.request import Found, Options
+from kernelhub.hub.resolve import Resolver
+from kernelhub.hub.revocations import RevocationLists
+from kernelhub.hub.sources.base import BENCHMARKS, LOCAL, SOURCE, UNAVAILABLE, Moved, Progress, Source
 from kernelhub.hub.sources.defaults import building_of, default_sources
 from kernelhub.hub.sources.local import LocalSource, local_source
 from kernelhub.hub.sources.project import EMBEDDED_ORG, ProjectSource
-from kernelhub.hub.store import Place, RefRecord, Store
+from kernelhub.hub.store import Place, Store
 from kernelhub.hub.telemetry import UserAgent
 from kernelhub.hub.verify import Verified, verify
 from kernelhub.settings import Settings
 
 Trust = bool | Sequence[str]
-_Answer = TypeVar("_Answer")
-
 _MAX_REDIRECTS = 4
-_CHECK_AGAIN = 86_400.0
 _importer = Importer()
-
-
-@dataclass(frozen=True)
-class Found:
-    """A repository at a commit, in the source that has it, with its variants."""
-
-    ref: KernelRef
-    source: Source
-    commit: str
-    listing: Listing
-
-    @property
-    def repo(self) -> RepoId:
-        return self.ref.repo
-
-    @property
-    def pinned(self) -> KernelRef:
-        """The reference that names this very content."""
-        return self.ref if self.commit == LOCAL else replace(self.ref, pin=Revision(self.commit))
-
-
-@dataclass(frozen=True)
-class Options:
-    """How one call wants it: what it trusts, for which backend, and what it expects.
-
-    `expected` maps variants to the digest that a lock names for them. `above` are the kernels that led here, for cycles.
-    """
-
-    policy: TrustPolicy = field(default_factory=TrustPolicy)
-    backend: str | None = None
-    check_arch: bool = True
-    refresh: bool = False
-    offline: bool = False
-    expected: Mapping[str, str] = field(default_factory=dict)
-    above: tuple[str, ...] = ()
 
 
 class Hub:
@@ -124,6 +89,9 @@ class Hub:
         self._memo: dict[tuple[Any, ...], LoadedKernel] = {}
         self._warned: set[str] = set()
         self._offline: Hub | None = None
+        lists = RevocationLists(self.store, clock, self._warn)
+        self._resolver = Resolver(self.store, lists, clock, self.settings.ref_ttl, self._warn)
+        self._gate = Gate(self._resolver, self.settings.sigstore_root)
 
     @property
     def host(self) -> Host:
@@ -170,10 +138,14 @@ class Hub:
         user_agent: UserAgent = None,
         local_files_only: bool = False,
         refresh: bool = False,
+        accept_older: bool = False,
     ) -> Path:
-        """The verified folder of the variant for this machine; the kernels that it depends on are fetched too."""
+        """The verified folder of the variant for this machine; the kernels that it depends on are fetched too.
+
+        `accept_older` asks the hub now, and lets versions become what they were before.
+        """
         offline = self.settings.offline or local_files_only
-        options = Options(self._policy(trust_remote_code), backend, False, refresh, offline)
+        options = Options(self._policy(trust_remote_code), backend, False, refresh, offline, accept_older=accept_older)
         return self._install(ref, self.sources(user_agent), options).path
 
     def has(
@@ -184,10 +156,13 @@ class Hub:
         sources = self.sources()
         try:
             with context(f"while looking for {ref}"):
-                found = self._trusted(self.find(ref, sources, options), options)
+                found = self._gate.admit(self.find(ref, sources, options), options)
                 place, variants = self._select_or_build(found, options)
-                if check_arch and self.host.choose_backend(backend).name in ("cuda", "rocm"):
-                    self._check_archs(self._fetch(place, variants[0], options).metadata, options)
+                archs = check_arch and self.host.choose_backend(backend).name in ("cuda", "rocm")
+                if archs or place.by_identity:  # what only the variant's own files say
+                    metadata = self._fetch(place, variants[0], options).metadata
+                    if archs:
+                        self._check_archs(metadata, options)
         except (KernelNotFound, NoCompatibleVariant, IncompatibleDevice):
             return False
         return True
@@ -208,7 +183,8 @@ class Hub:
         options = Options(self._policy(trust_remote_code), backend, offline=self.settings.offline)
         with context(f"while looking for {ref}"):
             found = self.find(ref, self.sources(), options)
-            trusted = options.policy.reason(self._published(found, options))
+            found, published = self._gate.facts(found, options)
+            trusted = options.policy.reason(published)
             variant = self._select(found, options)[0]
             facts: dict[str, Any] = {
                 "kernel": str(found.repo),
@@ -243,7 +219,12 @@ class Hub:
         """
         options = Options(self._policy(trust_remote_code), offline=self.settings.offline)
         with context(f"while looking for the benchmarks of {ref}"):
-            found = self._trusted(self.find(ref, self.sources(), options), options)
+            found = self._gate.admit(self.find(ref, self.sources(), options), options)
+            if found.by_identity:
+                raise UntrustedKernel(
+                    f"the benchmarks of {found.repo} are not signed: Sigstore bundles cover builds only",
+                    hint=f'If you trust them, pass trust_remote_code=["{found.repo}"].',
+                )
             if isinstance(found.source, ProjectSource):
                 folder: Path | None = found.source.project(found.repo) / BENCHMARKS
             else:
@@ -317,108 +298,16 @@ class Hub:
         asked = self._order(ref, sources, options.offline)
         for source in asked:
             try:
-                commit = self._commit(source, ref.repo, ref.pin, options)
-                found = Found(ref, source, commit, self._listing(source, ref.repo, commit, options))
+                commit = self._resolver.commit(source, ref.repo, ref.pin, options)
+                found = Found(ref, source, commit, self._resolver.listing(source, ref.repo, commit, options))
             except RepositoryNotFound as error:
                 without.append(source)
                 denied = error if error.hint or denied is None else denied
                 continue
             for one in without:
-                self._remember_without(one, ref.repo, ref.pin)
+                self._resolver.remember_without(one, ref.repo, ref.pin)
             return found
         raise self._nowhere(ref, asked, denied)
-
-    def _commit(self, source: Source, repo: RepoId, pin: Pin, options: Options) -> str:
-        """The commit: from the pin itself, from the store where the hub was asked not long ago, or from the hub."""
-        if isinstance(pin, Revision) and pin.commit:
-            known = self.store.listing(source.key, repo, pin.commit)
-            if known and not isinstance(source, ProjectSource):
-                return pin.commit
-            try:  # the same sources may be built with other tools by now, and then lie elsewhere
-                return self._ask(source, options, lambda: source.resolve(repo, pin))
-            except KernelNotFound:
-                if known:
-                    return pin.commit
-                raise
-        record = self.store.ref(source.key, repo, str(pin))
-        if record and self._fresh(record, source, options):
-            if record.commit is None:
-                raise RepositoryNotFound(f"{source.name} has no {repo}")
-            return record.commit
-        try:
-            commit = self._ask(source, options, lambda: source.resolve(repo, pin))
-        except Yanked as error:
-            if record is None or record.commit != error.commit:
-                raise
-            self._warn(f"{error.message}\n  It is here from before, and still used.", KernelHubWarning)
-            return error.commit
-        except (HubUnavailable, RepositoryNotFound) as error:
-            # Gone, or hidden for want of a token: what is here stays in use, and no other source stands in for it.
-            if record is None or record.commit is None:
-                raise
-            self._warn(
-                f"{error}\n  Using {repo}@{pin} as it was known before ({record.commit[:12]}).", KernelHubWarning
-            )
-            return record.commit
-        if commit != LOCAL:
-            self.store.set_ref(source.key, repo, str(pin), RefRecord(commit, self._clock()))
-        return commit
-
-    def _fresh(self, record: RefRecord, source: Source, options: Options) -> bool:
-        if source.origin is not Origin.REMOTE:  # a look into a folder costs less than being out of date
-            return False
-        if options.offline:
-            return True
-        return not options.refresh and 0 <= self._clock() - record.time < self.settings.ref_ttl
-
-    def _remember_without(self, source: Source, repo: RepoId, pin: Pin) -> None:
-        """A remote hub does not have what another source has: it need not be asked first each time."""
-        if source.origin is Origin.REMOTE and self.store.ref(source.key, repo, str(pin)) is None:
-            self.store.set_ref(source.key, repo, str(pin), RefRecord(None, self._clock()))
-
-    def _remember_failed(self, found: Found, variant: BuildVariant, error: BuildFailed) -> None:
-        """What does not compile is not tried again by each new process, but by `refresh` or once anything differs."""
-        reason = f"it did not compile here: {error.error}"
-        variants = {
-            **found.listing.variants,
-            str(variant): {**found.listing.variants[str(variant)], UNAVAILABLE: reason},
-        }
-        source, repo, commit = found.source, found.repo, found.commit
-        record = {**self.store.listing(source.key, repo, commit), **_kept(replace(found.listing, variants=variants))}
-        self.store.set_listing(source.key, repo, commit, record)
-
-    def _listing(self, source: Source, repo: RepoId, commit: str, options: Options) -> Listing:
-        record = self.store.listing(source.key, repo, commit)
-        known, parts = _details(record.get("variants")), _details(record.get("parts"))
-        if known and parts is not None and not options.refresh:
-            return Listing(known, parts)
-        listing = self._ask(source, options, lambda: source.listing(repo, commit))
-        if commit != LOCAL:
-            self.store.set_listing(source.key, repo, commit, _kept(listing))
-        return listing
-
-    def _trusted(self, found: Found, options: Options) -> Found:
-        """The gate. The hub is asked for its mark of the publisher only where nothing else decides."""
-        options.policy.decide(self._published(found, options))
-        return found
-
-    def _published(self, found: Found, options: Options) -> Published:
-        published = Published(found.repo, found.source.origin, found.source.name)
-        if options.policy.reason(published) is not None:
-            return published
-        return replace(published, publisher_trusted=self._publisher_trusted(found, options))
-
-    def _publisher_trusted(self, found: Found, options: Options) -> bool | None:
-        source, repo, commit = found.source, found.repo, found.commit
-        record = self.store.listing(source.key, repo, commit)
-        if "publisher_trusted" not in record:
-            if options.offline and source.origin is Origin.REMOTE:
-                return None
-            trusted = source.publisher_trusted(repo)
-            record = {**record, **_kept(found.listing), "publisher_trusted": trusted}
-            self.store.set_listing(source.key, repo, commit, record)
-        trusted = record["publisher_trusted"]
-        return trusted if isinstance(trusted, bool) else None
 
     def _ranked(self, found: Found, backend: str | None) -> list[VariantAccepted | VariantRejected]:
         """The variants, best first, then those that do not run here; what the source cannot give is among the latter."""
@@ -455,7 +344,7 @@ class Hub:
 
     def _source_tree(self, found: Found, options: Options) -> Found | None:
         """The source that the repository brings, as a project in the store; None where it brings none."""
-        folder = self._part(found, SOURCE, options)
+        folder = None if found.by_identity else self._part(found, SOURCE, options)
         if folder is None:
             return None
         source = ProjectSource.of(folder, found.repo, building_of(self.settings))
@@ -470,7 +359,7 @@ class Hub:
 
         def write(into: Path) -> None:
             fetch = found.source.fetch_part
-            self._ask(
+            self._resolver.ask(
                 found.source, options, partial(fetch, found.repo, found.commit, part, details, into, self.progress)
             )
 
@@ -483,7 +372,7 @@ class Hub:
         """The variant's folder, verified now: where the user has it, from the store, or from the hub into the store."""
         name = str(variant)
         if (folder := found.source.locate(found.repo, name)) is not None:
-            return self._expected(verify(folder), variant, options)
+            return self._expected(verify(folder), found, variant, options)
         place = Place(found.source.key, found.repo, found.commit, variant)
         try:
             verified = self.store.find(place)
@@ -496,7 +385,7 @@ class Hub:
             verified = None
         if verified is None:
             details = found.listing.variants[name]
-            verified = self._ask(
+            verified = self._resolver.ask(
                 found.source,
                 options,
                 lambda: self.store.add(
@@ -504,10 +393,13 @@ class Hub:
                     lambda into: found.source.fetch(found.repo, found.commit, name, details, into, self.progress),
                 ),
             )
-        return self._expected(verified, variant, options)
+        return self._expected(verified, found, variant, options)
 
-    def _expected(self, verified: Verified, variant: BuildVariant, options: Options) -> Verified:
-        """The variant, where it is for the backend that its folder's name says, and has the digest that a lock names."""
+    def _expected(self, verified: Verified, found: Found, variant: BuildVariant, options: Options) -> Verified:
+        """The variant, where it is for the backend that its folder's name says, is what was signed, and has the digest
+        that a lock names.
+        """
+        self._gate.check_variant(found, variant, verified, options)
         backend = verified.metadata.backend.type
         if variant.backend not in (None, backend):
             raise InvalidMetadata(f"{variant}: its metadata.json says that it is for {BY_NAME[backend].title}")
@@ -526,7 +418,7 @@ class Hub:
     def _obtain(
         self, ref: KernelRef, sources: Sequence[Source], options: Options
     ) -> tuple[Found, BuildVariant, Verified]:
-        found = self._trusted(self.find(ref, sources, options), options)
+        found = self._gate.admit(self.find(ref, sources, options), options)
         place, variants = self._select_or_build(found, options)
         for variant, other in zip(variants, [*variants[1:], None], strict=True):
             try:
@@ -535,7 +427,7 @@ class Hub:
                 if other is None:
                     raise
                 if error.in_source:
-                    self._remember_failed(place, variant, error)
+                    self._resolver.remember_failed(place, variant, error)
                 self._warn(
                     f"{found.repo}: {variant} does not compile: {error.error}\n"
                     f"  {other} serves instead. `kernelhub get {found.repo}` with KERNELHUB_BUILD=always says more.",
@@ -570,21 +462,6 @@ class Hub:
 
     # Inside
 
-    def _ask(self, source: Source, options: Options, question: Callable[[], _Answer]) -> _Answer:
-        """Ask a source, unless that would need the network and there is to be none."""
-        if options.offline and source.origin is Origin.REMOTE:
-            raise RepositoryNotFound(f"it is not in the store, and {source.name} is not asked offline")
-        if source.origin is Origin.REMOTE:
-            self._check_hub(source)
-        return question()
-
-    def _check_hub(self, source: Source) -> None:
-        """Whether the place is a hub that this client can read: remembered for a day."""
-        checked = self.store.checked(source.key)
-        if checked is None or not 0 <= self._clock() - checked < _CHECK_AGAIN:
-            source.check()
-            self.store.set_checked(source.key, self._clock())
-
     def _order(self, ref: KernelRef, sources: Sequence[Source], offline: bool) -> list[Source]:
         """The sources to ask.
 
@@ -616,23 +493,20 @@ class Hub:
         )
 
     def _policy(self, trust_remote_code: Trust) -> TrustPolicy:
-        return TrustPolicy.of(trust_remote_code, self.settings.trust)
+        settings = self.settings
+        return TrustPolicy.of(
+            trust_remote_code,
+            settings.trust,
+            keys=settings.trusted_keys,
+            identities=settings.trusted_identities,
+            require_signature=settings.require_signature,
+        )
 
     def _warn(self, text: str, category: type[Warning]) -> None:
         """Warn once a process and text, at the caller's own line."""
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(text, category, stacklevel=2)
-
-
-def _kept(listing: Listing) -> dict[str, Any]:
-    """What the store keeps of a listing."""
-    return {"variants": listing.variants, "parts": listing.parts}
-
-
-def _details(value: Any) -> dict[str, dict[str, Any]] | None:
-    """What a listing maps names to, where a file of the store has such a thing."""
-    return value if isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()) else None
 
 
 def read_lock(lockfile: Path) -> LockFile:

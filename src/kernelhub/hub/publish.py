@@ -109,9 +109,7 @@ def put_file(hub_url: str, repo: RepoId, name: str, data: bytes) -> str:
     """
     path = f"{repo}/{safe_path(name)}"
     with context(f"writing {path} to {shown(hub_url)}"):
-        files = _writable(hub_url)
-        _ensure_hub(files)
-        files.replace(path, data)
+        writable_hub(hub_url).replace(path, data)
     return path
 
 
@@ -384,6 +382,13 @@ def _writable(hub_url: str) -> WritableFiles:
 
 def _no_user_agent() -> str:
     return ""  # folders and object stores are sent none
+
+
+def writable_hub(hub_url: str) -> WritableFiles:
+    """The files of a hub to write to; an empty place becomes one. Raises `InvalidReference` for what is none."""
+    files = _writable(hub_url)
+    _ensure_hub(files)
+    return files
 
 
 def _ensure_hub(files: WritableFiles) -> None:

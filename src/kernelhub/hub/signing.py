@@ -119,7 +119,9 @@ def _create(path: Path, data: bytes, mode: int) -> None:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
     except FileExistsError:
-        raise InvalidReference(f"{path} is there already", hint="Keys are never overwritten: take another name.") from None
+        raise InvalidReference(
+            f"{path} is there already", hint="Keys are never overwritten: take another name."
+        ) from None
     except OSError as error:
         raise InvalidReference(f"cannot write the key {path}: {error.strerror}") from error
 

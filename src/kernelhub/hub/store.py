@@ -3,9 +3,12 @@
 ```
 <root>/kernels/<hub>/<org>--<name>/refs/<ref>                    what a hub said of a version, and when
                                   /<commit>/listing.json         what it has at a commit, and who published it
+                                           /manifest.json        its manifest and signatures, where the hub has them
                                            /<variant>/           the files, read-only
                                            /<variant>.json       what was learnt of them when they arrived
 <root>/verdicts/<kernel>/<key>.json                              what was found of a kernel, measured beside the original
+<root>/kernels/<hub>/revocations/<key id>.json                   which list of the key the hub had, and when
+<root>/revocations/<key id>.json                                 the newest list of the key that was seen anywhere
 <root>/locks/                                                    one lock per folder being written
 ```
 
@@ -29,8 +32,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from kernelhub.core import revocations
 from kernelhub.core.canonical import canonical_json
+from kernelhub.core.manifest import ManifestDocument
 from kernelhub.core.refs import RepoId, is_commit
+from kernelhub.core.revocations import Revocations, RevocationsDocument
 from kernelhub.core.variants import BuildVariant, parse_variant
 from kernelhub.errors import IntegrityError, InvalidMetadata, KernelHubError, StoreError
 from kernelhub.hub.verify import Known, Verified, learn, scan, verify, verify_tree
@@ -40,15 +46,30 @@ _log = logging.getLogger("kernelhub")
 # The most bytes of a verdict that are read.
 MAX_VERDICT = 1 << 20
 
+# A commit's manifest with its signatures, beside its variants; no variant is called so.
+MANIFEST = "manifest.json"
+
 # How long to wait for another process that is fetching the same variant, in seconds.
 LOCK_TIMEOUT = 1800.0
 
 
 @dataclass(frozen=True)
 class RefRecord:
-    """What a hub said of a ref: its commit, or that it does not have the repository (None), and when (seconds)."""
+    """What a hub said of a ref: its commit, or that it does not have the repository (None), and when (seconds).
+
+    `before` are the commits that it was earlier, the oldest first.
+    """
 
     commit: str | None
+    time: float
+    before: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SeenList:
+    """The number of a key's revocation list that a hub had when it was last asked (0: none), and when (seconds)."""
+
+    number: int
     time: float
 
 
@@ -90,12 +111,14 @@ class Store:
         commit, time = raw.get("commit"), _seconds(raw.get("time"))
         if time is None or not (commit is None or (isinstance(commit, str) and is_commit(commit))):
             return None
-        return RefRecord(commit, time)
+        before = raw.get("before", [])
+        known = isinstance(before, list) and all(isinstance(item, str) and is_commit(item) for item in before)
+        return RefRecord(commit, time, tuple(before) if known else ())
 
     def set_ref(self, hub: str, repo: RepoId, ref: str, record: RefRecord) -> None:
         """Remember what the hub said. A store that cannot be written does not, and the hub is asked again."""
         path = self._repo(hub, repo) / "refs" / _file_name(ref)
-        self._write_json(path, {"commit": record.commit, "time": record.time})
+        self._write_json(path, {"commit": record.commit, "time": record.time, "before": list(record.before)})
 
     def checked(self, hub: str) -> float | None:
         """When the hub was last found to be one that this client can read (seconds); None where it never was."""
@@ -110,6 +133,53 @@ class Store:
 
     def set_listing(self, hub: str, repo: RepoId, commit: str, value: Mapping[str, Any]) -> None:
         self._write_json(self._commit(hub, repo, commit) / "listing.json", value)
+
+    def document(self, hub: str, repo: RepoId, commit: str) -> ManifestDocument | None:
+        """The commit's manifest with its signatures, where the hub had one; it is what the commit names."""
+        try:
+            data = (self._commit(hub, repo, commit) / MANIFEST).read_bytes()
+            return ManifestDocument.parse(data).checked(repo, commit)
+        except (OSError, InvalidMetadata, IntegrityError):
+            return None
+
+    def set_document(self, hub: str, document: ManifestDocument) -> None:
+        manifest = document.manifest
+        self._write(self._commit(hub, manifest.repo, manifest.commit) / MANIFEST, document.to_bytes())
+
+    # Revocation lists, whichever hub they came from
+
+    def revocations(self, key_id: str) -> Revocations | None:
+        """The newest list of a key that was seen; None where none was. Raises `IntegrityError` for a damaged one."""
+        path = self.root / revocations.path_of(key_id)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror}") from error
+        try:
+            return RevocationsDocument.parse(data, key_id).revocations
+        except InvalidMetadata as error:
+            raise IntegrityError(
+                f"{path} is damaged: {error}", hint="Delete it and load again with the network: the hub has it."
+            ) from error
+
+    def set_revocations(self, document: RevocationsDocument) -> None:
+        """Keep a list, unless another process kept a newer one. A store that cannot be written keeps none."""
+        found, path = document.revocations, self.root / revocations.path_of(document.revocations.key)
+        with suppress(StoreError), self._writing(path):
+            known = self.revocations(found.key)
+            if known is None or known.number < found.number:
+                self._write(path, document.to_bytes())
+
+    def revocations_seen(self, hub: str, key_id: str) -> SeenList | None:
+        """Which list of a key the hub had when it was last asked."""
+        raw = self._read_json(self.root / "kernels" / hub / revocations.path_of(key_id))
+        number, time = raw.get("number"), _seconds(raw.get("time"))
+        return SeenList(number, time) if isinstance(number, int) and time is not None else None
+
+    def set_revocations_seen(self, hub: str, key_id: str, number: int, time: float) -> None:
+        self._write_json(self.root / "kernels" / hub / revocations.path_of(key_id), {"number": number, "time": time})
 
     # Variants
 
@@ -322,10 +392,14 @@ class Store:
         return raw if isinstance(raw, dict) else {}
 
     def _write_json(self, path: Path, value: Mapping[str, Any], *, must: bool = False) -> None:
+        self._write(path, canonical_json(value), must=must)
+
+    def _write(self, path: Path, data: bytes, *, must: bool = False) -> None:
+        """Write a small file of ours. A store that cannot be written does without, unless it `must`."""
         beside = _beside(path, "tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(canonical_json(value))
+            beside.write_bytes(data)
             beside.replace(path)
         except OSError:
             beside.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None

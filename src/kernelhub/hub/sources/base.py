@@ -48,6 +48,17 @@ class Listing:
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     document: ManifestDocument | None = field(default=None, hash=False, repr=False)
 
+    @classmethod
+    def of(cls, document: ManifestDocument) -> Listing:
+        """What a manifest names."""
+        manifest = document.manifest
+        parts = {SOURCE: manifest.source, BENCHMARKS: manifest.benchmarks}
+        return cls(
+            {name: variant.to_json() for name, variant in manifest.variants.items()},
+            {part: {"archive": archive} for part, archive in parts.items() if archive},
+            document,
+        )
+
 
 class Moved(Exception):
     """The repository lives at `destination` now; that one's trust counts."""

@@ -32,7 +32,7 @@ from kernelhub.errors import (
 )
 from kernelhub.hub.addresses import Address, hub_address
 from kernelhub.hub.files import Files, open_files
-from kernelhub.hub.sources.base import BENCHMARKS, SOURCE, Listing, Progress
+from kernelhub.hub.sources.base import Listing, Progress
 
 _SMALL = 64 * 1024  # bytes of a ref or a hub.json, which have a hundred
 _MAX_SOURCE = 256 * 1024 * 1024  # bytes of a packed source tree, whose size no manifest says
@@ -125,11 +125,7 @@ class LayoutSource:
 
     def listing(self, repo: RepoId, commit: str) -> Listing:
         """The variants, with all that `fetch` needs: archive, size, metadata's text, layers."""
-        document = self.document(repo, commit)
-        manifest = document.manifest
-        variants = {name: variant.to_json() for name, variant in manifest.variants.items()}
-        parts = {SOURCE: manifest.source, BENCHMARKS: manifest.benchmarks}
-        return Listing(variants, {part: {"archive": archive} for part, archive in parts.items() if archive}, document)
+        return Listing.of(self.document(repo, commit))
 
     def manifest(self, repo: RepoId, commit: str) -> Manifest:
         """The commit's manifest, checked: it has this hash and answers for this repository, else `IntegrityError`."""

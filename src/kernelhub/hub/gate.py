@@ -1,0 +1,128 @@
+"""The gate: the facts that trust is decided on, collected; `core/trust.py` decides.
+
+Each fact is looked for only where those before it do not decide. What is trusted for a signature is taken from what was
+signed, not from the store's notes of it, so that a store which somebody else can write is no way around the signature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kernelhub.core.manifest import ManifestDocument
+from kernelhub.core.refs import Version
+from kernelhub.core.trust import Origin, Published
+from kernelhub.core.variants import BuildVariant
+from kernelhub.errors import HubUnavailable, IntegrityError, KernelHubWarning, Violation
+from kernelhub.hub.request import Found, Options
+from kernelhub.hub.resolve import Resolver
+from kernelhub.hub.signing import right_signers
+from kernelhub.hub.sources.base import LOCAL, Listing
+from kernelhub.hub.verify import METADATA, Verified
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Decides for a client what may run."""
+
+    resolver: Resolver
+    sigstore_root: Path | None = None
+
+    def admit(self, found: Found, options: Options) -> Found:
+        """What was found, where it may run or a variant's own signature may let it. Raises `UntrustedKernel`."""
+        admitted, published = self.facts(found, options)
+        if options.policy.reason(published) is None and self._may_be_signed(published, options):
+            return replace(admitted, by_identity=True)
+        options.policy.decide(published)
+        return admitted
+
+    def facts(self, found: Found, options: Options) -> tuple[Found, Published]:
+        """What is known of who published it; and what was found, as it was signed where a signature decides."""
+        policy = options.policy
+        published = Published(found.repo, found.source.origin, found.source.name, commit=_commit(found))
+        if published.origin is not Origin.EMBEDDED:
+            published = replace(published, revocations=self.resolver.lists.known(policy.keys_for(published)))
+        if published.revoked or policy.reason(published) is not None:
+            return found, published
+        document, signers = self.signers(found, published, options)
+        if signers:
+            published = replace(published, signers=tuple(signers))
+        if document is not None and published.counting_signers:
+            pin, version = found.ref.pin, document.manifest.version
+            if isinstance(pin, Version) and pin.number != version:
+                raise IntegrityError(
+                    f"{found.source.name} says that {found.ref} is {found.commit}: a version {version}"
+                )
+            return replace(found, listing=Listing.of(document)), published
+        if policy.require_signature:
+            return found, published
+        return found, replace(published, publisher_trusted=self.resolver.publisher_trusted(found, options))
+
+    def signers(
+        self, found: Found, published: Published, options: Options
+    ) -> tuple[ManifestDocument | None, list[str]]:
+        """The manifest, and the keys that are trusted for the kernel and signed it.
+
+        Signatures may be added later: where the store's copy has none that counts, the hub is asked for its own.
+        """
+        keys = options.policy.keys_for(published)
+        if not keys:
+            return None, []
+        document = found.listing.document or self._stored(found)
+        signers = _signers(document, options, published)
+        if not signers and document is not found.listing.document and not self._unasked(found, options):
+            try:
+                listing = self.resolver.listing(found.source, found.repo, found.commit, options, again=True)
+            except HubUnavailable as error:
+                self.resolver.warn(
+                    f"{error}\n  Whether {found.repo} has been signed meanwhile is not known.", KernelHubWarning
+                )
+                return document, signers
+            document = listing.document
+            signers = _signers(document, options, published)
+        return document, signers
+
+    def check_variant(self, found: Found, variant: BuildVariant, verified: Verified, options: Options) -> None:
+        """That the variant is what was signed. Raises `IntegrityError`, or `UntrustedKernel` where nobody signed it."""
+        document = found.listing.document
+        if document is not None:
+            signed = document.manifest.variants.get(str(variant))
+            if signed is None or _metadata(verified.path) != signed.metadata.encode():
+                raise IntegrityError(
+                    f"{verified.path} is not what the commit {found.commit} names",
+                    [Violation("different", METADATA)],
+                    hint="Delete it and load again: somebody else than kernelhub wrote to the store.",
+                )
+        if found.by_identity:
+            from kernelhub.hub.identity import signed_by
+
+            published = self.facts(found, options)[1]
+            identities = options.policy.identities_for(published)
+            identity = signed_by(verified, found.ref, identities, self.sigstore_root)
+            options.policy.decide(replace(published, identity=identity))
+
+    def _may_be_signed(self, published: Published, options: Options) -> bool:
+        return not published.revoked and bool(options.policy.identities_for(published))
+
+    def _stored(self, found: Found) -> ManifestDocument | None:
+        return (
+            None if found.commit == LOCAL else self.resolver.store.document(found.source.key, found.repo, found.commit)
+        )
+
+    def _unasked(self, found: Found, options: Options) -> bool:
+        return found.commit == LOCAL or (options.offline and found.source.origin is Origin.REMOTE)
+
+
+def _signers(document: ManifestDocument | None, options: Options, published: Published) -> list[str]:
+    if document is None or not document.signatures:
+        return []
+    keys = options.policy.keys_for(published)
+    return [key.id for key in right_signers(document.payload, document.signatures, keys)]
+
+
+def _commit(found: Found) -> str | None:
+    return None if found.commit == LOCAL else found.commit
+
+
+def _metadata(folder: Path) -> bytes:
+    return (folder / METADATA).read_bytes()

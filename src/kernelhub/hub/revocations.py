@@ -1,0 +1,107 @@
+"""Revocation lists: learnt from hubs and kept, so that they count offline too; and written into hubs.
+
+What a key revoked counts wherever it came from: a commit's name is a hash of what it is, so it is the same on each hub.
+The newest list that was seen is kept, and one with a lower number is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kernelhub.core.revocations import MAX_BYTES, Revocations, RevocationsDocument, path_of
+from kernelhub.core.signatures import PublicKey
+from kernelhub.core.trust import Origin
+from kernelhub.errors import IntegrityError, InvalidReference, KernelHubWarning, context
+from kernelhub.hub.addresses import shown
+from kernelhub.hub.files import WritableFiles
+from kernelhub.hub.signing import Signer, right_signers
+from kernelhub.hub.sources.base import Source
+from kernelhub.hub.store import Store
+
+Warn = Callable[[str, type[Warning]], None]
+
+
+@dataclass(frozen=True)
+class RevocationLists:
+    """The lists that this client knows: those of the store, and those learnt since where it cannot be written."""
+
+    store: Store
+    clock: Callable[[], float]
+    warn: Warn
+    _learnt: dict[str, Revocations] = field(default_factory=dict)
+
+    def known(self, keys: Sequence[PublicKey]) -> tuple[Revocations, ...]:
+        """The newest list of each key that was ever seen here. Raises `IntegrityError` where the store's is damaged."""
+        return tuple(item for key in keys if (item := self._known(key)) is not None)
+
+    def learn(self, source: Source, keys: Sequence[PublicKey], *, within: float) -> None:
+        """Ask a hub for the lists of the keys, each unless it was asked less than `within` seconds ago.
+
+        Raises `InvalidMetadata` or `IntegrityError` for a list that is malformed or not signed by its key.
+        """
+        for key in keys:
+            seen = self.store.revocations_seen(source.key, key.id)
+            now = self.clock()
+            if source.origin is Origin.REMOTE and seen is not None and 0 <= now - seen.time < within:
+                continue
+            data = source.revocations(key.id)
+            with context(f"{source.name}: {path_of(key.id)}"):
+                found = None if data is None else _checked(data, key)
+            number = found.revocations.number if found else 0
+            if seen is not None and number < seen.number:
+                self.warn(
+                    f"{source.name} had revocation list {seen.number} of key {key.id}, and has "
+                    f"{f'number {number}' if found else 'none'} now\n  The newest that was seen still counts.",
+                    KernelHubWarning,
+                )
+                number = seen.number
+            if found is not None:
+                self._keep(key, found)
+            self.store.set_revocations_seen(source.key, key.id, number, now)
+
+    def _known(self, key: PublicKey) -> Revocations | None:
+        learnt, stored = self._learnt.get(key.id), self.store.revocations(key.id)
+        return max((item for item in (learnt, stored) if item), key=lambda item: item.number, default=None)
+
+    def _keep(self, key: PublicKey, found: RevocationsDocument) -> None:
+        known = self._known(key)
+        if known is None or known.number < found.revocations.number:
+            self._learnt[key.id] = found.revocations
+            self.store.set_revocations(found)
+
+
+def _checked(data: bytes, key: PublicKey) -> RevocationsDocument:
+    document = RevocationsDocument.parse(data, key.id)
+    if not right_signers(document.revocations.payload, document.signatures, [key]):
+        raise IntegrityError(f"the revocation list is not signed by its key {key.id}")
+    return document
+
+
+def revoke(
+    hub_url: str, signer: Signer, *, time: str, keys: Mapping[str, str], commits: Mapping[str, str]
+) -> Revocations:
+    """Add keys (by id) and commits, each with a reason, to the signer's list in a hub that can be written.
+
+    Raises `InvalidReference` where there is nothing to add, and as `publish` does.
+    """
+    from kernelhub.hub.publish import writable_hub
+
+    if not keys and not commits:
+        raise InvalidReference("there is nothing to revoke", hint="Name commits (--commit) or keys (--key).")
+    path = path_of(signer.public.id)
+    with context(f"revoking in {shown(hub_url)}"):
+        files = writable_hub(hub_url)
+        before = _read(files, path, signer.public)
+        after = before.added(time, keys=keys, commits=commits)
+        # What could not be read back would stop every client that trusts the key.
+        document = RevocationsDocument(Revocations.from_raw(after.to_json()))
+        data = RevocationsDocument(after, (signer.sign(document.revocations.payload),)).to_bytes()
+        _checked(data, signer.public)
+        files.replace(path, data)
+    return after
+
+
+def _read(files: WritableFiles, path: str, key: PublicKey) -> Revocations:
+    data = files.read(path, MAX_BYTES)
+    return Revocations(key.id) if data is None else _checked(data, key).revocations
