@@ -482,6 +482,8 @@ def test_the_layer_compiles_and_exports_before_it_was_ever_called(rotary: Module
                 traced = torch.compile(Model(function), fullgraph=True, backend="aot_eager")
             else:
                 program = torch.export.export(Model(function), arguments, strict=strict)
-                assert "rotate" in str(program.graph)
+                assert (
+                    "rotate" in str(program.graph)
+                ) is strict  # otherwise the tensors are a subclass's: PyTorch's code
                 traced = program.module()
             assert same(traced(*arguments), olmo2.apply_rotary_pos_emb(*arguments))

@@ -1,12 +1,14 @@
 """Which formula a function has that is marked as `rotary_pos_emb`.
 
-transformers 5.22 marks functions of six formulas by this one name: they differ in where they round, in the dtype of the
-result, in the width of cos and sin, and in the direction. So a function is asked, once, with a few numbers.
+transformers 5.22 marks functions of six formulas by this one name: they differ in what makes a pair, in the direction, in
+where they round, in the dtype of the result, and in the width of cos and sin. So a function is asked, once, with a few numbers.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .compiled import INVERSE, ROUND_ONCE
+from .compiled import INTERLEAVED, INVERSE, ROUND_ONCE
 from .functions import apply_rotary
 
 __all__ = ["CAST_BACK", "PAIRED", "UNKNOWN", "is_static", "of"]
 
-# Beside INVERSE and ROUND_ONCE, which say how products of one dtype are rounded:
+# Beside INTERLEAVED, INVERSE and ROUND_ONCE, which say what it is with tables of the elements' dtype:
 CAST_BACK = 16  # with float32 tables the result has q's dtype, not float32
 PAIRED = 32  # cos and sin have one element for each pair
 UNKNOWN = -1
 
+_FORMS = tuple(sum(bits) for bits in itertools.product((0, INTERLEAVED), (0, INVERSE), (0, ROUND_ONCE)))
 _Function = Callable[..., tuple[Tensor, Tensor]]
 _known: dict[type, int] = {}
 
@@ -34,7 +37,7 @@ def of(cls: type[nn.Module]) -> int:
     if found is None:
         function: Any = cls.forward
         if not is_static(cls):
-            function = function.__get__(None, cls)
+            function = functools.partial(function, None)
         # Not by the tensors of a trace that may be going on: what is asked for is values.
         with _disable_current_modes():
             found = _known[cls] = _formula(function)
@@ -56,7 +59,7 @@ def _formula(function: _Function) -> int:
     for paired in (0, PAIRED):
         width = 4 if paired else 8
         tables = cos[..., :width], sin[..., :width]
-        for form in (0, INVERSE, ROUND_ONCE, INVERSE | ROUND_ONCE):
+        for form in _FORMS:
             if _agree(function, form, q, k, *(table.to(q.dtype) for table in tables)):
                 return form | paired | _with_float32(function, form, q, k, *tables)
     return UNKNOWN
@@ -68,7 +71,12 @@ def _with_float32(function: _Function, form: int, q: Tensor, k: Tensor, cos: Ten
 
 def _agree(function: _Function, form: int, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the function gives the bits of the form, with heads before and behind tokens."""
-    options = {"inverse": bool(form & INVERSE), "round_once": bool(form & ROUND_ONCE), "rotary_dim": q.shape[-1]}
+    options = {
+        "interleaved": bool(form & INTERLEAVED),
+        "inverse": bool(form & INVERSE),
+        "round_once": bool(form & ROUND_ONCE),
+        "rotary_dim": q.shape[-1],
+    }
     for dim in (1, 2):
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         try:

@@ -22,7 +22,7 @@ class rotary_pos_emb(nn.Module):
         formula = formulas.of(cls) if compiled.HERE else formulas.UNKNOWN
         if formula != formulas.UNKNOWN:
             width = q.shape[-1]
-            form = formula & (compiled.INVERSE | compiled.ROUND_ONCE)
+            form = formula & (compiled.INTERLEAVED | compiled.INVERSE | compiled.ROUND_ONCE)
             if cos.dtype is not q.dtype and formula & formulas.CAST_BACK:
                 form |= compiled.ROUND_ONCE
             pairs = 2 if formula & formulas.PAIRED else 1
