@@ -191,7 +191,7 @@ def test_each_activation_runs_its_kernel_and_agrees(layer: str) -> None:
 def test_the_default_mapping_has_every_layer_of_the_embedded_kernels_on_every_device() -> None:
     mapping = default_mapping()
     layers = set()
-    for name in ("norm", "activation"):
+    for name in ("norm", "activation", "rotary"):
         from kernelhub.core.refs import KernelRef
 
         loaded = default_hub().load(KernelRef.of(f"kernelhub/{name}", version=1))

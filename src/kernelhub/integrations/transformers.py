@@ -58,6 +58,7 @@ ACTIVATION_LAYERS = (
     "Tanh",
     "TorchGELU",
 )
+ROTARY_LAYERS = ("rotary_pos_emb",)
 
 
 # What a kernel reads of a module, and why it could not
@@ -301,7 +302,7 @@ def default_mapping() -> KernelMapping:
     """The kernels that come with this package, for every layer that they have and every device that they run on."""
     return {
         layer: dict.fromkeys(DEVICES, LayerRepository(f"kernelhub/{kernel}", layer_name=layer, version=1))
-        for kernel, layers in (("norm", NORM_LAYERS), ("activation", ACTIVATION_LAYERS))
+        for kernel, layers in (("norm", NORM_LAYERS), ("activation", ACTIVATION_LAYERS), ("rotary", ROTARY_LAYERS))
         for layer in layers
     }
 
