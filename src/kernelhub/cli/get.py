@@ -16,6 +16,9 @@ def get(
     trust: Trust = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Trust every repository.")] = False,
     refresh: Refresh = False,
+    accept_older: Annotated[
+        bool, typer.Option("--accept-older", help="Ask the hub now, and take what it says though it was newer before.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Fetch a kernel for this machine, with what it depends on; prints the verified folder."""
@@ -28,6 +31,7 @@ def get(
             backend=backend,
             trust_remote_code=trust_remote_code or tuple(trust or ()),
             refresh=refresh,
+            accept_older=accept_older,
         )
     if as_json:
         show_json({"kernel": kernel, "variant": path.name, "path": str(path)})

@@ -46,7 +46,7 @@ from kernelhub.errors import (
     context,
 )
 from kernelhub.hub.checks import check_archs, check_level, check_python_depends
-from kernelhub.hub.gate import Gate
+from kernelhub.hub.gate import SIGNED, Gate
 from kernelhub.hub.importer import Importer, LoadedKernel, RepoInfo
 from kernelhub.hub.probe import detect_host
 from kernelhub.hub.progress import TerminalLine
@@ -211,6 +211,42 @@ class Hub:
             "kernel_depends": [str(item) for item in metadata.kernel_depends],
             "path": str(verified.path),
         }
+
+    def verify(self, ref: KernelRef, *, backend: str | None = None, refresh: bool = False) -> dict[str, Any]:
+        """Who signed the kernel, and whether this machine's variant is what they signed, as plain values.
+
+        The variant is fetched and every byte of it hashed; none of its code is imported, so nobody has to be trusted.
+        `signed_by` is who of those that the user trusts signed it, `unsigned` why nobody did. Raises `IntegrityError`
+        where the bytes are not what was published, and `UntrustedKernel` for what was revoked.
+        """
+        options = Options(self._policy(False), backend, False, refresh, self.settings.offline)
+        with context(f"while verifying {ref}"):
+            found, published, signatures = self._gate.examine(self.find(ref, self.sources(), options), options)
+            if published.revoked:
+                options.policy.decide(published)
+            variant = self._select(found, options)[0]
+            verified = self._fetch(found, variant, options)
+            signed_by = next((f"key {key}" for key, state in signatures if state == SIGNED), None)
+            unsigned = None if signed_by else "nobody who is trusted for it signed it"
+            if signed_by is None and options.policy.identities_for(published):
+                try:
+                    signed_by = self._gate.identity(found, published, verified, options)
+                    unsigned = None
+                except UntrustedKernel as error:
+                    unsigned = error.message
+            return {
+                "kernel": str(found.repo),
+                "hub": found.source.name,
+                "commit": None if found.commit == LOCAL else found.commit,
+                "published": found.listing.document.manifest.time if found.listing.document else None,
+                "signatures": [{"key": key, "state": state} for key, state in signatures],
+                "variant": str(variant),
+                "digest": verified.digest.text,
+                "files": len(verified.digest.files),
+                "signed_by": signed_by,
+                "unsigned": unsigned,
+                "path": str(verified.path),
+            }
 
     def benchmarks(self, ref: KernelRef, *, trust_remote_code: Trust = False) -> Path:
         """The folder of the repository's benchmark scripts, as they were published.

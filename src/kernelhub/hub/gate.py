@@ -20,6 +20,9 @@ from kernelhub.hub.signing import right_signers
 from kernelhub.hub.sources.base import LOCAL, Listing
 from kernelhub.hub.verify import METADATA, Verified
 
+# What a signature by a key that is trusted is worth.
+SIGNED, REVOKED, WRONG = "right", "right, but the key is revoked", "WRONG: it is not over this commit"
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -82,6 +85,32 @@ class Gate:
             signers = _signers(document, options, published)
         return document, signers
 
+    def examine(self, found: Found, options: Options) -> tuple[Found, Published, list[tuple[str, str]]]:
+        """What was found as its manifest has it, who published it, and each signature: the key, and what it is worth."""
+        policy = options.policy
+        published = self.facts(found, options)[1]
+        document = found.listing.document or self._stored(found)
+        if document is None:
+            return found, published, []
+        keys = policy.keys_for(published)
+        right = {key.id for key in right_signers(document.payload, document.signatures, keys)}
+        counting = set(replace(published, signers=tuple(right)).counting_signers)
+        known = {key.id for key in keys}
+        states = [
+            (
+                key,
+                SIGNED
+                if key in counting
+                else REVOKED
+                if key in right
+                else WRONG
+                if key in known
+                else "not checked: the key is not trusted for this kernel",
+            )
+            for key in dict.fromkeys(item.key for item in document.signatures)
+        ]
+        return replace(found, listing=Listing.of(document)), published, states
+
     def check_variant(self, found: Found, variant: BuildVariant, verified: Verified, options: Options) -> None:
         """That the variant is what was signed. Raises `IntegrityError`, or `UntrustedKernel` where nobody signed it."""
         document = found.listing.document
@@ -94,12 +123,15 @@ class Gate:
                     hint="Delete it and load again: somebody else than kernelhub wrote to the store.",
                 )
         if found.by_identity:
-            from kernelhub.hub.identity import signed_by
-
             published = self.facts(found, options)[1]
-            identities = options.policy.identities_for(published)
-            identity = signed_by(verified, found.ref, identities, self.sigstore_root)
+            identity = self.identity(found, published, verified, options)
             options.policy.decide(replace(published, identity=identity))
+
+    def identity(self, found: Found, published: Published, verified: Verified, options: Options) -> str:
+        """Who of those that are trusted signed the variant with Sigstore. Raises `UntrustedKernel` where nobody did."""
+        from kernelhub.hub.identity import signed_by
+
+        return signed_by(verified, found.ref, options.policy.identities_for(published), self.sigstore_root)
 
     def _may_be_signed(self, published: Published, options: Options) -> bool:
         return not published.revoked and bool(options.policy.identities_for(published))

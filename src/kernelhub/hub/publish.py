@@ -35,6 +35,7 @@ from kernelhub.core.manifest import (
 from kernelhub.core.metadata import Metadata
 from kernelhub.core.paths import is_bytecode, safe_path
 from kernelhub.core.refs import RepoId, is_commit, parse_pin
+from kernelhub.core.signatures import MAX_SIGNATURES
 from kernelhub.core.variants import BuildVariant
 from kernelhub.errors import (
     HubUnavailable,
@@ -50,29 +51,37 @@ from kernelhub.hub.addresses import shown
 from kernelhub.hub.archive import check_paths, pack, same_files
 from kernelhub.hub.declared import declared_layers
 from kernelhub.hub.files import WritableFiles, open_files
+from kernelhub.hub.signing import Signer
 from kernelhub.hub.sources.layout import blob_path
 
 _SMALL = 64 * 1024
 _MAX_BLOB = 16 * 1024**3
+# How often to sign again where somebody else signs at the same time.
+_SIGN_TRIES = 5
+
 _CARDS = ("CARD.md", "README.md")
 
 
 @dataclass(frozen=True)
 class Published:
-    """What came of a publish: the commit that the ref is now, and whether it is a new one."""
+    """What came of a publish: the commit that the ref is now, whether it is a new one, and the key that signed it."""
 
     repo: RepoId
     ref: str
     commit: str
     changed: bool
+    signed_by: str | None = None
 
 
-def publish(folder: Path, hub_url: str, repo: RepoId, *, epoch: int, ref: str | None = None) -> Published:
+def publish(
+    folder: Path, hub_url: str, repo: RepoId, *, epoch: int, ref: str | None = None, signer: Signer | None = None
+) -> Published:
     """Publish what lies in `folder` (`build/<variant>/...`) as the next commit of `ref` (None: `v<version>`).
 
     `epoch` is the manifest's time in seconds since 1970: the clock's, or `SOURCE_DATE_EPOCH`. Beside the variants go the
     card (`CARD.md` or `README.md`), `benchmarks/`, and where there is a `build.toml` the source. A variant without a
-    digest is given one. Publishing what the ref has already changes nothing, and does not take back a yank either.
+    digest is given one. Publishing what the ref has already changes nothing, and does not take back a yank either; with
+    a `signer` that commit is signed.
 
     Raises `InvalidMetadata` or `IntegrityError` for a folder that is not fit to be published, before anything is
     written; `PublishConflict` where somebody else was faster; `InvalidReference` for a hub that cannot be written;
@@ -81,7 +90,16 @@ def publish(folder: Path, hub_url: str, repo: RepoId, *, epoch: int, ref: str | 
     with context(f"publishing {folder} to {shown(hub_url)}"):
         version = check_repository(folder)
         chain = _Chain(_writable(hub_url), repo, _ref_name(ref or f"v{version}"))
-        return _publish(chain, folder, version, _time(epoch))
+        return _publish(chain, folder, version, time_text(epoch), signer)
+
+
+def sign(hub_url: str, repo: RepoId, commit: str, signer: Signer) -> None:
+    """Add a signature to a commit in a hub. The commit's name is a hash of it all, so that is what is vouched for.
+
+    Raises `KernelNotFound` where there is no such commit, and as `publish` does.
+    """
+    with context(f"signing {repo} at {commit} in {shown(hub_url)}"):
+        _add_signature(_writable(hub_url), repo, commit, signer)
 
 
 def yank(hub_url: str, repo: RepoId, ref: str, reason: str | None) -> RefFile:
@@ -128,25 +146,56 @@ def check_repository(folder: Path) -> int:
     return next(iter(names.values()))[1]
 
 
-def _publish(chain: _Chain, folder: Path, version: int, time: str) -> Published:
+def _publish(chain: _Chain, folder: Path, version: int, time: str, signer: Signer | None) -> Published:
     files, repo, ref = chain.files, chain.repo, chain.ref
     _ensure_hub(files)
     draft = _draft(chain, folder, version, time)
     tip = chain.settle()
-    if tip is not None and _same(files, draft, tip):
-        return Published(repo, ref, tip.commit, changed=False)
-    ours = dataclasses.replace(draft, parent=tip.commit if tip else None)
-    winner = chain.claim(ManifestDocument(ours))
+    if tip is not None and _same(files, draft, tip, to_sign=signer is not None):
+        return _unchanged(chain, tip, signer)
+    ours = ManifestDocument(dataclasses.replace(draft, parent=tip.commit if tip else None))
+    if signer is not None:
+        ours = ours.signed(signer.sign(ours.payload))
+    winner = chain.claim(ours)
     chain.settle(tip)
-    if winner.commit == ours.commit:
-        return Published(repo, ref, ours.commit, changed=True)
-    if _same(files, draft, winner):
-        return Published(repo, ref, winner.commit, changed=False)
+    if winner.commit == ours.manifest.commit:
+        if signer is not None:  # somebody may have claimed the very same before, unsigned
+            _add_signature(files, repo, winner.commit, signer)
+        return Published(repo, ref, winner.commit, changed=True, signed_by=signer.public.id if signer else None)
+    if _same(files, draft, winner, to_sign=signer is not None):
+        return _unchanged(chain, winner, signer)
     raise PublishConflict(
         f"{repo}@{ref}: somebody else published {winner.commit} first",
         winner=winner.commit,
         hint="Look at what they published; publishing again puts yours after theirs.",
     )
+
+
+def _unchanged(chain: _Chain, manifest: Manifest, signer: Signer | None) -> Published:
+    """The ref has this content already; it is signed where it was to be."""
+    if signer is None:
+        return Published(chain.repo, chain.ref, manifest.commit, changed=False)
+    _add_signature(chain.files, chain.repo, manifest.commit, signer)
+    return Published(chain.repo, chain.ref, manifest.commit, changed=False, signed_by=signer.public.id)
+
+
+def _add_signature(files: WritableFiles, repo: RepoId, commit: str, signer: Signer) -> None:
+    """Sign a commit. Of two who sign at once one may overwrite the other, who then signs again."""
+    path = _manifest_path(repo, commit)
+    for _ in range(_SIGN_TRIES):
+        data = files.read(path, MAX_BYTES)
+        if data is None:
+            raise KernelNotFound(f"{files.name} has no {path}")
+        with context(path):
+            document = ManifestDocument.parse(data).checked(repo, commit)
+        signature = signer.sign(document.payload)
+        if signature in document.signatures:
+            return
+        others = tuple(item for item in document.signatures if item.key != signature.key)
+        if len(others) >= MAX_SIGNATURES:
+            raise InvalidMetadata(f"{path} has {len(others)} signatures of other keys; more are not read")
+        files.replace(path, dataclasses.replace(document, signatures=(*others, signature)).to_bytes())
+    raise PublishConflict(f"others sign {commit} at the same time, again and again", winner=commit)
 
 
 @dataclass(frozen=True)
@@ -221,14 +270,23 @@ class _Chain:
             return document
 
     def _manifest_path(self, commit: str) -> str:
-        return f"{self.repo}/commits/{commit}.json"
+        return _manifest_path(self.repo, commit)
 
     def _claim_path(self, parent: str | None) -> str:
         return f"{self.repo}/commits/{parent or 'null'}.next.{self.ref}"
 
 
-def _same(files: WritableFiles, draft: Manifest, manifest: Manifest) -> bool:
-    """Whether the manifest has the draft's content already. An archive may differ in how it is compressed only."""
+def _manifest_path(repo: RepoId, commit: str) -> str:
+    return f"{repo}/commits/{commit}.json"
+
+
+def _same(files: WritableFiles, draft: Manifest, manifest: Manifest, *, to_sign: bool = False) -> bool:
+    """Whether the manifest has the draft's content already. An archive may differ in how it is compressed only.
+
+    What is `to_sign` says nothing else either: the publisher vouches for every word of it, whoever wrote it.
+    """
+    if to_sign and _claims(draft) != _claims(manifest):
+        return False
     if (draft.version, draft.card, draft.variants.keys()) != (
         manifest.version,
         manifest.card,
@@ -242,6 +300,13 @@ def _same(files: WritableFiles, draft: Manifest, manifest: Manifest) -> bool:
             return False
         pairs.append((variant.archive, theirs.archive))
     return all(_same_archive(files, ours, theirs) for ours, theirs in pairs)
+
+
+def _claims(manifest: Manifest) -> dict[str, object]:
+    """What a manifest says, but for when and after what it was published, and how archives are compressed."""
+    value = manifest.to_json()
+    variants = {name: {**item, "archive": None, "size": None} for name, item in value["variants"].items()}
+    return {**value, "variants": variants, **dict.fromkeys(("parent", "time", "source", "benchmarks"))}
 
 
 def _same_archive(files: WritableFiles, ours: str | None, theirs: str | None) -> bool:
@@ -428,7 +493,8 @@ def _ref_name(text: str) -> str:
     return safe_path(ref)
 
 
-def _time(epoch: int) -> str:
+def time_text(epoch: int) -> str:
+    """`2026-11-21T20:00:00Z` for seconds since 1970. Raises `InvalidReference`."""
     try:
         if epoch < 0:
             raise ValueError(epoch)

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from kernelhub.core.revocations import MAX_BYTES, Revocations, RevocationsDocument, path_of
 from kernelhub.core.signatures import PublicKey
 from kernelhub.core.trust import Origin
-from kernelhub.errors import IntegrityError, InvalidReference, KernelHubWarning, context
+from kernelhub.errors import HubUnavailable, IntegrityError, InvalidReference, KernelHubWarning, context
 from kernelhub.hub.addresses import shown
 from kernelhub.hub.files import WritableFiles
 from kernelhub.hub.signing import Signer, right_signers
 from kernelhub.hub.sources.base import Source
 from kernelhub.hub.store import Store
+
+# How often to write a list again where somebody else writes it at the same time.
+_TRIES = 5
 
 Warn = Callable[[str, type[Warning]], None]
 
@@ -92,14 +95,15 @@ def revoke(
     path = path_of(signer.public.id)
     with context(f"revoking in {shown(hub_url)}"):
         files = writable_hub(hub_url)
-        before = _read(files, path, signer.public)
-        after = before.added(time, keys=keys, commits=commits)
-        # What could not be read back would stop every client that trusts the key.
-        document = RevocationsDocument(Revocations.from_raw(after.to_json()))
-        data = RevocationsDocument(after, (signer.sign(document.revocations.payload),)).to_bytes()
-        _checked(data, signer.public)
-        files.replace(path, data)
-    return after
+        for _ in range(_TRIES):
+            before = _read(files, path, signer.public)
+            if keys.keys() <= before.keys.keys() and commits.keys() <= before.commits.keys():
+                return before
+            after = before.added(time, keys=keys, commits=commits)
+            data = RevocationsDocument(after, (signer.sign(after.payload),)).to_bytes()
+            _checked(data, signer.public)  # what cannot be read back would stop every client that trusts the key
+            files.replace(path, data)
+        raise HubUnavailable(f"{path} is written by others again and again", hub=files.name)
 
 
 def _read(files: WritableFiles, path: str, key: PublicKey) -> Revocations:
