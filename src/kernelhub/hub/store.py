@@ -409,9 +409,9 @@ class Store:
 
 def _read_record(path: Path) -> dict[str, Any]:
     """A verdict's file. Raises `OSError`, `ValueError` or `RecursionError` for what is none."""
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for somebody to write
+        raise ValueError("it is no file")
     with path.open("rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no file")
         data = file.read(MAX_VERDICT + 1)
     if len(data) > MAX_VERDICT:
         raise ValueError(f"it has more than {MAX_VERDICT:,} bytes")

@@ -23,7 +23,17 @@ from kernelhub.layers.evidence import Evidence
 from kernelhub.layers.machine import summary
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.plan import Request, decide
-from kernelhub.layers.survey import AwareClass, Devices, Site, Survey, capability, class_name, places, survey, uncompiled
+from kernelhub.layers.survey import (
+    AwareClass,
+    Devices,
+    Site,
+    Survey,
+    capability,
+    class_name,
+    places,
+    survey,
+    uncompiled,
+)
 from kernelhub.layers.swap import MARKER, USES, Lost, Marker, Taken, Uses, holds, in_effect
 from kernelhub.layers.tables import table
 
