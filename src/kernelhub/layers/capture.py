@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from kernelhub.errors import InvalidReference
+from kernelhub.layers.fusion import recorded_at
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.survey import uncompiled
 from kernelhub.layers.swap import slot
@@ -222,8 +223,9 @@ def capture(model: nn.Module, modules: Sequence[nn.Module], sample: Sample, mode
             inner.train(training)
         for module in modules:
             if id(module) not in found:
-                recorder = found[id(module)] = Recorder(_current(module), sample, kept, training)
-                stack.enter_context(_forward(module, recorder))
+                called = recorded_at(module)
+                recorder = found[id(module)] = Recorder(_current(called), sample, kept, training)
+                stack.enter_context(_forward(called, recorder))
         sample.run(inner)
     return found
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kernelhub.layers.survey import PLAIN_DTYPES
-from kernelhub.layers.swap import in_effect, of_class, ours
+from kernelhub.layers.swap import in_effect, left_over, of_class, ours
 
 
 class Weights(NamedTuple):
@@ -29,7 +29,7 @@ def foreign_forward(module: nn.Module) -> str | None:
     """Why a forward on the instance keeps the layer as it is; None where a kernel can go there, or under it."""
     attributes = module.__dict__
     forward = attributes.get("forward")
-    if forward is None or of_class(module, forward) or ours(module):
+    if forward is None or of_class(module, forward) or ours(module) or left_over(module):
         return None
     hooked = "_hf_hook" in attributes and isinstance(forward, functools.partial)
     if hooked and of_class(module, attributes.get("_old_forward")):
@@ -76,6 +76,8 @@ def _packed(child: nn.Module) -> bool:
     """A layer of a quantisation library: its weights are whole numbers in buffers."""
     if type(child).__module__.startswith("torch.nn.modules."):
         return False
+    if type(child).__module__.startswith("torch.ao.nn.quantized."):
+        return True
     return any(
         buffer is not None and buffer.dim() >= 2 and buffer.dtype not in PLAIN_DTYPES
         for buffer in child._buffers.values()

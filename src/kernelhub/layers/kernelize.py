@@ -35,6 +35,7 @@ from kernelhub.layers import contract
 from kernelhub.layers.device import DEVICE_BACKENDS
 from kernelhub.layers.evidence import Evidence
 from kernelhub.layers.fitness import foreign_forward
+from kernelhub.layers.fusion import Group, as_one, fuse, passing, with_groups
 from kernelhub.layers.kernel import LayerKernel, Swap, load_layer
 from kernelhub.layers.mapping import Row
 from kernelhub.layers.mode import KernelizeFallback, Mode
@@ -44,7 +45,7 @@ from kernelhub.layers.quarantine import forward_for, restores
 from kernelhub.layers.ranks import GroupLike, agree, check_same, deciding, described, place_of, prove_together
 from kernelhub.layers.report import Run, forget, remember
 from kernelhub.layers.repositories import Repository
-from kernelhub.layers.survey import Site, Survey, class_name, device_type, survey
+from kernelhub.layers.survey import Site, Survey, class_name, device_type, site_class, survey
 from kernelhub.layers.swap import USES, Transaction, functions_lock, has_users, in_effect
 from kernelhub.settings import Settings
 
@@ -108,7 +109,7 @@ def kernelize(
         fallback = KernelizeFallback.of(use_fallback)
         demand = _demand(sample_inputs, verify, only_if_faster, refresh)
         restore = restores(on_error, mode)
-        found = survey(model)
+        found = with_groups(survey(model), request.table)
         options = {"use_fallback": fallback, "verify": verify, "only_if_faster": only_if_faster, "on_error": on_error}
         options["DISABLE_KERNEL_MAPPING"] = settings.mapping_disabled
         check_same(ranks, "what is asked for", lambda: described(request, found, options))
@@ -190,7 +191,9 @@ def _prove(
     from kernelhub.layers.proof import prove
     from kernelhub.layers.verdicts import Memory
 
-    return prove(model, sites, outcomes, demand, mode, fallback, Memory(store, refresh=demand.refresh))
+    return prove(
+        model, list(map(as_one, sites)), outcomes, demand, mode, fallback, Memory(store, refresh=demand.refresh)
+    )
 
 
 @contextmanager
@@ -208,7 +211,7 @@ def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
         with functions_lock, Transaction() as transaction:
             for module, marker in before:
                 if foreign_forward(module) is None:
-                    transaction.put(module, marker.swap, marker.function)
+                    transaction.put(module, marker.swap, marker.function, marker.fusion)
             for module, uses in stakes:
                 for function, swap in uses.functions.values():
                     held = forwards[id(function)]
@@ -249,9 +252,23 @@ class _Resolver:
     _outcomes: dict[tuple[int, int, bool], tuple[Outcome, Decision]] = field(default_factory=dict)
 
     def outcomes(self, sites: list[Site], decisions: list[Decision]) -> list[Outcome]:
-        """What comes of each site. Raises what `use_fallback` does not allow, saying at which layer."""
-        found = []
+        """What comes of each site. Raises what `use_fallback` does not allow, saying at which layer.
+
+        Modules that are fused come first; they, and the modules around them, then get no kernel of their own.
+        """
+        found: list[Outcome] = []
+        fused: dict[int, str] = {}
         for site, decision in zip(sites, decisions, strict=True):
+            if site.group is not None:
+                found.append(self._outcome(site, decision))
+                if found[-1].kernel is not None:
+                    why = f"its {site.group.shown} are fused, which a kernel here would not know of"
+                    fused.update(dict.fromkeys(site.group.around, why))
+                    fused.update((id(part), "") for part in site.group.parts)
+                continue
+            if id(site.module) in fused:
+                found.append(Outcome(class_name(site.module), None, None, fused[id(site.module)]))
+                continue
             # By identity, which is cheaper than the value; the survey and the outcome keep both alive. A survey has one
             # AwareClass for each class.
             key = (id(site.aware), id(decision), site.training)
@@ -262,12 +279,14 @@ class _Resolver:
         return found
 
     def _outcome(self, site: Site, decision: Decision) -> Outcome:
-        name, device, row = class_name(site.module), decision.device, decision.row
+        name, device, row = site_class(site), decision.device, decision.row
         if row is None or device is None:
             if decision.case is not None and decision.case not in self.fallback:
                 raise NoKernelForLayer(f"{where(site)}: {decision.reason}", hint=allow(decision.case))
             return Outcome(name, None, None, decision.reason)
         usable, failures = self._usable(site.module, row, decision, device)
+        if usable and site.group is not None:
+            usable, failures = self._fused(site.group, *usable[0])
         if not usable:
             self._check_allowed(site, failures)
             return Outcome(name, None, None, _said(failures))
@@ -290,6 +309,16 @@ class _Resolver:
                 break
         lost = tuple(f"{failure.repository}: {failure.reason}" for failure in failures)
         return [(kernel, replace(swap, lost=lost)) for kernel, swap in usable] if lost else usable, failures
+
+    def _fused(
+        self, group: Group, kernel: LayerKernel, swap: Swap
+    ) -> tuple[list[tuple[LayerKernel, Swap]], list[_Failure]]:
+        try:
+            return [fuse(group, kernel, swap)], []
+        except LayerContractError as error:
+            return [], [_Failure(kernel.repository, KernelizeFallback.CONTRACT, error)]
+        except NoKernelForLayer as error:
+            return [], [_Failure(kernel.repository, KernelizeFallback.NO_COMPATIBLE_MODE, error)]
 
     def _check_allowed(self, site: Site, failures: list[_Failure]) -> None:
         """Raises the first error that `use_fallback` does not cover."""
@@ -399,8 +428,14 @@ def _said(failures: list[_Failure]) -> str:
 
 def _swap_layers(sites: list[Site], outcomes: list[Outcome], transaction: Transaction) -> None:
     for site, (_, kernel, swap, *_) in zip(sites, outcomes, strict=True):
-        if kernel is not None and swap is not None and site.user is None:
+        if kernel is None or swap is None or site.user is not None:
+            continue
+        if site.group is None:
             transaction.put(site.module, swap, forward_for(swap.restore, kernel.forward))
+        else:
+            for part in site.group.parts:
+                first = part is site.module
+                transaction.put(part, swap, kernel.forward if first else passing, site.group.fusion)
 
 
 def _swap_functions(

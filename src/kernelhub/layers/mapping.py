@@ -20,12 +20,13 @@ from typing import Any
 
 from kernelhub.errors import InvalidReference
 from kernelhub.layers.device import Device
+from kernelhub.layers.fusion import FusionKey, check_key
 from kernelhub.layers.mode import KernelizeFallback, Mode, serving
 from kernelhub.layers.repositories import Repository, check_repository
 
-# What users write: {layer name: {device type or Device: repository, or {mode: repository}}}; a list of repositories may
+# What users write, `layer name` also being a key of several: {layer name: {device type or Device: repository, or {mode: repository}}}; a list of repositories may
 # stand for one.
-KernelMapping = Mapping[str, Mapping[Any, Any]]
+KernelMapping = Mapping[Any, Mapping[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ class Row:
         return self.device.properties.width if self.device.properties else float("inf")
 
 
-# By layer name; of each layer's rows the newest is last.
-Table = Mapping[str, tuple[Row, ...]]
+# By layer name, or the key of several; of each layer's rows the newest is last.
+Name = str | FusionKey
+Table = Mapping[Name, tuple[Row, ...]]
 _EMPTY: Table = MappingProxyType({})
 
 
@@ -122,7 +124,10 @@ def parse(mapping: KernelMapping) -> Table:
         raise InvalidReference(f"a kernel mapping is a dict from layer names, got {mapping!r}")
     table: Table = _EMPTY
     for name, devices in mapping.items():
-        if not isinstance(name, str) or not isinstance(devices, Mapping):
+        wrong = check_key(name) if isinstance(name, tuple) else ""
+        if wrong:
+            raise InvalidReference(f"kernel mapping: {name!r}: {wrong}")
+        if not isinstance(name, (str, tuple)) or not isinstance(devices, Mapping):
             raise InvalidReference(
                 f"kernel mapping: {name!r}: {devices!r}",
                 hint="Expected {layer name: {device type: repository, or {mode: repository}}}.",
@@ -185,7 +190,7 @@ def _holds(row: Row, capability: int | None) -> bool:
     return capability is not None and row.device.properties.holds(capability)
 
 
-def _rows(name: str, key: object, value: object) -> Iterator[Row]:
+def _rows(name: Name, key: object, value: object) -> Iterator[Row]:
     where = f"kernel mapping: {name!r}: {key!r}"
     if not isinstance(key, (str, Device)):
         raise InvalidReference(f"{where}: expected a device type or a Device")

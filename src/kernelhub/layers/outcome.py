@@ -7,7 +7,7 @@ from typing import NamedTuple
 from kernelhub.layers.evidence import Evidence
 from kernelhub.layers.kernel import LayerKernel, Swap
 from kernelhub.layers.mode import KernelizeFallback
-from kernelhub.layers.survey import Site, class_name
+from kernelhub.layers.survey import Site, site_class
 
 
 class Outcome(NamedTuple):
@@ -27,7 +27,7 @@ class Outcome(NamedTuple):
 
 def where(site: Site) -> str:
     """The layer, as errors and warnings name it."""
-    return f"{site.path or 'the model'} ({class_name(site.module)})"
+    return f"{site.path or 'the model'} ({site_class(site)})"
 
 
 def allow(case: KernelizeFallback) -> str:

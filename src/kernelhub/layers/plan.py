@@ -18,9 +18,10 @@ from torch import nn
 from kernelhub.errors import InvalidReference, KernelHubError, NoKernelForLayer
 from kernelhub.layers.device import Device
 from kernelhub.layers.fitness import READABLE, children, foreign_forward, gathered_by_fsdp, weights
-from kernelhub.layers.mapping import Row, Table, choose, current_table, needs_capability
+from kernelhub.layers.fusion import Group, title, unfit, with_groups
+from kernelhub.layers.mapping import Name, Row, Table, choose, current_table, needs_capability
 from kernelhub.layers.mode import KernelizeFallback, Mode, serving
-from kernelhub.layers.survey import Devices, Site, Survey, capability, class_name, device_type, survey
+from kernelhub.layers.survey import Devices, Site, Survey, capability, device_type, site_class, survey
 from kernelhub.layers.tables import table
 
 Selection = str | type | Iterable[str | type] | None
@@ -119,9 +120,9 @@ def decide(found: Survey, request: Request) -> list[Decision]:
     facts = _Facts(request, Devices(found.tree), rows, managed)
     idle, given, decisions = request.selector.idle, request.device, []
     for site in found.sites:
-        _, _, aware, _, _, device, _, _ = site
-        decision = None
-        if device is not None and idle and aware.always:
+        _, _, aware, _, _, device, _, _, group = site
+        decision = _decide_group(site, group, facts) if group is not None else None
+        if decision is None and device is not None and idle and aware.always:
             # Nothing is special about it: it was decided with the first of its kind.
             decision = rows.get((aware.layer_name, given or device))
         decisions.append(decision or _decide(site, facts))
@@ -160,6 +161,36 @@ def _decide(site: Site, facts: _Facts) -> Decision:
     if decision is None:
         decision = rows[name, device] = _row(name, device, request)
     return decision if decision.row is None else _fit(site, decision, facts)
+
+
+def _decide_group(site: Site, group: Group, facts: _Facts) -> Decision:
+    """The decision for several modules with one kernel: what keeps one of them apart keeps all."""
+    request, devices, _, managed = facts
+    for path, part in zip(group.paths, group.parts, strict=True):
+        if reason := request.selector.refuses(path, part):
+            return Decision(None, None, None, f"{path}: {reason}")
+    found = {request.device or devices.of(at) for at in group.at}
+    device = request.device or devices.of(site.at)
+    if device is None:
+        raise NoKernelForLayer(
+            f"{site.path}: neither the layers nor the model around them have parameters",
+            hint='Say where it will run: kernelize(model, mode=..., device="cuda").',
+        )
+    if device.type == "meta":
+        return Decision(device, None, None, "its parameters are on the meta device; say device= to kernelize it")
+    if len(found - {None}) > 1:
+        return Decision(device, None, None, f"its layers are on {' and '.join(sorted(map(str, found)))}")
+    reason = unfit(group, [_apart(part, managed) for part in group.parts])
+    return Decision(device, None, None, reason) if reason else _row(group.key, device, request)
+
+
+def _apart(part: nn.Module, managed: Callable[[], frozenset[int]]) -> str | None:
+    """Why a kernel that reads the module's weights would compute something else than the module does."""
+    reason = foreign_forward(part)
+    if reason is None:
+        readable = weights(part, managed)
+        reason = readable.reason or ("its weights are DTensors" if readable.distributed else None)
+    return reason or children(part, managed)
 
 
 def _left_out(site: Site, selector: Selector) -> str | None:
@@ -202,10 +233,10 @@ def _other_device(elsewhere: Iterable[int], device: torch.device, devices: Devic
     return None
 
 
-def _row(name: str, device: torch.device, request: Request) -> Decision:
+def _row(name: Name, device: torch.device, request: Request) -> Decision:
     rows, kind = request.table.get(name, ()), device_type(device)
     able = capability(device) if needs_capability(rows, kind) else None
-    row = choose(name, rows, kind, able, request.mode)
+    row = choose(name if isinstance(name, str) else title(name), rows, kind, able, request.mode)
     return Decision(device, row) if isinstance(row, Row) else Decision(device, None, row.case, row.reason)
 
 
@@ -273,7 +304,7 @@ def plan_kernels(
     `NoKernelForLayer` [ValueError] where no device can be told.
     """
     request = Request.of(mode, device, include, exclude)
-    found = survey(model)
+    found = with_groups(survey(model), request.table)
     decisions = zip(found.sites, decide(found, request), strict=True)
     return KernelPlan(tuple(_plan_row(site, decision, mode) for site, decision in decisions))
 
@@ -289,7 +320,7 @@ def _plan_row(site: Site, decision: Decision, mode: Mode) -> PlanRow:
             reason = f"{reason}; its weights are DTensors, which the kernel must take"
     return PlanRow(
         site.path,
-        class_name(site.module),
+        site_class(site),
         site.aware.layer_name,
         str(decision.device) if decision.device else None,
         str(mode),

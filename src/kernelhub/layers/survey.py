@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from torch import nn
 from kernelhub.errors import InvalidReference
 from kernelhub.layers.markers import FUNCS, FunctionModule, always
 from kernelhub.layers.swap import MARKER, USES
+
+if TYPE_CHECKING:
+    from kernelhub.layers.fusion import Group
 
 # What a kernel can read as it is; anything else is quantised, or no weight.
 PLAIN_DTYPES = frozenset(
@@ -59,6 +62,7 @@ class Site(NamedTuple):
     plain: torch.device | None = None
     user: nn.Module | None = None
     elsewhere: tuple[int, ...] = ()
+    group: Group | None = None  # several modules that one kernel may stand in for; `module` is the first of them
 
 
 class Tree(NamedTuple):
@@ -120,6 +124,12 @@ def survey(model: nn.Module) -> Survey:
     return found
 
 
+def places(tree: Tree) -> dict[int, int]:
+    """Where each module stands in the tree (the first time), by its identity."""
+    at = range(len(tree.modules) - 1, -1, -1)
+    return dict(zip(map(id, reversed(tree.modules)), at, strict=True))
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside what `torch.compile` returns."""
     inner = model._modules.get("_orig_mod")
@@ -155,6 +165,11 @@ def _plain_device(attributes: dict[str, Any]) -> torch.device | None:
                 return None
             device = device or parameter.device
     return device
+
+
+def site_class(site: Site) -> str:
+    """What to call a site's class; of several modules, their classes."""
+    return site.group.classes if site.group is not None else class_name(site.module)
 
 
 def class_name(module: nn.Module) -> str:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet, WeakValueDictionary, finalize, ref
 
 from torch import nn
@@ -23,6 +23,9 @@ from torch import nn
 from kernelhub.errors import KernelHubError
 from kernelhub.layers import contract
 from kernelhub.layers.kernel import Swap, read_back
+
+if TYPE_CHECKING:
+    from kernelhub.layers.fusion import Fusion
 
 MARKER = "_kernelhub_swap"
 USES = "_kernelhub_functions"
@@ -38,28 +41,42 @@ class Marker:
     accelerate does), and belongs there afterwards.
     """
 
-    __slots__ = ("__weakref__", "explicit", "function", "module", "swap", "users")
+    __slots__ = ("__weakref__", "explicit", "function", "fusion", "module", "swap", "users")
 
-    def __init__(self, module: nn.Module, swap: Swap, function: Any, explicit: bool) -> None:
+    def __init__(
+        self, module: nn.Module, swap: Swap, function: Any, explicit: bool, fusion: Fusion | None = None
+    ) -> None:
         self.module, self.swap, self.function, self.explicit = module, swap, function, explicit
+        # For a module that one kernel computes together with others: what they share.
+        self.fusion = fusion
         # For a function that is one module for the process: who uses its kernel.
         self.users: WeakSet[Uses] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Marker:
-        return Marker(copy.deepcopy(self.module, memo), self.swap, self.function, self.explicit)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Marker | Lost:
+        fusion = self.fusion
+        if fusion is not None and id(fusion.parent) not in memo:
+            return Lost(self.swap, f"it was copied without {' and '.join(fusion.names)} together")
+        module = copy.deepcopy(self.module, memo)
+        return Marker(module, self.swap, self.function, self.explicit, copy.deepcopy(fusion, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         if in_effect(self.module) is not self:
             return _nothing, ()
+        if self.fusion is not None:
+            return _read_part, (self.module, self.swap, self.explicit, self.fusion, self.module is self.fusion.parts[0])
         return _read_marker, (self.module, self.swap, self.explicit)
 
 
 @dataclass(frozen=True)
 class Lost:
-    """In place of a marker: the module came from a file, and its kernel could not be read back here."""
+    """In place of a marker: the module came from a file, and its kernel could not be read back here.
+
+    Or it is a copy of one of several modules with one kernel, without the others.
+    """
 
     swap: Swap
     reason: str
+    fusion: ClassVar[None] = None  # what the forward of a fused module asks for
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lost:
         return self
@@ -134,14 +151,26 @@ def of_class(module: nn.Module, forward: Any) -> bool:
     )
 
 
-def put(module: nn.Module, swap: Swap, function: Any) -> None:
+def left_over(module: nn.Module) -> bool:
+    """Whether the module's forward is that of a fused kernel, which it was copied away from."""
+    attributes = module.__dict__
+    forward = attributes.get("forward")
+    return (
+        isinstance(attributes.get(MARKER), Lost)
+        and type(forward) is MethodType
+        and forward.__self__ is module
+        and getattr(forward.__func__, "fused", False) is True
+    )
+
+
+def put(module: nn.Module, swap: Swap, function: Any, fusion: Fusion | None = None) -> None:
     """Let the module run the kernel's forward `function`. The module has its own forward now (see `take`)."""
     attributes = module.__dict__
     name = slot(attributes) if "_hf_hook" in attributes else "forward"
     explicit = name in attributes
     if explicit:
         del attributes[name]  # what stands in the dict first is pickled first, and the marker must be
-    attributes[MARKER] = Marker(module, swap, function, explicit)
+    attributes[MARKER] = Marker(module, swap, function, explicit, fusion)
     attributes[name] = MethodType(function, module)
     if name != "forward":
         attributes["forward"] = attributes.pop("forward")
@@ -150,9 +179,9 @@ def put(module: nn.Module, swap: Swap, function: Any) -> None:
 def take(module: nn.Module) -> None:
     """Give the module its own forward back; what somebody else put over the kernel's meanwhile stays."""
     attributes = module.__dict__
-    own = ours(module)
+    own, alone = ours(module), left_over(module)
     marker = attributes.pop(MARKER, None)
-    if isinstance(marker, Lost) and of_class(module, attributes.get("forward")):
+    if alone or (isinstance(marker, Lost) and of_class(module, attributes.get("forward"))):
         del attributes["forward"]  # that is how the pickle of a bound method came back
     if own is None:
         return
@@ -180,13 +209,18 @@ class Transaction:
         if kind is not None:
             self.undo()
 
-    def put(self, module: nn.Module, swap: Swap, function: Any) -> None:
+    def put(self, module: nn.Module, swap: Swap, function: Any, fusion: Fusion | None = None) -> None:
         """Let a layer run a kernel's forward. It has its own forward now."""
         self._put.append(module)
-        put(module, swap, function)
+        put(module, swap, function, fusion)
 
     def take(self, module: nn.Module) -> None:
-        """Give a module its own forward back."""
+        """Give a module its own forward back, and those that are fused with it theirs."""
+        marker = in_effect(module)
+        for part in marker.fusion.parts if marker is not None and marker.fusion is not None else (module,):
+            self._take(part)
+
+    def _take(self, module: nn.Module) -> None:
         marker = in_effect(module)
         if marker is None:
             self._remember(module)
@@ -232,7 +266,7 @@ class Transaction:
         for module, before in reversed(self._before):
             _reinstate(module, before)
         for marker in reversed(self._taken):
-            put(marker.module, marker.swap, marker.function)
+            put(marker.module, marker.swap, marker.function, marker.fusion)
             marker.module.__dict__[MARKER].users = marker.users
         self._put, self._taken, self._before = [], [], []
 
@@ -312,6 +346,32 @@ def _read_marker(module: nn.Module, swap: Swap, explicit: bool) -> Marker | Lost
     return marker
 
 
+def _read_part(module: nn.Module, swap: Swap, explicit: bool, fusion: Fusion, first: bool) -> Marker | Lost:
+    """One of several modules with one kernel. The others may still be empty: the layout is built when it is used."""
+    known = _lost.get(id(swap))
+    if known is not None:
+        return known
+    from kernelhub.layers.fusion import entering, passing
+
+    try:
+        kernel = read_back(swap)
+        if first:
+            contract.check(kernel.cls, kernel.forward, type(module), str(swap.repository))
+        function = entering(kernel.forward, kernel.cls)
+    except (KernelHubError, ImportError, OSError) as error:
+        return _gone_for(swap, error)
+    function = function if first else passing
+    marker = module.__dict__[MARKER] = Marker(module, swap, function, explicit, fusion)
+    module.__dict__["forward"] = MethodType(function, module)
+    return marker
+
+
+def _gone_for(swap: Swap, error: BaseException) -> Lost:
+    _log.warning("%s is not here, the model runs without it: %s", swap.repository, error)
+    lost = _lost[id(swap)] = Lost(swap, _first_line(error))
+    return lost
+
+
 def _read_uses(module: nn.Module, functions: Mapping[str, tuple[nn.Module, Swap]]) -> Uses:
     uses = Uses(module, functions)
     with functions_lock:
@@ -336,9 +396,7 @@ def _function_for(module: nn.Module, swap: Swap) -> Any:
         kernel = read_back(swap)
         contract.check(kernel.cls, kernel.forward, type(module), str(swap.repository))
     except (KernelHubError, ImportError, OSError) as error:
-        _log.warning("%s is not here, the model runs without it: %s", swap.repository, error)
-        lost = _lost[id(swap)] = Lost(swap, _first_line(error))
-        return lost
+        return _gone_for(swap, error)
     if not swap.restore:
         return kernel.forward
     from kernelhub.layers.quarantine import watched  # here: it takes forwards off modules, as this module does

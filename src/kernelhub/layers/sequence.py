@@ -1,0 +1,167 @@
+"""Does a module hand the result of one child to the next, and to nothing else? Read from its forward, without running it.
+
+A fused kernel computes several children at once. Where the first stood, the whole result comes out, and the others give
+back what they are given. That is right only where nobody but the next child sees what lies in between.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator, Sequence
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+_NESTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+_REPEATED = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, *_NESTED)
+
+
+@functools.lru_cache(maxsize=256)
+def broken_chain(parent: type[nn.Module], names: tuple[str, ...]) -> str:
+    """Why `parent`'s forward does not hand each of the children `names` nothing but the result of the one before.
+
+    Empty where it does. What cannot be told (no source, a loop, another name for a child) is a reason too.
+    """
+    forward = parent.forward
+    try:
+        function = _function(forward)
+        return _others(parent, function, names) or _chain(function, names)
+    except (OSError, TypeError, SyntaxError):
+        return f"the source of {parent.__qualname__}.forward is not there to be read"
+
+
+def follows(parent: nn.Module, names: Sequence[str]) -> bool:
+    """Whether the children stand one after another in an `nn.Sequential`, which hands each result to the next."""
+    if type(parent).forward is not nn.Sequential.forward:
+        return False
+    order = list(parent._modules)
+    at = order.index(names[0])
+    return order[at : at + len(names)] == list(names)
+
+
+def _function(forward: Any) -> ast.FunctionDef:
+    found = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
+    if not isinstance(found, ast.FunctionDef) or not found.args.args:
+        raise TypeError("not a method")
+    return found
+
+
+def _others(parent: type[nn.Module], forward: ast.FunctionDef, names: tuple[str, ...]) -> str:
+    """A method of the parent's own that its forward calls must not touch the children."""
+    own = forward.args.args[0].arg
+    if any(isinstance(node, ast.Name) and node.id == own for node in _bare(forward, own)):
+        return f"{parent.__qualname__}.forward hands itself to other code, which may use its {' and '.join(names)}"
+    for node in ast.walk(forward):
+        method = _attribute(node, own)
+        if method is None or method in names or hasattr(nn.Module, method):
+            continue
+        function = inspect.getattr_static(parent, method, None)
+        function = getattr(function, "fget", function)
+        if isinstance(function, FunctionType):
+            inner = _function(function)
+            if any(isinstance(item, ast.Attribute) and item.attr in names for item in ast.walk(inner)):
+                return f"{parent.__qualname__}.{method} uses its {' or '.join(names)} too"
+    return ""
+
+
+def _bare(forward: ast.FunctionDef, own: str) -> Iterator[ast.AST]:
+    """The uses of `self` that are no `self.attribute`."""
+    held = {id(node.value) for node in ast.walk(forward) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(forward):
+        if isinstance(node, ast.Name) and node.id == own and id(node) not in held:
+            yield node
+
+
+def _attribute(node: ast.AST, own: str) -> str | None:
+    """`name` of `self.name`."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == own:
+        return node.attr
+    return None
+
+
+def _chain(forward: ast.FunctionDef, names: tuple[str, ...]) -> str:
+    own = forward.args.args[0].arg
+    calls = []
+    for at, name in enumerate(names):
+        uses = [node for node in ast.walk(forward) if _attribute(node, own) == name]
+        found = [node for node in ast.walk(forward) if isinstance(node, ast.Call) and node.func in uses]
+        if len(uses) != 1 or len(found) != 1:
+            return f"its forward uses self.{name} {len(uses)} times; expected one call"
+        if at and (found[0].keywords or len(found[0].args) != 1 or isinstance(found[0].args[0], ast.Starred)):
+            return f"its forward calls self.{name} with other arguments than the result before"
+        calls.append(found[0])
+    within = [node for node in ast.walk(forward) if isinstance(node, _REPEATED) and node is not forward]
+    for name, call in zip(names, calls, strict=True):
+        if any(call in ast.walk(node) for node in within):
+            return f"its forward calls self.{name} in a loop or a function of its own"
+    pairs = zip(names, names[1:], calls, calls[1:], strict=False)
+    return next((why for *pair, one, two in pairs if (why := _handed_on(forward, pair, one, two))), "")
+
+
+def _handed_on(forward: ast.FunctionDef, names: Sequence[str], one: ast.Call, two: ast.Call) -> str:
+    """Why the result of the first call goes elsewhere than into the second."""
+    first, second = names
+    if two.args[0] is one:
+        return ""
+    value = two.args[0]
+    elsewhere = f"its forward uses the result of self.{first} elsewhere than in self.{second}"
+    if not isinstance(value, ast.Name):
+        return elsewhere
+    block, start, end = _block(forward, one, two)
+    if block is None:
+        return f"its forward does not call self.{second} after self.{first} in all cases"
+    made = block[start]
+    plain = isinstance(made, ast.Assign) and made.value is one and [_name(target) for target in made.targets]
+    if plain != [value.id]:
+        return elsewhere
+    for statement in block[start + 1 : end]:
+        if _names(statement, value.id):
+            return elsewhere
+    last = block[end]
+    if len([node for node in _names(last, value.id) if isinstance(node.ctx, ast.Load)]) != 1:
+        return elsewhere
+    if _assigns(last, value.id):
+        return ""
+    for statement in block[end + 1 :]:
+        loads = [node for node in _names(statement, value.id) if isinstance(node.ctx, ast.Load)]
+        if loads:
+            return elsewhere
+        if _assigns(statement, value.id):
+            return ""
+    after = [node for node in _names(forward, value.id) if node.lineno > (last.end_lineno or last.lineno)]
+    return elsewhere if any(isinstance(node.ctx, ast.Load) for node in after) else ""
+
+
+def _block(forward: ast.FunctionDef, one: ast.Call, two: ast.Call) -> tuple[list[ast.stmt] | None, int, int]:
+    """The list of statements that has both calls, each in a statement of its own, and where in it they stand."""
+    for node in ast.walk(forward):
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, None)
+            if not isinstance(block, list):
+                continue
+            at = [[call in ast.walk(statement) for statement in block] for call in (one, two)]
+            if any(at[0]) and any(at[1]):
+                start, end = at[0].index(True), at[1].index(True)
+                simple = all(
+                    isinstance(block[index], (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr))
+                    for index in (start, end)
+                )
+                if start < end and simple:
+                    return block, start, end
+    return None, 0, 0
+
+
+def _names(node: ast.AST, name: str) -> list[ast.Name]:
+    return [item for item in ast.walk(node) if isinstance(item, ast.Name) and item.id == name]
+
+
+def _assigns(statement: ast.stmt, name: str) -> bool:
+    return isinstance(statement, ast.Assign) and name in [_name(target) for target in statement.targets]
+
+
+def _name(target: ast.expr) -> str | None:
+    return target.id if isinstance(target, ast.Name) else None
