@@ -160,7 +160,7 @@ def swapped(rows: dict[str, list[str]], mode: str | None = None) -> set[str]:
 
 def test_every_name_is_kernelhubs(facts: dict[str, Any]) -> None:
     assert facts["version"] == "0.17.2+kernelhub"
-    assert facts["same"] == []
+    assert facts["same"] == ["kernelize"], "which decides on each rank alone"
 
 
 def test_the_modules_have_what_the_top_has(installed: Path) -> None:
@@ -170,6 +170,8 @@ for module in (kernels.benchmark, kernels.layer, kernels.layer.mode):
     for name in module.__all__:
         assert getattr(module, name) is getattr(kernels, name), name
 assert {"Mode", "get_kernel", "kernelize"} <= set(dir(kernels))
+import inspect
+assert inspect.signature(kernels.kernelize).parameters["group"].default is False
 try:
     kernels.nothing
 except AttributeError as error:

@@ -1,4 +1,7 @@
-"""kernelhub under the name `kernels`: each public name here is the one of kernelhub, imported when it is first used."""
+"""kernelhub under the name `kernels`: each public name here is the one of kernelhub, imported when it is first used.
+
+Only `kernelize` is another: it decides on each rank alone, as the package of that name does.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,10 @@ __all__ = [name for name in kernelhub.__all__ if not name.startswith("_")]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'kernels' (of kernelhub) has no attribute {name!r}")
+    if name == "kernelize":
+        from kernels.layer import kernelize
+
+        return kernelize
     return getattr(kernelhub, name)
 
 
