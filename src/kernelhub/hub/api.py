@@ -148,12 +148,21 @@ def get_locked_kernel(
     )
 
 
-def load_kernel(repo_id: str, *, lockfile: str | Path | None = None, backend: str | None = None) -> ModuleType:
-    """The kernel that the lock file names, from the store; nothing is ever downloaded."""
+def load_kernel(
+    repo_id: str,
+    *,
+    lockfile: str | Path | None = None,
+    backend: str | None = None,
+    trust_remote_code: bool | Sequence[str] = False,
+) -> ModuleType:
+    """The kernel that the lock file names, from the store; nothing is ever downloaded.
+
+    A lock file says which bytes, not whose code may run: that is decided as for `get_kernel`.
+    """
     return (
         default_hub()
         .load_locked(
-            RepoId.parse(repo_id), lockfile=_lockfile(lockfile), backend=backend, trust_remote_code=True,
+            RepoId.parse(repo_id), lockfile=_lockfile(lockfile), backend=backend, trust_remote_code=trust_remote_code,
             local_files_only=True,
         )
         .module
