@@ -448,6 +448,19 @@ class Helper(Block):
         return self.mlp(self.norm(x)) + self.helper(x)
 
 
+class Harmless(Block):
+    def helper(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(x)) + self.helper(x)
+
+
+class Overridden(Harmless):
+    def helper(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x)
+
+
 def apply_mlp(block: Block, x: torch.Tensor) -> torch.Tensor:
     return block.mlp(x)
 
@@ -487,6 +500,7 @@ class OtherName(Block):
         (Loop, "calls self.norm in a loop"),
         (Weights, "uses self.norm 2 times; expected one call"),
         (Helper, "Helper.helper uses its norm or mlp too"),
+        (Overridden, "Overridden.helper uses its norm or mlp too"),
         (Itself, "hands itself to other code"),
         (Reversed, "does not call self.mlp after self.norm"),
     ],
@@ -501,7 +515,7 @@ def test_a_parent_that_sees_what_lies_between_is_refused(
     assert torch.equal(outputs(model), expected)
 
 
-@pytest.mark.parametrize("block", [Nested, OtherName])
+@pytest.mark.parametrize("block", [Nested, OtherName, Harmless])
 def test_a_parent_that_hands_on_the_result_alone(block: type[nn.Module], fuse: Callable[..., nn.Module]) -> None:
     model = Model(block=block).eval()
     expected = outputs(model)

@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -237,14 +237,10 @@ def check_parent(group: Group, name: str) -> None:
     if own is not None and getattr(own, "__func__", None) is not type(group.parent).forward:
         why = f"{type(group.parent).__name__} has a forward of its own on the instance"
     else:
-        why = broken_chain(_written(type(group.parent)), group.names)
+        kind: Any = type(group.parent)
+        why = broken_chain(kind, group.names)
     if why:
         raise LayerContractError(f"{name} cannot stand in for {group.shown}", (why,))
-
-
-def _written(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that the forward was written in (FSDP puts one of its own in front)."""
-    return next(base for base in cls.__mro__ if "forward" in vars(base))
 
 
 # What stands on the modules
@@ -302,16 +298,17 @@ def fuse(group: Group, kernel: LayerKernel, swap: Swap) -> tuple[LayerKernel, Sw
             raise NoKernelForLayer(f"{name} does not serve {swap.mode}: {laid}, which gradients would not reach")
         notes.append(f"{laid}: for inference")
     group.fusion = Fusion(group, layout)
-    forward = entering(kernel.forward, kernel.cls)
+    cls: Any = kernel.cls
+    forward = entering(kernel.forward, cls)
     return replace(kernel, forward=forward), replace(swap, notes=tuple(notes), restore=False)
 
 
 @functools.cache
-def entering(forward: Any, cls: type[nn.Module]) -> FunctionType:
+def entering(forward: Any, cls: Any) -> Any:
     """The forward of the first module: the kernel's, on the layout. One for a kernel, so that it is compiled once."""
     layout = layout_class(cls, cls.__name__)
 
-    def entered(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def entered(self: Any, *args: Any, **kwargs: Any) -> Any:
         fusion = self._kernelhub_swap.fusion
         if fusion is None:
             return type(self).forward(self, *args, **kwargs)
@@ -326,7 +323,7 @@ def entering(forward: Any, cls: type[nn.Module]) -> FunctionType:
     return entered
 
 
-def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of the modules after the first: what it is given is their result already."""
     if self._kernelhub_swap.fusion is None:
         return type(self).forward(self, *args, **kwargs)

@@ -84,7 +84,8 @@ def view(part: nn.Module) -> nn.Module:
     """The module again, with the forward of its class: the same tables of weights and children, and attributes looked up."""
     attributes = part.__dict__
     names = tuple(name for name in attributes if name not in _TABLES_OF_MODULES and name not in _OURS)
-    made: nn.Module = object.__new__(_view_class(type(part), names))
+    cls: Any = type(part)
+    made: nn.Module = object.__new__(_view_class(cls, names))
     tables = {name: table for name, table in attributes.items() if name in _TABLES_OF_MODULES}
     made.__dict__.update({**tables, _PART: part})
     return made
@@ -95,7 +96,7 @@ _TABLES_OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
 
 
 @functools.cache
-def _view_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _view_class(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
     # Not one `__dict__` for both, with a property before its forward: torch.compile's guards read the `__dict__` first.
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, **{name: _attribute(name) for name in names}})
 
@@ -159,11 +160,12 @@ def _read_when_called(layout: nn.Module, views: tuple[nn.Module, ...]) -> None:
                 places.append((name, known[id(kept.pop(name))]))
         if places:
             module.__dict__[_PARTS] = views
-            module.__class__ = _reading_class(type(module), tuple(places))
+            cls: Any = type(module)
+            module.__class__ = _reading_class(cls, tuple(places))
 
 
 @functools.cache
-def _reading_class(cls: type[nn.Module], places: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
+def _reading_class(cls: Any, places: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
     members: dict[str, Any] = {"__module__": cls.__module__}
     for name, place in places:
         members[name] = _reader(*place)

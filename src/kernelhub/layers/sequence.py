@@ -21,7 +21,7 @@ _REPEATED = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.Di
 
 
 @functools.lru_cache(maxsize=256)
-def broken_chain(parent: type[nn.Module], names: tuple[str, ...]) -> str:
+def broken_chain(parent: Any, names: tuple[str, ...]) -> str:
     """Why `parent`'s forward does not hand each of the children `names` nothing but the result of the one before.
 
     Empty where it does. What cannot be told (no source, a loop, another name for a child) is a reason too.

@@ -357,7 +357,8 @@ def _read_part(module: nn.Module, swap: Swap, explicit: bool, fusion: Fusion, fi
         kernel = read_back(swap)
         if first:
             contract.check(kernel.cls, kernel.forward, type(module), str(swap.repository))
-        function = entering(kernel.forward, kernel.cls)
+        cls: Any = kernel.cls
+        function = entering(kernel.forward, cls)
     except (KernelHubError, ImportError, OSError) as error:
         return _gone_for(swap, error)
     function = function if first else passing
