@@ -15,7 +15,7 @@ from kernelfiles import kernel_files, write_files, write_kernel
 
 from kernelhub.cli.main import run
 
-COMMANDS = ["get", "info", "versions", "variants", "publish", "doctor", "serve", "cache"]
+COMMANDS = ["get", "info", "versions", "variants", "publish", "doctor", "serve", "cache", "verify-report"]
 
 
 @pytest.fixture(autouse=True)

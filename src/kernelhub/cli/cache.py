@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -31,13 +32,14 @@ def list_(as_json: Json = False) -> None:
         for place in store.places()
     ]
     if as_json:
-        show_json({"store": str(store.root), "kernels": rows})
+        show_json({"store": str(store.root), "kernels": rows, "verdicts": len(list(store.verdicts()))})
         return
     cells = [
         (row["kernel"], row["ref"], str(row["commit"])[:12], row["variant"], size(int(str(row["bytes"]))), row["hub"])
         for row in rows
     ]
     show_table(f"{store.root}", ("kernel", "ref", "commit", "variant", "size", "hub"), cells)
+    show_line(f"{len(list(store.verdicts()))} verdicts of proofs")
 
 
 @app.command()
@@ -66,18 +68,27 @@ def prune(
     kernels: Annotated[
         list[str] | None, typer.Argument(metavar="[ORG/NAME]...", help="Also remove these kernels.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Also remove every kernel.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also remove every kernel and verdict.")] = False,
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", help="Also remove verdicts that were found longer ago than this.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Remove what killed processes and failed verifications left behind; with names, those kernels too."""
+    """Remove what killed processes and failed verifications left behind; with names, those kernels too.
+
+    What proofs found of kernels that are gone goes with them.
+    """
     from kernelhub.core.refs import RepoId
     from kernelhub.hub.client import open_store
 
     store = open_store()
     repos = {RepoId.parse(name) for name in kernels or ()}
-    removed = list(store.prune(lambda repo: everything or repo in repos))
+    oldest = float("-inf") if older_than is None else time.time() - older_than * 86_400
+    folders = list(store.prune(lambda repo: everything or repo in repos))
+    verdicts = list(store.prune_verdicts(lambda verdict: everything or verdict.time < oldest))
+    removed = [*folders, *verdicts]
     freed = sum(count for _, count in removed)
     if as_json:
         show_json({"store": str(store.root), "removed": [str(path) for path, _ in removed], "bytes": freed})
     else:
-        show_line(f"removed {len(removed)} folders, {size(freed)}")
+        show_line(f"removed {len(folders)} folders and {len(verdicts)} verdicts, {size(freed)}")

@@ -25,6 +25,7 @@ from kernelhub.cli import (
     sign,
     variants,
     verify,
+    verify_report,
     versions,
 )
 from kernelhub.cli.render import show_error
@@ -54,6 +55,7 @@ for command in (
     sign.sign,
     revoke.revoke,
     verify.verify,
+    verify_report.verify_report,
     build.build,
     init.init,
     check_abi.check_abi,

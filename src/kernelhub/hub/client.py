@@ -248,6 +248,26 @@ class Hub:
                 "path": str(verified.path),
             }
 
+    def digest_of(self, ref: KernelRef, variant: str) -> str | None:
+        """The digest of one variant of a kernel, whether or not it runs here; None where it would have to be compiled.
+
+        It is fetched and every byte of it hashed; none of its code is imported, so nobody has to be trusted. Raises
+        `KernelNotFound`, `IntegrityError` where the bytes are not what was published, `UntrustedKernel` for what was revoked.
+        """
+        options, wanted = Options(self._policy(False), offline=self.settings.offline), BuildVariant.parse(variant)
+        with context(f"while looking for {ref}"):
+            found, published, _ = self._gate.examine(self.find(ref, self.sources(), options), options)
+            if published.revoked:
+                options.policy.decide(published)
+            built_here = isinstance(found.source, ProjectSource) and wanted.framework.kind != "noarch"
+            if built_here or (variant not in found.listing.variants and SOURCE in found.listing.parts):
+                there = self.store.find(Place(found.source.key, found.repo, found.commit, wanted))
+                return there and there.digest.text
+            if variant not in found.listing.variants:
+                names = ", ".join(sorted(found.listing.variants)) or "none"
+                raise KernelNotFound(f"{found.source.name} has no {variant} of {found.repo} (there: {names})")
+            return self._fetch(found, wanted, options).digest.text
+
     def benchmarks(self, ref: KernelRef, *, trust_remote_code: Trust = False) -> Path:
         """The folder of the repository's benchmark scripts, as they were published.
 
