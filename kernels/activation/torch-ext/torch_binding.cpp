@@ -10,11 +10,17 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def("multiply_backward(Tensor grad, Tensor a, Tensor b, int function) -> (Tensor, Tensor)");
   ops.def("halves(Tensor x, int function) -> Tensor");
   ops.def("halves_backward(Tensor grad, Tensor x, int function) -> Tensor");
+#if defined(CPU_KERNEL)
   ops.def("use_level(int level) -> int");
+#endif
 }
 
-#if defined(CPU_KERNEL)
+// A build is for one of them, and its sources define the functions.
+#if defined(CUDA_KERNEL)
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
+#else
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
+#endif
   ops.impl("apply", TORCH_BOX(&kernelhub::apply));
   ops.impl("apply_backward", TORCH_BOX(&kernelhub::apply_backward));
   ops.impl("multiply", TORCH_BOX(&kernelhub::multiply));
@@ -23,6 +29,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("halves_backward", TORCH_BOX(&kernelhub::halves_backward));
 }
 
+#if defined(CPU_KERNEL)
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
   ops.impl("use_level", TORCH_BOX(&kernelhub::use_level));
 }

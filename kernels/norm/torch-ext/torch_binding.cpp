@@ -17,11 +17,17 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps, bool needs_weight, bool needs_bias) "
       "-> (Tensor, Tensor, Tensor)");
+#if defined(CPU_KERNEL)
   ops.def("use_level(int level) -> int");
+#endif
 }
 
-#if defined(CPU_KERNEL)
+// A build is for one of them, and its sources define the functions.
+#if defined(CUDA_KERNEL)
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
+#else
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
+#endif
   ops.impl("rms_norm", TORCH_BOX(&kernelhub::rms_norm));
   ops.impl("rms_norm_backward", TORCH_BOX(&kernelhub::rms_norm_backward));
   ops.impl("add_rms_norm", TORCH_BOX(&kernelhub::add_rms_norm));
@@ -31,6 +37,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("layer_norm_backward", TORCH_BOX(&kernelhub::layer_norm_backward));
 }
 
+#if defined(CPU_KERNEL)
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
   ops.impl("use_level", TORCH_BOX(&kernelhub::use_level));
 }

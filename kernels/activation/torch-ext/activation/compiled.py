@@ -19,8 +19,10 @@ from ._ops import add_op_namespace_prefix, ops
 __all__ = ["GELU", "GELU_QUICK", "GELU_TANH", "HERE", "SILU", "apply", "halves", "multiply", "takes"]
 
 HERE = hasattr(ops, "apply")
+# A build has ops for the CPU or for CUDA.
+_CUDA = HERE and torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("apply"), "CUDA")
 
-# As in activation_cpu/elements.h.
+# As in activation_cpu/elements.h and activation_cuda/launch.h.
 SILU, GELU, GELU_TANH, GELU_QUICK = range(4)
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -38,11 +40,16 @@ def takes(x: Tensor, other: Tensor | None = None) -> bool:
     return (
         HERE
         and dtype in _DTYPES
-        and x.is_cpu
+        and (x.is_cuda if _CUDA else x.is_cpu)
         and type(x) in _PLAIN
         and (
             other is None
-            or (other.dtype is dtype and other.is_cpu and type(other) in _PLAIN and other.shape == x.shape)
+            or (
+                other.dtype is dtype
+                and (other.is_cuda if _CUDA else other.is_cpu)
+                and type(other) in _PLAIN
+                and other.shape == x.shape
+            )
         )
         and not _transforms_active()
         and forward_ad._current_level < 0

@@ -35,8 +35,10 @@ __all__ = [
 ]
 
 HERE = hasattr(ops, "rms_norm")
+# A build has ops for the CPU or for CUDA.
+_CUDA = HERE and torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("rms_norm"), "CUDA")
 
-# As in norm_cpu/rows.h.
+# As in norm_cpu/rows.h and norm_cuda/launch.h.
 CAST_FIRST, CAST_LAST, ZERO_CENTERED = 0, 1, 2
 SILU, SIGMOID, SILU_FIRST = 1, 2, 3
 
@@ -56,8 +58,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         HERE
         and dtype in _DTYPES
         and weight.dtype is dtype
-        and x.is_cpu
-        and weight.is_cpu
+        and (x.is_cuda and weight.is_cuda if _CUDA else x.is_cpu and weight.is_cpu)
         and type(weight) in _PLAIN
         and type(x) in _PLAIN
         and weight.dim() == 1
@@ -71,7 +72,7 @@ def takes_too(x: Tensor, other: Tensor | None) -> bool:
     return (
         other is not None
         and other.dtype is x.dtype
-        and other.is_cpu
+        and (other.is_cuda if _CUDA else other.is_cpu)
         and type(other) in _PLAIN
         and other.shape == x.shape
     )
@@ -84,7 +85,7 @@ def takes_layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Se
     dtype = x.dtype
     return (
         dtype in _DTYPES
-        and x.is_cpu
+        and (x.is_cuda if _CUDA else x.is_cpu)
         and type(x) in _PLAIN
         and (weight is None or _is_row(weight, dtype))
         and (bias is None or _is_row(bias, dtype))
@@ -94,7 +95,7 @@ def takes_layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Se
 
 
 def _is_row(row: Tensor, dtype: torch.dtype) -> bool:
-    return row.dtype is dtype and row.is_cpu and type(row) in _PLAIN and row.dim() == 1
+    return row.dtype is dtype and (row.is_cuda if _CUDA else row.is_cpu) and type(row) in _PLAIN and row.dim() == 1
 
 
 if HERE:

@@ -1,0 +1,208 @@
+#include "../activation_cpu/activation.h"
+
+#include "launch.h"
+#include "operands.h"
+
+namespace kernelhub {
+
+namespace {
+
+void check_input(const char* name, const Tensor& x, int64_t function) {
+  STD_TORCH_CHECK(x.is_cuda(), name, ": expected all tensors on one device; the input is not on a GPU");
+  STD_TORCH_CHECK(function >= 0 && function < FUNCTIONS, name, ": function is ", function, "; expected 0 to 3");
+}
+
+// The operands of one op in step, as rows; all as one row where all are contiguous.
+class Operands {
+ public:
+  Operands(const Tensor& first, int64_t function) {
+    const int64_t dims = first.dim();
+    args.n = dims > 0 ? first.size(dims - 1) : 1;
+    args.rows = args.n == 0 ? 0 : first.numel() / args.n;
+    args.to_stride = args.n;
+    args.function = static_cast<int>(function);
+    size_ = static_cast<int64_t>(first.element_size());
+  }
+
+  void read(RowsAt& to, const Tensor& tensor, int64_t behind = 0) {
+    if (tensor.dim() == 0) {
+      to = RowsAt{static_cast<const char*>(tensor.data_ptr()), {size_}, {}, 1};
+    } else {
+      const RowsOf& rows = kept_[count_++].emplace(tensor);
+      to = rows;
+      wide_ = wide_ && rows.wide;
+      dense_ = dense_ && rows.dims == 1 && rows.strides[0] == args.n * size_;
+    }
+    to.data += behind * size_;
+    wide_ = wide_ && aligned(to.data);
+  }
+
+  void write(void*& to, const Tensor& tensor, int64_t behind = 0) {
+    to = static_cast<char*>(tensor.data_ptr()) + behind * size_;
+    wide_ = wide_ && aligned(to);
+  }
+
+  void run(Op op, Dtype dtype, const Device& device) {
+    if (args.rows == 0) {
+      return;
+    }
+    bool wide = wide_;
+    if (dense_ && args.to_stride == args.n) { // one row of all elements; those that do not fill 16 bytes by themselves
+      const int64_t total = args.rows * args.n, fit = 16 / size_, even = wide ? total / fit * fit : 0;
+      args.rows = 1;
+      if (even > 0) {
+        args.n = args.to_stride = even;
+        check_launch(elements(args, op, dtype, true, device));
+      }
+      if (even < total) {
+        args.n = args.to_stride = total - even;
+        for (RowsAt* rows : {&args.grad, &args.a, &args.b}) {
+          rows->data += even * size_;
+        }
+        for (void** to : {&args.y, &args.a_grad, &args.b_grad}) {
+          *to = static_cast<char*>(*to) + even * size_;
+        }
+        check_launch(elements(args, op, dtype, false, device));
+      }
+      return;
+    }
+    wide = wide && args.n * size_ % 16 == 0 && args.to_stride * size_ % 16 == 0;
+    check_launch(elements(args, op, dtype, wide, device));
+  }
+
+  ElementArgs args{};
+
+ private:
+  std::array<std::optional<RowsOf>, 3> kept_;
+  size_t count_ = 0;
+  int64_t size_;
+  bool wide_ = true, dense_ = true;
+};
+
+// The halves of x's last dimension: the size of one of them.
+int64_t half_of(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) % 2 == 0, name, ": expected an even last dimension");
+  return x.size(x.dim() - 1) / 2;
+}
+
+} // namespace
+
+Tensor apply(const Tensor& x, int64_t function) {
+  constexpr const char* name = "apply";
+  check_input(name, x, function);
+  const Dtype dtype = dtype_of(x, name);
+  Tensor y = new_tensor(x);
+  if (x.numel() == 0) {
+    return y;
+  }
+  const OnDevice device(x);
+  Operands of(x, function);
+  of.read(of.args.a, x);
+  of.write(of.args.y, y);
+  of.run(APPLY, dtype, device);
+  return y;
+}
+
+Tensor apply_backward(const Tensor& grad, const Tensor& x, int64_t function) {
+  constexpr const char* name = "apply_backward";
+  check_input(name, x, function);
+  check_same(name, "gradient", grad, x);
+  const Dtype dtype = dtype_of(x, name);
+  Tensor x_grad = new_tensor(x);
+  if (x.numel() == 0) {
+    return x_grad;
+  }
+  const OnDevice device(x);
+  Operands of(x, function);
+  of.read(of.args.grad, grad);
+  of.read(of.args.a, x);
+  of.write(of.args.a_grad, x_grad);
+  of.run(APPLY_BACKWARD, dtype, device);
+  return x_grad;
+}
+
+Tensor multiply(const Tensor& a, const Tensor& b, int64_t function) {
+  constexpr const char* name = "multiply";
+  check_input(name, a, function);
+  check_same(name, "second operand", b, a);
+  const Dtype dtype = dtype_of(a, name);
+  Tensor y = new_tensor(a);
+  if (a.numel() == 0) {
+    return y;
+  }
+  const OnDevice device(a);
+  Operands of(a, function);
+  of.read(of.args.a, a);
+  of.read(of.args.b, b);
+  of.write(of.args.y, y);
+  of.run(MULTIPLY, dtype, device);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> multiply_backward(
+    const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function) {
+  constexpr const char* name = "multiply_backward";
+  check_input(name, a, function);
+  check_same(name, "second operand", b, a);
+  check_same(name, "gradient", grad, a);
+  const Dtype dtype = dtype_of(a, name);
+  Tensor a_grad = new_tensor(a), b_grad = new_tensor(a);
+  if (a.numel() > 0) {
+    const OnDevice device(a);
+    Operands of(a, function);
+    of.read(of.args.grad, grad);
+    of.read(of.args.a, a);
+    of.read(of.args.b, b);
+    of.write(of.args.a_grad, a_grad);
+    of.write(of.args.b_grad, b_grad);
+    of.run(MULTIPLY_BACKWARD, dtype, device);
+  }
+  return {a_grad, b_grad};
+}
+
+Tensor halves(const Tensor& x, int64_t function) {
+  constexpr const char* name = "halves";
+  check_input(name, x, function);
+  const int64_t half = half_of(name, x);
+  const Dtype dtype = dtype_of(x, name);
+  Tensor y = new_tensor(x, half);
+  if (x.numel() == 0) {
+    return y;
+  }
+  const OnDevice device(x);
+  Operands of(y, function);
+  of.read(of.args.a, x);
+  of.args.b = of.args.a;
+  of.args.b.data += half * static_cast<int64_t>(x.element_size());
+  of.write(of.args.y, y);
+  of.run(MULTIPLY, dtype, device);
+  return y;
+}
+
+Tensor halves_backward(const Tensor& grad, const Tensor& x, int64_t function) {
+  constexpr const char* name = "halves_backward";
+  check_input(name, x, function);
+  const int64_t half = half_of(name, x);
+  check_device(name, "gradient", grad, x);
+  STD_TORCH_CHECK(
+      grad.dim() == x.dim() && 2 * grad.numel() == x.numel() && grad.size(grad.dim() - 1) == half, name,
+      ": the gradient is not one of the result");
+  const Dtype dtype = dtype_of(x, name);
+  Tensor x_grad = new_tensor(x);
+  if (x.numel() == 0) {
+    return x_grad;
+  }
+  const OnDevice device(x);
+  Operands of(grad, function);
+  of.read(of.args.grad, grad);
+  of.read(of.args.a, x);
+  of.args.b = of.args.a;
+  of.args.b.data += half * static_cast<int64_t>(x.element_size());
+  of.write(of.args.a_grad, x_grad);
+  of.write(of.args.b_grad, x_grad, half);
+  of.args.to_stride = 2 * half;
+  of.run(MULTIPLY_BACKWARD, dtype, device);
+  return x_grad;
+}
+
+} // namespace kernelhub

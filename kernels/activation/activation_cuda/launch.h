@@ -1,0 +1,33 @@
+// What activation.cpp asks of the kernels: plain C++, without torch and without CUDA's headers.
+
+#pragma once
+
+#include <cstdint>
+
+#include "device.h"
+
+namespace kernelhub {
+
+enum Function { SILU = 0, GELU = 1, GELU_TANH = 2, GELU_QUICK = 3, FUNCTIONS = 4 };
+
+// `rows` rows of n elements. What is written lies in rows that are `to_stride` elements apart; pointers that an op has no use
+// for are null.
+struct ElementArgs {
+  RowsAt grad;
+  RowsAt a;
+  RowsAt b;
+  void* y;
+  void* a_grad;
+  void* b_grad;
+  int64_t rows;
+  int64_t n;
+  int64_t to_stride;
+  int function;
+};
+
+enum Op { APPLY, APPLY_BACKWARD, MULTIPLY, MULTIPLY_BACKWARD };
+
+// `wide`: whether all rows are aligned to 16 bytes and made of as many. Returns a cudaError_t.
+int elements(const ElementArgs& args, Op op, Dtype dtype, bool wide, const Device& device);
+
+} // namespace kernelhub

@@ -1,0 +1,375 @@
+// Gradients of the norms. With g = grad * weight and h = (x - mean) / rms, that of the input is
+// (g - mean(g) - h * mean(g * h)) / rms, without the means where the norm takes off none, and the weight's is the sum over
+// the rows of grad * h.
+
+#pragma once
+
+#include "launch.h"
+#include "math.cuh"
+#include "rows.cuh"
+
+namespace kernelhub {
+
+namespace {
+
+// What a row's statistics come to: x -> (x - mean) * scale = h, and the input's gradient is (g - back * h - constant) * scale.
+struct Found {
+  float mean, scale, back, constant;
+};
+
+// One pack of a row, widened: x as it is normalised (with the gate in it, where that comes first), g, and what the weight
+// is multiplied with to give g (grad, or grad times the gate).
+template <int V>
+struct Part {
+  float x[V], g[V], by[V];
+};
+
+template <typename T, int V, Kind KIND>
+__device__ __forceinline__ Part<V> part(
+    const BackwardArgs& args, const Pack<T, V>& grad, const Pack<T, V>& x, const Pack<T, V>& gate, const Pack<T, V>& weight) {
+  Part<V> of;
+  unpack(grad, of.by);
+  unpack(x, of.x);
+  float w[V];
+  unpack(weight, w);
+  if constexpr (KIND == GATED) {
+    float z[V];
+    unpack(gate, z);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (args.gate == SILU_FIRST) {
+        of.x[v] *= gate_value(SILU, z[v]);
+      } else {
+        of.by[v] *= gate_value(args.gate, z[v]);
+      }
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    of.g[v] = of.by[v] * (w[v] + args.offset);
+  }
+  return of;
+}
+
+template <Kind KIND, int V>
+__device__ __forceinline__ void add_first(const Part<V>& of, float (&sums)[2]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    sums[0] += KIND == LAYER ? of.x[v] : of.x[v] * of.x[v];
+    sums[1] += KIND == LAYER ? of.g[v] : of.g[v] * of.x[v];
+  }
+}
+template <int V>
+__device__ __forceinline__ void add_second(const Part<V>& of, float mean, float (&sums)[2]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const float away = of.x[v] - mean;
+    sums[0] += away * away;
+    sums[1] += of.g[v] * away;
+  }
+}
+
+// From the sums over the row; a layer norm asks for the second sums, which need the first.
+template <Kind KIND, typename Second>
+__device__ __forceinline__ Found find(const BackwardArgs& args, const float (&first)[2], const Second& second) {
+  Found found{};
+  if constexpr (KIND == LAYER) {
+    found.mean = first[0] * args.inverse;
+    float sums[2] = {};
+    second(found.mean, sums);
+    found.scale = rsqrtf(sums[0] * args.inverse + args.eps);
+    found.back = sums[1] * found.scale * args.inverse;
+    found.constant = first[1] * args.inverse;
+  } else {
+    found.scale = rsqrtf(first[0] * args.inverse + args.eps);
+    found.back = first[1] * found.scale * args.inverse;
+  }
+  return found;
+}
+
+// Writes the gradients of the input (and the gate) for one pack.
+template <typename T, int V, Kind KIND>
+__device__ __forceinline__ void finish(
+    const BackwardArgs& args, int64_t at, const Found& found, const Part<V>& of, const Pack<T, V>& grad, const Pack<T, V>& x,
+    const Pack<T, V>& other, const Pack<T, V>& weight) {
+  float to[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const float h = (of.x[v] - found.mean) * found.scale;
+    to[v] = (of.g[v] - found.constant - h * found.back) * found.scale;
+  }
+  if constexpr (KIND == ADD) {
+    float too[V];
+    unpack(other, too);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      to[v] += too[v];
+    }
+  }
+  if constexpr (KIND == GATED) {
+    float z[V], gate_grad[V], a[V], b[V];
+    unpack(other, z);
+    if (args.gate == SILU_FIRST) {
+      unpack(x, a);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        gate_grad[v] = to[v] * a[v] * gate_slope(SILU, z[v]);
+        to[v] *= gate_value(SILU, z[v]);
+      }
+    } else {
+      unpack(grad, a);
+      unpack(weight, b);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        gate_grad[v] = a[v] * (of.x[v] * found.scale) * (b[v] + args.offset) * gate_slope(args.gate, z[v]);
+      }
+    }
+    store<T, V>(args.gate_grad, at, gate_grad);
+  }
+  store<T, V>(args.x_grad, at, to);
+}
+
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> ones() {
+  float of[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    of[v] = 1.0f;
+  }
+  return pack<T, V>(of);
+}
+
+// Blocks that stay and go through rows, which they hold in registers, and the part of the weight's gradient with them.
+// At most MOST threads, of which 65536 / (MOST * BLOCKS) registers each.
+template <typename T, int V, int EACH, Kind KIND, int MOST = EACH == 4 ? 512 : 256, int BLOCKS = EACH == 1 ? 4 : EACH == 2 ? 3 : 1>
+__global__ void __launch_bounds__(MOST, BLOCKS) backward_rows(const __grid_constant__ BackwardArgs args) {
+  constexpr int SUMS = KIND == LAYER ? 2 : 1;
+  __shared__ float shared[2][SHARED<2>];
+  extern __shared__ float gathered[];
+  wait_for_input();
+  const Team team;
+  const int count = static_cast<int>(args.n) / V;
+  Pack<T, V> weight[EACH];
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int i = team.lane + k * team.across;
+    weight[k] = args.weight == nullptr ? ones<T, V>() : i < count ? load_kept<T, V>(args.weight, i) : zeros<T, V>();
+  }
+  float sums[SUMS][EACH][V] = {};
+  int turn = 0;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
+       first += static_cast<int64_t>(gridDim.x) * blockDim.y, turn ^= 1) {
+    const int64_t row = first + threadIdx.y;
+    const int here = row < args.rows ? count : 0;
+    Pack<T, V> x[EACH], grad[EACH], other[EACH];
+    const char* from = here > 0 ? row_at(args.x, row) : nullptr;
+    const char* grads = here > 0 ? row_at(args.grad, row) : nullptr;
+    const char* others = (KIND == ADD || KIND == GATED) && here > 0 ? row_at(args.other, row) : nullptr;
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = team.lane + k * team.across;
+      x[k] = i < here ? load_once<T, V>(from, i) : zeros<T, V>();
+      grad[k] = i < here ? load_once<T, V>(grads, i) : zeros<T, V>();
+    }
+    if constexpr (KIND == ADD || KIND == GATED) {
+#pragma unroll
+      for (int k = 0; k < EACH; ++k) {
+        const int i = team.lane + k * team.across;
+        other[k] = i < here ? load_once<T, V>(others, i) : zeros<T, V>();
+      }
+    }
+    float totals[2] = {};
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      add_first<KIND>(part<T, V, KIND>(args, grad[k], x[k], other[k], weight[k]), totals);
+      forget(x[k]), forget(grad[k]), forget(weight[k]);
+    }
+    team.sum(totals, shared[KIND == LAYER ? 0 : turn]);
+    const Found found = find<KIND>(args, totals, [&](float mean, float (&second)[2]) {
+#pragma unroll
+      for (int k = 0; k < EACH; ++k) {
+        if (team.lane + k * team.across < here) {
+          add_second(part<T, V, KIND>(args, grad[k], x[k], other[k], weight[k]), mean, second);
+        }
+        forget(x[k]), forget(grad[k]), forget(weight[k]);
+      }
+      team.sum(second, shared[1]);
+    });
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = team.lane + k * team.across;
+      if (i < here) {
+        const Part<V> of = part<T, V, KIND>(args, grad[k], x[k], other[k], weight[k]);
+        finish<T, V, KIND>(args, row * count + i, found, of, grad[k], x[k], other[k], weight[k]);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          sums[0][k][v] += of.by[v] * ((of.x[v] - found.mean) * found.scale);
+          if constexpr (SUMS == 2) {
+            sums[1][k][v] += of.by[v];
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < SUMS; ++s) {
+    float* to = s == 0 ? args.weight_sums : args.bias_sums;
+    if (to == nullptr) {
+      continue;
+    }
+    if (blockDim.y > 1) { // the rows of a block first: fewer parts to read again
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < EACH; ++k) {
+        const int i = team.lane + k * team.across;
+        if (i < count) {
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            gathered[static_cast<int>(threadIdx.y) * count * V + i * V + v] = sums[s][k][v];
+          }
+        }
+      }
+      __syncthreads();
+      for (int at = threadIdx.y * blockDim.x + threadIdx.x; at < count * V; at += blockDim.x * blockDim.y) {
+        float total = 0.0f;
+        for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
+          total += gathered[y * count * V + at];
+        }
+        to[static_cast<int64_t>(blockIdx.x) * args.n + at] = total;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < EACH; ++k) {
+        const int i = team.lane + k * team.across;
+        if (i < count) {
+          float4* at = reinterpret_cast<float4*>(to + static_cast<int64_t>(blockIdx.x) * args.n + i * V);
+#pragma unroll
+          for (int v = 0; v < V; v += 4) {
+            at[v / 4] = make_float4(sums[s][k][v], sums[s][k][v + 1], sums[s][k][v + 2], sums[s][k][v + 3]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Rows of any length and alignment: the input's gradient, and the statistics for `backward_columns`.
+template <typename T, int V, Kind KIND>
+__global__ void __launch_bounds__(1024) backward_long_rows(const __grid_constant__ BackwardArgs args) {
+  __shared__ float shared[2][SHARED<2>];
+  wait_for_input();
+  const Team team;
+  const int64_t count = args.n / V;
+  int turn = 0;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
+       first += static_cast<int64_t>(gridDim.x) * blockDim.y, turn ^= 1) {
+    const int64_t row = first + threadIdx.y;
+    const int64_t here = row < args.rows ? count : 0;
+    const char* from = here > 0 ? row_at(args.x, row) : nullptr;
+    const char* grads = here > 0 ? row_at(args.grad, row) : nullptr;
+    const char* others = (KIND == ADD || KIND == GATED) && here > 0 ? row_at(args.other, row) : nullptr;
+    const auto each = [&](const auto& use) {
+#pragma unroll 2
+      for (int64_t i = team.lane; i < here; i += team.across) {
+        const Pack<T, V> x = load_kept<T, V>(from, i), grad = load_kept<T, V>(grads, i);
+        const Pack<T, V> weight = args.weight == nullptr ? ones<T, V>() : load_kept<T, V>(args.weight, i);
+        Pack<T, V> other;
+        if constexpr (KIND == ADD || KIND == GATED) {
+          other = load_kept<T, V>(others, i);
+        }
+        use(i, part<T, V, KIND>(args, grad, x, other, weight), grad, x, other, weight);
+      }
+    };
+    float totals[2] = {};
+    each([&](int64_t, const Part<V>& of, const auto&...) { add_first<KIND>(of, totals); });
+    team.sum(totals, shared[KIND == LAYER ? 0 : turn]);
+    const Found found = find<KIND>(args, totals, [&](float mean, float (&second)[2]) {
+      each([&](int64_t, const Part<V>& of, const auto&...) { add_second(of, mean, second); });
+      team.sum(second, shared[1]);
+    });
+    each([&](int64_t i, const Part<V>& of, const auto&... packs) {
+      finish<T, V, KIND>(args, row * count + i, found, of, packs...);
+    });
+    if (args.statistics != nullptr && here > 0 && team.lane == 0) {
+      args.statistics[2 * row] = found.mean;
+      args.statistics[2 * row + 1] = found.scale;
+    }
+  }
+}
+
+// The weight's and the bias's sums: blockIdx.y is the part of the rows, threadIdx.y goes through them.
+template <typename T, int V, Kind KIND>
+__global__ void __launch_bounds__(256) backward_columns(const __grid_constant__ BackwardArgs args) {
+  __shared__ float shared[2][8][32][V + 1];
+  wait_for_input();
+  const int64_t count = args.n / V, i = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  const int64_t each = (args.rows + gridDim.y - 1) / gridDim.y, begin = each * blockIdx.y;
+  const int64_t end = begin + each < args.rows ? begin + each : args.rows;
+  float weight[V] = {}, bias[V] = {};
+  if (i < count) {
+    for (int64_t row = begin + threadIdx.y; row < end; row += 8) {
+      const Pack<T, V> x = load_once<T, V>(row_at(args.x, row), i), grad = load_once<T, V>(row_at(args.grad, row), i);
+      Pack<T, V> other;
+      if constexpr (KIND == GATED) {
+        other = load_once<T, V>(row_at(args.other, row), i);
+      }
+      const float mean = args.statistics[2 * row], scale = args.statistics[2 * row + 1];
+      const Part<V> of = part<T, V, KIND>(args, grad, x, other, zeros<T, V>());
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        weight[v] += of.by[v] * ((of.x[v] - mean) * scale);
+        bias[v] += of.by[v];
+      }
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    shared[0][threadIdx.y][threadIdx.x][v] = weight[v];
+    shared[1][threadIdx.y][threadIdx.x][v] = bias[v];
+  }
+  __syncthreads();
+  const int which = threadIdx.y;
+  float* to = which == 0 ? args.weight_sums : args.bias_sums;
+  if (which < 2 && to != nullptr && i < count) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      float total = 0.0f;
+      for (int y = 0; y < 8; ++y) {
+        total += shared[which][y][threadIdx.x][v];
+      }
+      to[static_cast<int64_t>(blockIdx.y) * args.n + i * V + v] = total;
+    }
+  }
+}
+
+template <typename T, Kind KIND>
+cudaError_t run_backward(const BackwardArgs& args, bool wide, const BackwardPlan& plan, const Device& device) {
+  constexpr int V = WIDE<T>;
+  const dim3 block(plan.across, plan.together);
+  if (plan.each > 0) {
+    const dim3 grid(static_cast<unsigned>(plan.parts));
+    const size_t shared = plan.together > 1 ? plan.together * args.n * sizeof(float) : 0;
+    switch (plan.each) {
+      case 1:
+        return launch(backward_rows<T, V, 1, KIND>, grid, block, shared, device, args);
+      case 2:
+        return launch(backward_rows<T, V, 2, KIND>, grid, block, shared, device, args);
+      default:
+        return launch(backward_rows<T, V, 4, KIND>, grid, block, shared, device, args);
+    }
+  }
+  const Cover to = cover(args.rows, plan.across, plan.across * plan.together);
+  const cudaError_t done = wide ? launch(backward_long_rows<T, V, KIND>, dim3(to.blocks), block, 0, device, args)
+                                : launch(backward_long_rows<T, 1, KIND>, dim3(to.blocks), block, 0, device, args);
+  if (done != cudaSuccess || args.statistics == nullptr) {
+    return done;
+  }
+  const int64_t count = wide ? args.n / V : args.n;
+  const dim3 grid(static_cast<unsigned>((count + 31) / 32), static_cast<unsigned>(plan.parts));
+  return wide ? launch(backward_columns<T, V, KIND == ADD ? PLAIN : KIND>, grid, dim3(32, 8), 0, device, args)
+              : launch(backward_columns<T, 1, KIND == ADD ? PLAIN : KIND>, grid, dim3(32, 8), 0, device, args);
+}
+
+} // namespace
+
+} // namespace kernelhub

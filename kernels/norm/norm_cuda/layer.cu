@@ -1,0 +1,157 @@
+#include "launch.h"
+#include "rows.cuh"
+
+namespace kernelhub {
+
+namespace {
+
+template <typename T, int V>
+__device__ __forceinline__ void finish(
+    const LayerArgs& args, int64_t at, int64_t i, float mean, float scale, const float (&x)[V]) {
+  float y[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    y[v] = (x[v] - mean) * scale;
+  }
+  float of[V];
+  if (args.weight != nullptr) {
+    unpack(load_kept<T, V>(args.weight, i), of);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      y[v] *= of[v];
+    }
+  }
+  if (args.bias != nullptr) {
+    unpack(load_kept<T, V>(args.bias, i), of);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      y[v] += of[v];
+    }
+  }
+  store<T, V>(args.y, at, y);
+}
+
+template <typename T, int V, int EACH, int MOST = 1024>
+__global__ void __launch_bounds__(MOST) layer_rows(const __grid_constant__ LayerArgs args) {
+  __shared__ float shared[2][SHARED<1>];
+  wait_for_input();
+  const Team team;
+  const int count = static_cast<int>(args.n) / V;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
+       first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+    const int64_t row = first + threadIdx.y;
+    const int here = row < args.rows ? count : 0;
+    Pack<T, V> x[EACH];
+    const char* from = here > 0 ? row_at(args.x, row) : nullptr;
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = team.lane + k * team.across;
+      x[k] = i < here ? load_once<T, V>(from, i) : zeros<T, V>();
+    }
+    float total[1] = {}, squares[1] = {};
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      float of[V];
+      unpack(x[k], of);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        total[0] += of[v];
+      }
+      forget(x[k]);
+    }
+    team.sum(total, shared[0]);
+    const float mean = total[0] * args.inverse;
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      if (team.lane + k * team.across < here) {
+        float of[V];
+        unpack(x[k], of);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          squares[0] += (of[v] - mean) * (of[v] - mean);
+        }
+      }
+      forget(x[k]);
+    }
+    team.sum(squares, shared[1]);
+    const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = team.lane + k * team.across;
+      if (i < here) {
+        float of[V];
+        unpack(x[k], of);
+        finish<T, V>(args, row * count + i, i, mean, scale, of);
+      }
+    }
+  }
+}
+
+// Rows of any length and alignment, which are read three times.
+template <typename T, int V>
+__global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ LayerArgs args) {
+  __shared__ float shared[2][SHARED<1>];
+  wait_for_input();
+  const Team team;
+  const int64_t count = args.n / V;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
+       first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+    const int64_t row = first + threadIdx.y;
+    const int64_t here = row < args.rows ? count : 0;
+    const char* from = here > 0 ? row_at(args.x, row) : nullptr;
+    float total[1] = {}, squares[1] = {}, of[V];
+#pragma unroll 4
+    for (int64_t i = team.lane; i < here; i += team.across) {
+      unpack(load_kept<T, V>(from, i), of);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        total[0] += of[v];
+      }
+    }
+    team.sum(total, shared[0]);
+    const float mean = total[0] * args.inverse;
+#pragma unroll 4
+    for (int64_t i = team.lane; i < here; i += team.across) {
+      unpack(load_kept<T, V>(from, i), of);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        squares[0] += (of[v] - mean) * (of[v] - mean);
+      }
+    }
+    team.sum(squares, shared[1]);
+    const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
+#pragma unroll 2
+    for (int64_t i = team.lane; i < here; i += team.across) {
+      unpack(load_kept<T, V>(from, i), of);
+      finish<T, V>(args, row * count + i, i, mean, scale, of);
+    }
+  }
+}
+
+template <typename T>
+cudaError_t run(const LayerArgs& args, bool wide, const Device& device) {
+  constexpr int V = WIDE<T>;
+  return cover_rows(args.rows, args.n, V, wide, 8, device, [&](int each, dim3 grid, dim3 block) {
+    switch (each) {
+      case 1:
+        return launch(layer_rows<T, V, 1>, grid, block, 0, device, args);
+      case 2:
+        return launch(layer_rows<T, V, 2>, grid, block, 0, device, args);
+      case 4:
+        return launch(layer_rows<T, V, 4>, grid, block, 0, device, args);
+      case 8:
+        return launch(layer_rows<T, V, 8>, grid, block, 0, device, args);
+      default:
+        return wide ? launch(layer_long_rows<T, V>, grid, block, 0, device, args)
+                    : launch(layer_long_rows<T, 1>, grid, block, 0, device, args);
+    }
+  });
+}
+
+} // namespace
+
+int layer(const LayerArgs& args, Dtype dtype, bool wide, const Device& device) {
+  return for_dtype(dtype, [&](auto of) { return run<decltype(of)>(args, wide, device); });
+}
+
+} // namespace kernelhub

@@ -1,0 +1,235 @@
+#include "launch.h"
+#include "math.cuh"
+#include "rows.cuh"
+
+namespace kernelhub {
+
+namespace {
+
+// x / rms(x) and a weight -> their product, rounded before it where the args say so.
+template <typename T>
+__device__ __forceinline__ float weighted(const RmsArgs& args, float normal, float weight) {
+  return (args.rounds ? rounded<T>(normal) : normal) * (weight + args.offset);
+}
+
+template <typename T, int V, Kind KIND>
+__device__ __forceinline__ void finish(
+    const RmsArgs& args, int64_t at, float scale, const float (&x)[V], const Pack<T, V>& gate, const Pack<T, V>& weight) {
+  float w[V], y[V];
+  unpack(weight, w);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    y[v] = weighted<T>(args, x[v] * scale, w[v]);
+  }
+  if constexpr (KIND == GATED) {
+    if (args.gate != SILU_FIRST) {
+      float z[V];
+      unpack(gate, z);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        y[v] = (args.rounds ? rounded<T>(y[v]) : y[v]) * gate_value(args.gate, z[v]);
+      }
+    }
+  }
+  store<T, V>(args.y, at, y);
+}
+
+// What is normalised: x, or x times the gate's silu.
+template <typename T, int V, Kind KIND>
+__device__ __forceinline__ void input(const RmsArgs& args, const Pack<T, V>& x, const Pack<T, V>& gate, float (&to)[V]) {
+  unpack(x, to);
+  if constexpr (KIND == GATED) {
+    if (args.gate == SILU_FIRST) {
+      float z[V];
+      unpack(gate, z);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        to[v] *= gate_value(SILU, z[v]);
+      }
+    }
+  }
+}
+
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> added(const Pack<T, V>& a, const Pack<T, V>& b) {
+  float x[V], y[V];
+  unpack(a, x);
+  unpack(b, y);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    x[v] += y[v];
+  }
+  return pack<T, V>(x);
+}
+
+// Rows of up to EACH packs to a thread, which are read once and held in registers.
+template <typename T, int V, int EACH, Kind KIND, bool EARLY = (EACH <= 2), int MOST = 1024>
+__global__ void __launch_bounds__(MOST) rms_rows(const __grid_constant__ RmsArgs args) {
+  __shared__ float shared[2][SHARED<1>];
+  wait_for_input();
+  const Team team;
+  const int count = static_cast<int>(args.n) / V;
+  int turn = 0;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
+       first += static_cast<int64_t>(gridDim.x) * blockDim.y, turn ^= 1) {
+    const int64_t row = first + threadIdx.y;
+    const int here = row < args.rows ? count : 0;
+    const int64_t start = row * count;
+    Pack<T, V> x[EACH], other[EACH], weight[EACH];
+    if (here > 0) {
+      const char* from = row_at(args.x, row);
+#pragma unroll
+      for (int k = 0; k < EACH; ++k) {
+        const int i = team.lane + k * team.across;
+        x[k] = i < here ? load_once<T, V>(from, i) : zeros<T, V>();
+      }
+      if constexpr (KIND != PLAIN) {
+        const char* from = row_at(args.other, row);
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) {
+          const int i = team.lane + k * team.across;
+          other[k] = i < here ? load_once<T, V>(from, i) : zeros<T, V>();
+        }
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < EACH; ++k) {
+        x[k] = other[k] = zeros<T, V>();
+      }
+    }
+    // Early where few registers wait for it.
+    const auto load_weight = [&]() {
+#pragma unroll
+      for (int k = 0; k < EACH; ++k) {
+        const int i = team.lane + k * team.across;
+        weight[k] = i < here ? load_kept<T, V>(args.weight, i) : zeros<T, V>();
+      }
+    };
+    if constexpr (EARLY) {
+      load_weight();
+    }
+    float squares[1] = {};
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      if constexpr (KIND == ADD) {
+        x[k] = added(x[k], other[k]);
+        const int i = team.lane + k * team.across;
+        if (i < here) {
+          store<T, V>(args.sum, start + i, x[k]);
+        }
+      }
+      float of[V];
+      input<T, V, KIND>(args, x[k], other[k], of);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        squares[0] += of[v] * of[v];
+      }
+      forget(x[k]);
+    }
+    team.sum(squares, shared[turn]);
+    const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
+    if constexpr (!EARLY) {
+      load_weight();
+    }
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = team.lane + k * team.across;
+      if (i < here) {
+        float of[V];
+        input<T, V, KIND>(args, x[k], other[k], of);
+        finish<T, V, KIND>(args, start + i, scale, of, other[k], weight[k]);
+      }
+    }
+  }
+}
+
+// Rows of any length and alignment, which are read twice.
+template <typename T, int V, Kind KIND>
+__global__ void __launch_bounds__(1024) rms_long_rows(const __grid_constant__ RmsArgs args) {
+  __shared__ float shared[2][SHARED<1>];
+  wait_for_input();
+  const Team team;
+  const int64_t count = args.n / V;
+  int turn = 0;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
+       first += static_cast<int64_t>(gridDim.x) * blockDim.y, turn ^= 1) {
+    const int64_t row = first + threadIdx.y;
+    const int64_t here = row < args.rows ? count : 0, start = row * count;
+    const char* from = here > 0 ? row_at(args.x, row) : nullptr;
+    const char* others = KIND != PLAIN && here > 0 ? row_at(args.other, row) : nullptr;
+    float squares[1] = {};
+#pragma unroll 4
+    for (int64_t i = team.lane; i < here; i += team.across) {
+      Pack<T, V> x = load_kept<T, V>(from, i), other;
+      if constexpr (KIND != PLAIN) {
+        other = load_kept<T, V>(others, i);
+      }
+      if constexpr (KIND == ADD) {
+        x = added(x, other);
+        store<T, V>(args.sum, start + i, x);
+      }
+      float of[V];
+      input<T, V, KIND>(args, x, other, of);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        squares[0] += of[v] * of[v];
+      }
+    }
+    team.sum(squares, shared[turn]);
+    const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
+#pragma unroll 4
+    for (int64_t i = team.lane; i < here; i += team.across) {
+      const Pack<T, V> x = KIND == ADD ? load_own<T, V>(args.sum, start + i) : load_kept<T, V>(from, i);
+      const Pack<T, V> weight = load_kept<T, V>(args.weight, i);
+      Pack<T, V> other;
+      if constexpr (KIND == GATED) {
+        other = load_kept<T, V>(others, i);
+      }
+      float of[V];
+      input<T, V, KIND>(args, x, other, of);
+      finish<T, V, KIND>(args, start + i, scale, of, other, weight);
+    }
+  }
+}
+
+template <typename T, Kind KIND>
+cudaError_t run(const RmsArgs& args, bool wide, const Device& device) {
+  constexpr int V = WIDE<T>;
+  return cover_rows(args.rows, args.n, V, wide, KIND == PLAIN ? 8 : 4, device, [&](int each, dim3 grid, dim3 block) {
+    switch (each) {
+      case 1:
+        return launch(rms_rows<T, V, 1, KIND>, grid, block, 0, device, args);
+      case 2:
+        return launch(rms_rows<T, V, 2, KIND>, grid, block, 0, device, args);
+      case 4:
+        return launch(rms_rows<T, V, 4, KIND>, grid, block, 0, device, args);
+      case 8:
+        if constexpr (KIND == PLAIN) {
+          return launch(rms_rows<T, V, 8, KIND>, grid, block, 0, device, args);
+        }
+      default:
+        return wide ? launch(rms_long_rows<T, V, KIND>, grid, block, 0, device, args)
+                    : launch(rms_long_rows<T, 1, KIND>, grid, block, 0, device, args);
+    }
+  });
+}
+
+template <typename T>
+cudaError_t run(const RmsArgs& args, Kind kind, bool wide, const Device& device) {
+  switch (kind) {
+    case ADD:
+      return run<T, ADD>(args, wide, device);
+    case GATED:
+      return run<T, GATED>(args, wide, device);
+    default:
+      return run<T, PLAIN>(args, wide, device);
+  }
+}
+
+} // namespace
+
+int rms(const RmsArgs& args, Kind kind, Dtype dtype, bool wide, const Device& device) {
+  return for_dtype(dtype, [&](auto of) { return run<decltype(of)>(args, kind, wide, device); });
+}
+
+} // namespace kernelhub

@@ -1,0 +1,200 @@
+"""The compiled CUDA ops of kernelhub/activation: against PyTorch's own and float64, on every path that a shape can take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernelprojects import load_compiled
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or bool(torch.version.hip), reason="needs CUDA"),
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
+}
+NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
+SHAPES = ((1,), (7,), (3, 14336), (64, 1001), (5, 3, 136), (4097, 2048))
+
+
+@pytest.fixture(scope="session")
+def activation(request: pytest.FixtureRequest) -> ModuleType:
+    return load_compiled("activation", request.config)
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda") * 4).to(dtype)
+
+
+def poison() -> None:
+    """Fills the allocator's free memory with NaN, so that an element that nothing writes is seen."""
+    for size in (1 << 12, 1 << 18, 1 << 20, 1 << 24):
+        kept = [torch.full((size,), float("nan"), device="cuda") for _ in range(4)]
+        del kept
+
+
+def error(got: Tensor, reference: Tensor) -> float:
+    return float((got.double() - reference).abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_is_at_most_twice_as_far_from_float64_as_pytorch(
+    activation: ModuleType, function: str, dtype: torch.dtype
+) -> None:
+    """f(x), f(a) * b, and f(a) * b of two halves, with their gradients."""
+    f, number, compiled = FUNCTIONS[function], NUMBERS[function], activation.compiled
+    for shape in SHAPES:
+        a, b, seed = (randn(*shape, dtype=dtype, seed=k) for k in range(3))
+        ways = {
+            "apply": (lambda a, b: f(a), lambda a, b: compiled.apply(a, number), 1),
+            "multiply": (lambda a, b: f(a) * b, lambda a, b: compiled.multiply(a, b, number), 2),
+            "halves": (lambda a, b: f(a) * b, lambda a, b: compiled.halves(torch.cat([a, b], -1), number), 2),
+        }
+        for name, (formula, ours, count) in ways.items():
+            results = []
+            for way, wide in ((formula, True), (formula, False), (ours, False)):
+                leaves = [(x.double() if wide else x).detach().clone().requires_grad_() for x in (a, b)]
+                poison()
+                out = way(*leaves)
+                results.append([out, *torch.autograd.grad(out, leaves[:count], seed.to(out.dtype))])
+            for reference, eager, got in zip(*results, strict=True):
+                assert got.dtype == dtype
+                assert got.shape == eager.shape
+                unit = torch.finfo(dtype).eps * float(reference.abs().max()) / 4
+                assert error(got, reference) <= 2 * error(eager, reference) + unit, (shape, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_value_of_16_bits(activation: ModuleType, dtype: torch.dtype) -> None:
+    """silu and gelu bit for bit as PyTorch, for every number there is and the non-finite ones; the others close by."""
+    x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16, device="cuda").view(dtype)
+    for name, f in FUNCTIONS.items():
+        got, expected = activation.compiled.apply(x, NUMBERS[name]), f(x)
+        if name in ("silu", "gelu"):
+            assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0)), name
+        finite = x.isfinite()
+        torch.testing.assert_close(got[finite], expected[finite], rtol=2e-2, atol=1e-3)
+        assert torch.equal(got.isnan(), f(x.double()).isnan()) or name != "silu"
+
+
+def test_silu_and_mul_rounds_as_the_two_steps_of_pytorch(activation: ModuleType) -> None:
+    for dtype in DTYPES:
+        a, b = randn(700, 1024, dtype=dtype), randn(700, 1024, dtype=dtype, seed=1)
+        assert torch.equal(activation.silu_and_mul(a, b), F.silu(a) * b)
+
+
+def views(x: Tensor) -> list[Tensor]:
+    width = x.shape[-1]
+    return [
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        x[:, ::2],
+        x.repeat(1, 1, 3)[:, :, width : 2 * width],
+        torch.cat([x[:, :, :1], x, x[:, :, :1]], 2)[:, :, 1 : width + 1],
+        x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        x[:, :1].expand(x.shape),
+        x.repeat_interleave(2, dim=2)[:, :, ::2],
+        torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+        x.new_empty(0, width),
+        x.flatten()[0],
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_strides_and_empty_inputs(activation: ModuleType, dtype: torch.dtype) -> None:
+    compiled = activation.compiled
+    for a, b in zip(views(randn(4, 6, 96, dtype=dtype)), views(randn(4, 6, 96, dtype=dtype, seed=1)), strict=True):
+        plain = [x.clone(memory_format=torch.contiguous_format) for x in (a, b)]
+        for name, count in (("apply", 1), ("multiply", 2), ("halves", 1)):
+            if name == "halves" and a.dim() == 0:
+                continue
+            results = []
+            for operands in ((a, b), plain):
+                leaves = [x.detach().requires_grad_() for x in operands[:count]]
+                poison()
+                out = getattr(compiled, name)(*leaves, 0)
+                seed = torch.full_like(out, 0.75)
+                results.append([out, *torch.autograd.grad(out, leaves, seed)])
+            assert results[0][0].is_contiguous()
+            assert all(torch.equal(x, y) for x, y in zip(*results, strict=True)), (name, a.shape, a.stride())
+
+
+def test_graphs_and_the_current_stream(activation: ModuleType) -> None:
+    a, b = (randn(300, 2048, dtype=torch.bfloat16, seed=k).requires_grad_() for k in range(2))
+
+    def step() -> list[Tensor]:
+        out = activation.silu_and_mul(a, b)
+        return [out, *torch.autograd.grad(out, (a, b), out.detach())]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        a.mul_(0.5)
+    for _ in range(2):
+        graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(found, step(), strict=True))
+    torch.cuda.synchronize()
+    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        a.fill_(1)
+        got = activation.silu_and_mul(a, b)
+        a.zero_()
+    torch.cuda.synchronize()
+    assert torch.equal(got, F.silu(torch.ones_like(b)) * b)
+
+
+def test_tensors_of_more_than_2_31_elements(activation: ModuleType) -> None:
+    count = (1 << 31) + 24
+    if torch.cuda.mem_get_info()[0] < 12 * count:
+        pytest.skip("needs 26 GB of a GPU's memory")
+    a = torch.randn(count // 16, device="cuda").to(torch.bfloat16).repeat(17)[:count]
+    out = activation.silu_and_mul(a, a)
+    assert torch.equal(out[-1000:], F.silu(a[-1000:]) * a[-1000:])
+    wide = a[: 1 << 31].view(-1, 2, 64)[:, 0]  # as rows that lie apart
+    assert torch.equal(activation.silu_and_mul(wide, wide)[-3:], F.silu(wide[-3:]) * wide[-3:])
+
+
+def cases(activation: ModuleType | None) -> dict[str, tuple]:
+    if activation is None:
+        return dict.fromkeys(("apply", "apply_backward", "multiply", "multiply_backward", "halves", "halves_backward"))  # type: ignore[arg-type]
+    a, b, grad, both = (randn(3, 40 * (1 + k // 3), dtype=torch.float32, seed=k) for k in range(4))
+    return {
+        "apply": (a, 2),
+        "apply_backward": (grad, a, 1),
+        "multiply": (a, b, 0),
+        "multiply_backward": (grad, a, b, 3),
+        "halves": (both, 0),
+        "halves_backward": (grad, both, 0),
+    }
+
+
+@pytest.mark.parametrize("op", cases(None))
+def test_ops_are_what_their_schemas_and_shapes_say(activation: ModuleType, op: str) -> None:
+    torch.library.opcheck(getattr(activation.compiled.ops, op).default, cases(activation)[op])
+
+
+def test_compiles_to_one_graph_with_the_op_in_it(activation: ModuleType) -> None:
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(activation.silu_and_mul, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (5, 9):
+        a, b = (randn(rows, 64, dtype=torch.bfloat16, seed=k) for k in range(2))
+        assert torch.equal(compiled(a, b), activation.silu_and_mul(a, b))
+    assert counter.frame_count == 1
