@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernelfiles import write_kernel
 from torch import nn
 
 from kernelhub import (
@@ -95,12 +96,69 @@ def test_what_a_mapping_may_not_be(model: nn.Module) -> None:
     assert "is not the name of a layer" in problems({3: NORM}, model)[0]
 
 
-def test_fusion_says_that_it_is_not_supported_yet(model: nn.Module) -> None:
-    mapping = {(("RMSNorm", "0"), ("SiLU", "2")): "org/fused:Both"}
-    assert "not supported yet" in problems(mapping, model)[0]
-    for attempt in (KernelConfig(mapping).to_dict, lambda: KernelConfig(mapping).create_compatible_mapping(model)):
-        with pytest.raises(ValueError, match="not supported yet"):
-            attempt()
+KEY = (("RMSNorm", "0"), ("Linear", "1"))
+
+
+@pytest.mark.parametrize(
+    ("key", "fact"),
+    [
+        ((("RMSNorm", "layers.*.norm"), ("Linear", "layers.*.mlp")), "no module is named 'layers.*', the parent of"),
+        ((("RMSNorm", "0"), ("Linear", "7")), "the model (Sequential) has no 7"),
+        ((("RMSnorm", "0"), ("Linear", "1")), "0 is a Norm, registered as 'RMSNorm', not a 'RMSnorm'"),
+        ((("RMSNorm", "a.0"), ("Linear", "b.1")), "the layers have different parents: 'a' and 'b'"),
+        ((("RMSNorm", "0"), "1"), "'1' is not a layer's name and a path"),
+    ],
+)
+def test_what_a_key_of_several_layers_may_not_be(key: Any, fact: str, model: nn.Module) -> None:
+    (problem,) = problems({key: "org/fused:Both"}, model)
+    assert problem.startswith(f"kernel_mapping[{key!r}]: {fact}")
+
+
+def test_a_parent_is_suggested() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2)) for _ in range(2))
+
+    key = (("LayerNorm", "layer.*.0"), ("Linear", "layer.*.1"))
+    (problem,) = problems({key: "org/fused:Both"}, Layers())
+    assert problem.endswith("; did you mean 'layers.*'?")
+
+
+def test_a_key_of_several_layers_is_made_like_others(model: nn.Module) -> None:
+    config = KernelConfig({KEY: {"cpu": "org/fused:Both", "cuda": "org/other:Both"}, "SiLU": "org/a:SiLU"})
+    config.sanitize_kernel_mapping(model)
+    made = config.create_compatible_mapping(model)
+    assert made[KEY] == {"cpu": {Mode.INFERENCE: LayerRepository("org/fused", layer_name="Both", version=1)}}
+    made = config.create_compatible_mapping(model.train())
+    assert list(made[KEY]["cpu"]) == [Mode.TRAINING]
+
+
+def test_several_layers_are_fused_by_a_config(model: nn.Module, tmp_path: Path) -> None:
+    kernel = write_kernel(tmp_path / "fused", code={"__init__.py": "from . import layers", "layers.py": FUSED})
+    x = torch.linspace(-1, 1, 16).reshape(2, 8)
+    expected = model(x)
+    config = KernelConfig({KEY: f"{kernel}:NormLinear"}, use_local_kernel=True, inherit_mapping=False)
+    config.apply(model)
+    assert [(row.path, row.layer) for row in kernel_report(model).kernels] == [("0", "NormLinear"), ("1", "NormLinear")]
+    torch.testing.assert_close(model(x), expected)
+
+
+FUSED = """
+from torch import nn
+from torch.nn import functional as F
+
+
+class NormLinear(nn.Module):
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+class NormLinearLayout(nn.Module):
+    def __init__(self, norm, linear):
+        super().__init__()
+        self.norm, self.linear = norm, linear
+"""
 
 
 def test_local_paths_are_absolute_and_exist(model: nn.Module, tmp_path: Path) -> None:

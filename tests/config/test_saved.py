@@ -38,6 +38,8 @@ CONFIG = KernelConfig(
     },
     inherit_mapping=False,
 )
+KEY = (("RMSNorm", "layers.*.norm"), ("MLP", "layers.*.mlp"))
+FUSION = {"layers": [list(item) for item in KEY], "kernel": "org/fused:Both"}
 
 _segment = st.from_regex(r"[a-z][a-z0-9]{0,6}", fullmatch=True)
 _texts = st.builds("{}/{}:{}".format, _segment, _segment, _segment)
@@ -50,7 +52,10 @@ _devices = st.dictionaries(
     st.sampled_from(["cpu", "cuda"]),
     st.one_of(_values, st.dictionaries(st.sampled_from(list(Mode)), _values, min_size=1)),
 )
-_mappings = st.dictionaries(_segment, st.one_of(_values, _devices))
+_key = st.lists(_segment, min_size=1, max_size=3, unique=True).map(
+    lambda names: tuple((name.upper(), f"layers.*.{name}") for name in names)
+)
+_mappings = st.dictionaries(st.one_of(_segment, _key), st.one_of(_values, _devices))
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +85,25 @@ def test_the_file_is_sorted_and_the_same_in_any_order(tmp_path: Path) -> None:
     assert value["kernel_mapping"]["Gate"] == {"cpu": {"TRAINING|TORCH_COMPILE": "org/g@v1:G"}}
     assert KernelConfig.from_pretrained(path.parent) == CONFIG
     assert KernelConfig.from_pretrained(str(path.parent)) == CONFIG
+
+
+def test_several_layers_with_one_kernel_are_saved_in_a_list(tmp_path: Path) -> None:
+    config = KernelConfig({"SiLU": "org/a:SiLU", KEY: "org/fused:Both"})
+    value = json.loads(config.save_pretrained(tmp_path).read_text())
+    assert value["kernel_mapping"] == {"SiLU": "org/a:SiLU"}
+    assert value["fusions"] == [FUSION]
+    assert KernelConfig.from_pretrained(tmp_path) == config
+    assert "fusions" not in KernelConfig({"SiLU": "org/a:SiLU"}).to_dict()
+
+
+def test_a_file_with_fusions_grants_nothing_either(tmp_path: Path) -> None:
+    trusted = {KEY: ("org/fused:Both", {"version": 1, "trust_remote_code": True})}
+    with pytest.warns(KernelHubWarning, match="asks for trust in fusions"):
+        loaded = KernelConfig.from_dict(KernelConfig(trusted).to_dict())
+    assert loaded.kernel_mapping == {KEY: ("org/fused:Both", {"version": 1})}
+    local = KernelConfig({KEY: f"{tmp_path}:Both"}, use_local_kernel=True)
+    with pytest.warns(KernelHubWarning, match="names folders in fusions"):
+        assert KernelConfig.from_dict(local.to_dict()).kernel_mapping == {}
 
 
 def test_a_config_is_saved_as_it_was_written_after_it_was_made() -> None:
@@ -140,6 +164,14 @@ def test_a_file_names_no_folders(tmp_path: Path) -> None:
         ({"kernel_mapping": {"A": {"cpu": {"TRAINING|INFERENCE": "org/a:A"}}}}, "is not a mode"),
         ({"kernel_mapping": {"A": {"cpu": {"TRAINING": {"x": "org/a:A"}}}}}, "expected a kernel"),
         ({"kernel_mapping": {"A": {"cpu": {"": "org/a:A"}}}}, "is not a mode"),
+        ({"fusions": {}}, "fusions is a list"),
+        ({"fusions": [1]}, r"fusions\[0\]: expected an object of layers and kernel"),
+        ({"fusions": [{**FUSION, "more": 1}]}, r"fusions\[0\]: expected an object of layers and kernel"),
+        ({"fusions": [{**FUSION, "layers": []}]}, r"fusions\[0\]: it names no layers"),
+        ({"fusions": [{**FUSION, "layers": [["A", {}]]}]}, r"fusions\[0\]: .* is not a layer's name and a path"),
+        ({"fusions": [{**FUSION, "layers": [["A", "a.b"], ["B", "c.d"]]}]}, "different parents"),
+        ({"fusions": [{**FUSION, "kernel": 1}]}, r"fusions\[.*\]: expected"),
+        ({"fusions": [FUSION, FUSION]}, r"fusions\[1\]: the same layers again"),
         ({"use_local_kernel": 1}, "use_local_kernel is true or false"),
         ({"inherit_mapping": "no"}, "inherit_mapping is true or false"),
     ],

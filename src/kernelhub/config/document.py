@@ -7,12 +7,13 @@ names, count only where the caller says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kernelhub.config.written import FUSION, is_absolute, nearest
+from kernelhub.config.written import is_absolute, nearest
 from kernelhub.errors import InvalidMetadata, InvalidReference
+from kernelhub.layers.keys import check_key
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.repositories import LayerRepository, LocalLayerRepository
 
@@ -20,7 +21,7 @@ FILE_NAME = "kernel_config.json"
 SCHEMA_VERSION = 1
 MAX_BYTES = 1024 * 1024
 
-_KEYS = ("inherit_mapping", "kernel_mapping", "schema_version", "use_local_kernel")
+_KEYS = ("fusions", "inherit_mapping", "kernel_mapping", "schema_version", "use_local_kernel")
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,30 @@ class Grants:
 
 
 def mapping_to_json(mapping: object) -> dict[str, Any]:
-    """The mapping in JSON values: pairs as lists, modes by name, repositories as text.
+    """The mapping in JSON values: pairs as lists, modes by name, repositories as text; fusions, if any, in a list.
 
     Raises `InvalidReference` for what cannot be saved.
     """
     if not isinstance(mapping, Mapping):
         raise InvalidReference(f"kernel_mapping: expected a dict from layer names to kernels, got {mapping!r}")
-    return {_name(name): _to_json(f"kernel_mapping[{name!r}]", value) for name, value in mapping.items()}
+    single: dict[str, Any] = {}
+    fusions = []
+    for name, value in mapping.items():
+        where = f"kernel_mapping[{name!r}]"
+        if isinstance(name, str):
+            single[name] = _to_json(where, value)
+            continue
+        wrong = check_key(name) if isinstance(name, tuple) else "a layer's name is text"
+        if wrong:
+            raise InvalidReference(f"{where}: {wrong}")
+        fusions.append({"layers": [list(item) for item in name], "kernel": _to_json(where, value)})
+    fusions.sort(key=lambda fusion: fusion["layers"])
+    return {"kernel_mapping": single, **({"fusions": fusions} if fusions else {})}
 
 
 def to_text(document: Mapping[str, Any]) -> str:
     """The file's text: sorted, so that the same config always gives the same bytes."""
     return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _name(name: object) -> str:
-    if not isinstance(name, str):
-        fact = FUSION if isinstance(name, tuple) else "a layer's name is text"
-        raise InvalidReference(f"kernel_mapping[{name!r}]: {fact}")
-    return name
 
 
 def _to_json(where: str, value: object) -> Any:
@@ -95,7 +101,7 @@ class _File:
 class Document:
     """What a file says, after what it may not say was left out; `warning` names that, with what to do."""
 
-    mapping: dict[str, Any]
+    mapping: dict[Any, Any]
     use_local_kernel: bool
     inherit_mapping: bool
     warning: str
@@ -118,7 +124,9 @@ def from_json(value: object, grants: Grants) -> Document:
     mapping = value.get("kernel_mapping", {})
     if not isinstance(mapping, Mapping):
         raise InvalidMetadata(f"kernel_mapping is an object from layer names to kernels, got {mapping!r:.100}")
-    read = {name: _value(file, f"kernel_mapping[{name!r}]", kernel) for name, kernel in mapping.items()}
+    read: dict[Any, Any] = {name: _value(file, f"kernel_mapping[{name!r}]", kernel) for name, kernel in mapping.items()}
+    for key, kernel in _fusions(value.get("fusions", [])):
+        read[key] = _value(file, f"fusions[{key!r}]", kernel)
     local = _flag(value, "use_local_kernel", False)
     return Document(
         {name: kernel for name, kernel in read.items() if kernel is not None},
@@ -126,6 +134,23 @@ def from_json(value: object, grants: Grants) -> Document:
         _flag(value, "inherit_mapping", True),
         _warning(file),
     )
+
+
+def _fusions(value: object) -> Iterator[tuple[Any, Any]]:
+    """The kernels for several layers, each with its key."""
+    if not isinstance(value, list):
+        raise InvalidMetadata(f"fusions is a list, got {value!r:.100}")
+    seen = set()
+    for at, item in enumerate(value):
+        if not isinstance(item, Mapping) or set(item) != {"layers", "kernel"} or not isinstance(item["layers"], list):
+            raise InvalidMetadata(f"fusions[{at}]: expected an object of layers and kernel, got {item!r:.100}")
+        key = tuple(tuple(layer) if isinstance(layer, list) else layer for layer in item["layers"])
+        if wrong := check_key(key):
+            raise InvalidMetadata(f"fusions[{at}]: {wrong}")
+        if key in seen:
+            raise InvalidMetadata(f"fusions[{at}]: the same layers again")
+        seen.add(key)
+        yield key, item["kernel"]
 
 
 def _check_schema(value: Mapping[Any, Any]) -> None:

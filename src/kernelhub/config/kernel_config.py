@@ -46,7 +46,8 @@ class KernelConfig:
 
     A value is `"org/repo:Layer"` (version 1), `"org/repo@v2:Layer"`, `"org/repo@<revision>:Layer"`, a pair of
     `"org/repo:Layer"` and `{"version" or "revision": ..., "trust_remote_code": bool}`, or a dict from device types to
-    those. With `use_local_kernel` it is `"/absolute/path:Layer"`, or a dict from device types to such. What is not said is
+    those. A key `(("RMSNorm", "layers.*.norm"), ("MLP", "layers.*.mlp"))` stands for children of one module that one kernel
+    computes. With `use_local_kernel` a value is `"/absolute/path:Layer"`, or a dict from device types to such. What is not said is
     taken from the model: its devices, and its mode. With `inherit_mapping=False` no other registrations count.
     """
 
@@ -85,10 +86,11 @@ class KernelConfig:
         registered = sorted(set(self.registered_layer_names.values()))
         unknown = [
             f"kernel_mapping: no layer of {type(model).__name__} is registered as {name!r}{nearest(name, registered)}"
-            for name in self._names()
+            for name in self._names(str)
             if name not in registered
         ]
-        problems = [*unknown, *reading.problems, *missing_folders(reading.kernels)]
+        elsewhere = [problem for key in self._names(tuple) for problem in _not_there(model, key)]
+        problems = [*unknown, *elsewhere, *reading.problems, *missing_folders(reading.kernels)]
         if problems:
             known = f"It has {', '.join(registered)}." if registered else "It has no kernel-aware layers."
             raise _invalid(problems, f"{known} {_MARK}" if unknown else None)
@@ -163,7 +165,7 @@ class KernelConfig:
         """What was written, in JSON values. Raises `InvalidReference` for what cannot be saved."""
         return {
             "schema_version": document.SCHEMA_VERSION,
-            "kernel_mapping": document.mapping_to_json(self._current()),
+            **document.mapping_to_json(self._current()),
             "use_local_kernel": self.use_local_kernel,
             "inherit_mapping": self.inherit_mapping,
         }
@@ -269,9 +271,10 @@ class KernelConfig:
         changed = {name: value for name, value in self._mapping.items() if made.get(name) != value}
         return {**kept, **changed}
 
-    def _names(self) -> list[str]:
+    def _names(self, kind: type) -> list[Any]:
+        """The keys of one kind: layers' names, or keys of several layers."""
         written = self._current()
-        return [name for name in written if isinstance(name, str)] if isinstance(written, Mapping) else []
+        return [name for name in written if isinstance(name, kind)] if isinstance(written, Mapping) else []
 
     def _read(self) -> Reading:
         return read(self._current(), local=self.use_local_kernel)
@@ -307,6 +310,18 @@ def _from_hub(name: str, hub: str | None, revision: str | None, token: str | boo
     return places.read_hub(hub, repo, Settings.from_env())
 
 
+def _not_there(model: nn.Module, key: Any) -> list[str]:
+    """What is wrong with a key of several layers, beside the model."""
+    from kernelhub.layers.fusion import find
+    from kernelhub.layers.keys import check_key
+    from kernelhub.layers.survey import uncompiled
+
+    if check_key(key):
+        return []  # told where the mapping is read
+    named = find(uncompiled(model), key)
+    return [f"kernel_mapping[{key!r}]: {problem}" for problem in (*named.problems, named.nothing) if problem]
+
+
 def _mode(model: nn.Module, compile: bool) -> Mode:
     mode = Mode.TRAINING if model.training else Mode.INFERENCE
     return mode | Mode.TORCH_COMPILE if compile else mode
@@ -324,7 +339,7 @@ def _devices(model: nn.Module) -> list[str]:
 
 
 def _nested(kernels: list[Kernel], devices: list[str], mode: Mode) -> dict[str, Any]:
-    nested: dict[str, dict[str, dict[Mode, LayerRepository | LocalLayerRepository]]] = {}
+    nested: dict[Any, dict[str, dict[Mode, LayerRepository | LocalLayerRepository]]] = {}
     for kernel in kernels:
         if kernel.device is None and not devices:
             raise InvalidReference(

@@ -18,10 +18,10 @@ from typing import Any
 from kernelhub.core.refs import KernelRef, Revision, Version
 from kernelhub.errors import InvalidReference
 from kernelhub.layers.device import DEVICE_BACKENDS
+from kernelhub.layers.keys import check_key
+from kernelhub.layers.mapping import Name
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.repositories import LayerRepository, LocalLayerRepository
-
-FUSION = "fusing sibling modules into one kernel is not supported yet; name one layer"
 
 _OPTIONS = ("version", "revision", "trust_remote_code")
 _FORMS = '"org/repo:Layer", ("org/repo:Layer", {"version": 1}), or a dict from device types to those'
@@ -30,9 +30,9 @@ _LOCAL_FORMS = '"/absolute/path:Layer", or a dict from device types to such'
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of a mapping. `device` and `mode` are None where they were left to the model. `where` it stood."""
+    """One kernel of a mapping, for a layer or for several as one. `device` and `mode` are None where they were left to the model. `where` it stood."""
 
-    name: str
+    name: Name
     device: str | None
     mode: Mode | None
     repository: LayerRepository | LocalLayerRepository
@@ -104,16 +104,17 @@ class _Reader:
             return
         for name, kernel in value.items():
             where = f"kernel_mapping[{name!r}]"
-            if isinstance(name, tuple):
-                self._problem(where, FUSION)
-            elif not isinstance(name, str) or not name:
+            wrong = check_key(name) if isinstance(name, tuple) else ""
+            if wrong:
+                self._problem(where, wrong)
+            elif not isinstance(name, (str, tuple)) or not name:
                 self._problem("kernel_mapping", f'{name!r} is not the name of a layer; expected such as "RMSNorm"')
             elif isinstance(kernel, Mapping):
                 self._devices(where, name, kernel)
             else:
                 self._kernel(where, name, None, None, kernel)
 
-    def _devices(self, where: str, name: str, devices: Mapping[Any, Any]) -> None:
+    def _devices(self, where: str, name: Name, devices: Mapping[Any, Any]) -> None:
         if not devices:
             self._problem(where, "there is no kernel in it; expected a dict from device types to kernels")
         for device, kernel in devices.items():
@@ -126,7 +127,7 @@ class _Reader:
             else:
                 self._kernel(inner, name, device, None, kernel)
 
-    def _modes(self, where: str, name: str, device: str, modes: Mapping[Any, Any]) -> None:
+    def _modes(self, where: str, name: Name, device: str, modes: Mapping[Any, Any]) -> None:
         for mode, kernel in modes.items():
             if isinstance(mode, Mode):
                 self._kernel(f"{where}[Mode.{mode}]", name, device, mode, kernel)
@@ -134,7 +135,7 @@ class _Reader:
                 names = [f"Mode.{member}" for member in Mode]
                 self._problem(where, f"{mode!r} is not a Mode{nearest(mode, names)}")
 
-    def _kernel(self, where: str, name: str, device: str | None, mode: Mode | None, value: object) -> None:
+    def _kernel(self, where: str, name: Name, device: str | None, mode: Mode | None, value: object) -> None:
         repository = self._repository(where, value)
         if repository is not None:
             self.reading.kernels.append(Kernel(name, device, mode, repository, where))

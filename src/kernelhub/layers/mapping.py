@@ -20,7 +20,7 @@ from typing import Any
 
 from kernelhub.errors import InvalidReference
 from kernelhub.layers.device import Device
-from kernelhub.layers.fusion import FusionKey, check_key
+from kernelhub.layers.keys import FusionKey, check_key
 from kernelhub.layers.mode import KernelizeFallback, Mode, serving
 from kernelhub.layers.repositories import Repository, check_repository
 

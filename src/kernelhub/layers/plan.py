@@ -18,7 +18,8 @@ from torch import nn
 from kernelhub.errors import InvalidReference, KernelHubError, NoKernelForLayer
 from kernelhub.layers.device import Device
 from kernelhub.layers.fitness import READABLE, children, foreign_forward, gathered_by_fsdp, weights
-from kernelhub.layers.fusion import Group, title, unfit, with_groups
+from kernelhub.layers.fusion import Group, unfit, with_groups
+from kernelhub.layers.keys import title
 from kernelhub.layers.mapping import Name, Row, Table, choose, current_table, needs_capability
 from kernelhub.layers.mode import KernelizeFallback, Mode, serving
 from kernelhub.layers.survey import Devices, Site, Survey, capability, device_type, site_class, survey
