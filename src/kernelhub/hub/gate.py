@@ -73,7 +73,7 @@ class Gate:
             return None, []
         document = found.listing.document or self._stored(found)
         signers = _signers(document, options, published)
-        if not signers and document is not found.listing.document and not self._unasked(found, options):
+        if not signers and found.listing.document is None and self._may_ask(found, options):
             try:
                 listing = self.resolver.listing(found.source, found.repo, found.commit, options, again=True)
             except HubUnavailable as error:
@@ -141,8 +141,10 @@ class Gate:
             None if found.commit == LOCAL else self.resolver.store.document(found.source.key, found.repo, found.commit)
         )
 
-    def _unasked(self, found: Found, options: Options) -> bool:
-        return found.commit == LOCAL or (options.offline and found.source.origin is Origin.REMOTE)
+    def _may_ask(self, found: Found, options: Options) -> bool:
+        """Whether the hub has manifests, as it had when the commit was first asked for, and is there to be asked."""
+        kept = self.resolver.store.listing(found.source.key, found.repo, found.commit)
+        return kept.get("manifest") is True and not (options.offline and found.source.origin is Origin.REMOTE)
 
 
 def _signers(document: ManifestDocument | None, options: Options, published: Published) -> list[str]:

@@ -104,7 +104,8 @@ class Resolver:
             return Listing(known, parts)
         listing = self.ask(source, options, lambda: source.listing(repo, commit))
         if commit != LOCAL:
-            self.store.set_listing(source.key, repo, commit, kept(listing))
+            there = listing.document is not None
+            self.store.set_listing(source.key, repo, commit, {**kept(listing), "manifest": there})
             if listing.document is not None:
                 self.store.set_document(source.key, listing.document)
         return listing
