@@ -22,20 +22,27 @@ constexpr int L = 16;
 KH_INLINE V set(float x) { return _mm512_set1_ps(x); }
 KH_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
 KH_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+// In one instruction each: 16 bits to every second place, and back. The element that comes first is the last argument.
 KH_INLINE V load(const BFloat16* p) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  const __m512i to_upper = _mm512_set_epi16(
+      15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512i narrow = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, to_upper, narrow));
 }
 // The upper halves of the results are the rounded values, the lower ones are of no meaning.
 KH_INLINE __m512i upper_rounded(V v) {
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  const __m512i bits = _mm512_castps_si512(v), more = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i rounded = _mm512_mask_add_epi32(more, odd, more, _mm512_set1_epi32(1));
+  // NaNs of both kinds (the two lowest digits of the table) become v's own, made quiet (2); all else stays (0).
+  const __m512i table = _mm512_set1_epi32(0x22);
+  return _mm512_castps_si512(_mm512_fixupimm_ps(_mm512_castsi512_ps(rounded), v, table, 0));
 }
 KH_INLINE void store(BFloat16* p, V v) {
-  const __m512i high = _mm512_srli_epi32(upper_rounded(v), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+  const __m512i upper = _mm512_set_epi16(
+      31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i packed = _mm512_permutexvar_epi16(upper, upper_rounded(v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(packed));
 }
 KH_INLINE V rounded_as(BFloat16, V v) {
   const __m512i mask = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
@@ -59,15 +66,11 @@ KH_INLINE V with_sign(V size, V sign) {
 KH_INLINE V if_less(V a, V b, V yes, V no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
-// v * 2**round(q) for |q| up to 250, in two steps, so that no factor overflows where the product does not.
+// v held to what lies between -most and most; NaNs are kept.
+KH_INLINE V held(V v, float most) { return _mm512_min_ps(set(most), _mm512_max_ps(set(-most), v)); }
 KH_INLINE V nearest(V v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-KH_INLINE V times_power_of_two(V v, V q) {
-  const __m512i whole = _mm512_cvtps_epi32(q), half = _mm512_srai_epi32(whole, 1);
-  const __m512i rest = _mm512_sub_epi32(whole, half), bias = _mm512_set1_epi32(127);
-  const V first = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(half, bias), 23));
-  const V second = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(rest, bias), 23));
-  return v * first * second;
-}
+// v * 2**q for whole q.
+KH_INLINE V times_power_of_two(V v, V q) { return _mm512_scalef_ps(v, q); }
 
 #elif KERNELHUB_LEVEL == 1
 
@@ -108,7 +111,9 @@ KH_INLINE V with_sign(V size, V sign) {
   return _mm256_or_ps(absolute(size), _mm256_and_ps(_mm256_set1_ps(-0.0f), sign));
 }
 KH_INLINE V if_less(V a, V b, V yes, V no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+KH_INLINE V held(V v, float most) { return _mm256_min_ps(set(most), _mm256_max_ps(set(-most), v)); }
 KH_INLINE V nearest(V v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// For |q| up to 250, in two steps, so that no factor overflows where the product does not.
 KH_INLINE V times_power_of_two(V v, V q) {
   const __m256i whole = _mm256_cvtps_epi32(q), half = _mm256_srai_epi32(whole, 1);
   const __m256i rest = _mm256_sub_epi32(whole, half), bias = _mm256_set1_epi32(127);
@@ -198,15 +203,17 @@ KH_INLINE V with_sign(V size, V sign) {
   return same_bits<V>((same_bits<U>(size) & 0x7fffffffu) | (same_bits<U>(sign) & 0x80000000u));
 }
 KH_INLINE V if_less(V a, V b, V yes, V no) { return choose(a < b, yes, no); }
+KH_INLINE V held(V v, float most) {
+  return if_less(set(most), v, set(most), if_less(v, set(-most), set(-most), v));
+}
 KH_INLINE V nearest(V v) {
   // From 2**23 on floats are whole; below, adding and taking away 2**23 rounds to whole.
   const V size = absolute(v), whole = (size + 0x1p23f) - 0x1p23f;
   return with_sign(choose(size < 0x1p23f, whole, size), v);
 }
 KH_INLINE V times_power_of_two(V v, V q) {
-  // Held to where the callers' results are not replaced anyway; of a NaN, a whole number would be undefined.
-  const V held = choose((q > -252.0f) & (q < 252.0f), q, set(0.0f));
-  const I whole = __builtin_convertvector(held, I), half = whole >> 1;
+  const V known = choose(q == q, q, set(0.0f)); // of a NaN, a whole number would be undefined
+  const I whole = __builtin_convertvector(known, I), half = whole >> 1;
   return v * same_bits<V>((half + 127) << 23) * same_bits<V>((whole - half + 127) << 23);
 }
 
@@ -237,8 +244,9 @@ KH_INLINE V rounded(V v) {
 }
 
 // e**x, at most 1 ulp off. The constants (log2(e), ln 2 in two parts, the polynomial) are those of SLEEF, which ATen uses,
-// in the same order: models' gates then come out bit for bit as PyTorch's. Below -104 it is 0, above 100 infinite.
-KH_MATH V exponential(V x) {
+// in the same order: models' gates then come out bit for bit as PyTorch's. Beyond what x is held to, it is 0 or infinite.
+KH_MATH V exponential(V given) {
+  const V x = held(given, 105.0f);
   const V q = nearest(x * set(1.442695040888963407359924681001892137f));
   V s = fma(q, set(-0.693145751953125f), x);
   s = fma(q, set(-1.428606765330187045e-06f), s);
@@ -249,9 +257,7 @@ KH_MATH V exponential(V x) {
   u = fma(u, s, set(0.166666671633720397949219f));
   u = fma(u, s, set(0.5f));
   u = set(1.0f) + fma(s * s, u, s);
-  u = times_power_of_two(u, q);
-  u = if_less(x, set(-104.0f), set(0.0f), u);
-  return if_less(set(100.0f), x, set(__builtin_inff()), u);
+  return times_power_of_two(u, q);
 }
 KH_INLINE V sigmoid(V x) { return set(1.0f) / (set(1.0f) + exponential(set(0.0f) - x)); }
 // The sigmoid and its derivative, without the cancellation of 1 - sigmoid(x).
