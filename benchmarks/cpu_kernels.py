@@ -22,13 +22,14 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 import kernelhub
 from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.settings import Settings
 
 SHAPES = ((1, 2048), (32, 2048), (256, 4096), (2048, 2048), (4096, 8192))
+TOKENS = (1, 2048)  # of 32 heads and 8, 128 wide
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SECONDS = 1.0  # for one operation at one shape
 Way = Callable[[], object]
@@ -83,6 +84,20 @@ def ways(norm: ModuleType, activation: ModuleType, rows: int, width: int, dtype:
     }
 
 
+def rotary_ways(rotary: ModuleType, tokens: int, dtype: torch.dtype) -> dict[str, Way]:
+    """The rotary embedding of q and k as a model's projections make them, each way."""
+    q, k = (torch.randn(1, tokens, heads, 128).to(dtype).transpose(1, 2) for heads in (32, 8))
+    angles = torch.randn(1, tokens, 64).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    compiled = torch.compile(apply_rotary_pos_emb)
+    return {
+        "kernel": lambda: rotary.apply_rotary(q, k, cos, sin),
+        "eager": lambda: apply_rotary_pos_emb(q, k, cos, sin),
+        "compile": lambda: compiled(q, k, cos, sin),
+        "copy": lambda: (q.clone(), k.clone()),
+    }
+
+
 def measure(of: dict[str, Way], now: Callable[[], float]) -> dict[str, float]:
     """Medians in microseconds by the clock `now`, by name, of calls in turn."""
     for way in of.values():
@@ -117,15 +132,28 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     found = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        norm, activation = kernel("norm", Path(folder)), kernel("activation", Path(folder))
-        for rows, width in SHAPES[:2] if options.quick else SHAPES:
-            for dtype in DTYPES:
-                torch._dynamo.reset()
-                for name, of in ways(norm, activation, rows, width, DTYPES[dtype]).items():
-                    if options.only in (None, name):
-                        medians = measure(of, now)
-                        found.append({"operation": name, "rows": rows, "width": width, "dtype": dtype, "us": medians})
-                        show(found[-1])
+        if options.only != "rotary":
+            norm, activation = kernel("norm", Path(folder)), kernel("activation", Path(folder))
+            for rows, width in SHAPES[:2] if options.quick else SHAPES:
+                for dtype in DTYPES:
+                    torch._dynamo.reset()
+                    for name, of in ways(norm, activation, rows, width, DTYPES[dtype]).items():
+                        if options.only in (None, name):
+                            medians = measure(of, now)
+                            found.append(
+                                {"operation": name, "rows": rows, "width": width, "dtype": dtype, "us": medians}
+                            )
+                            show(found[-1])
+        if options.only in (None, "rotary"):
+            rotary = kernel("rotary", Path(folder))
+            for tokens in TOKENS[:1] if options.quick else TOKENS:
+                for dtype in DTYPES:
+                    torch._dynamo.reset()
+                    medians = measure(rotary_ways(rotary, tokens, DTYPES[dtype]), now)
+                    found.append(
+                        {"operation": "rotary", "rows": tokens, "width": 40 * 128, "dtype": dtype, "us": medians}
+                    )
+                    show(found[-1])
     machine = {
         "torch": torch.__version__,
         "threads": options.threads,

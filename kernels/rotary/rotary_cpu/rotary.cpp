@@ -9,9 +9,11 @@ namespace {
 
 constexpr const char* NAME = "rotate";
 
-// Tokens whose cos and sin are used for all heads before the next ones': they stay in the innermost cache (16 x 128
-// float32 of each are 16 KiB), and each head has a piece of memory that is worth fetching ahead.
-constexpr int64_t TOGETHER = 16;
+// Tokens whose cos and sin are used for all heads before the next ones', so that they stay in the inner caches (64 x 128
+// float32 of each are 64 KiB) and each head still has a piece of memory that is worth fetching ahead: of 40 heads x 2048
+// tokens x 128 bfloat16 that lie head by head, 16 tokens take 2.2 times as long as a copy, 64 1.9, 256 1.9; of heads that lie
+// token by token 1.6, 1.3, 1.4.
+constexpr int64_t TOGETHER = 64;
 
 struct Sizes {
   int64_t batch, tokens, rotary;
