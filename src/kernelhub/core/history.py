@@ -43,10 +43,10 @@ def goes_back(
     return f"was published {newest.time} and cannot be shown to come after that"
 
 
-def remembered(before: Sequence[str], known: str | None, commit: str) -> tuple[str, ...]:
-    """What a ref was before it is `commit`, where it was `known` until now; going back on purpose forgets the rest."""
+def remembered(before: Sequence[str], known: str | None, commit: str, *, back: bool = False) -> tuple[str, ...]:
+    """What a ref was before it is `commit`, where it was `known` until now; going `back` on purpose forgets the rest."""
     if known in (None, commit):
         return tuple(before)
-    line = [*before, known]
+    line = list(before) if back else [*before, known]
     kept = line[: line.index(commit)] if commit in line else line
     return tuple(kept)[-MAX_BEFORE:]

@@ -91,10 +91,15 @@ class Resolver:
             return record.commit
         if named == LOCAL:
             return named
-        commit = self._forward(source, repo, pin, record, named, options) if record else named
-        before = remembered(record.before, record.commit, commit) if record else ()
-        self.store.set_ref(source.key, repo, str(pin), RefRecord(commit, self.clock(), before))
-        return commit
+        if record is None:
+            kept = RefRecord(named, self.clock())
+        else:
+            kept = replace(self._forward(source, repo, pin, record, named, options), time=self.clock())
+        assert kept.commit is not None
+        if not self.store.listing(source.key, repo, kept.commit):
+            self.listing(source, repo, kept.commit, options)  # first: a ref that names nothing is not believed for an hour
+        self.store.set_ref(source.key, repo, str(pin), kept)
+        return kept.commit
 
     def listing(self, source: Source, repo: RepoId, commit: str, options: Options, *, again: bool = False) -> Listing:
         """The variants at a commit, and what else is there; `again` asks the source whatever the store has."""
@@ -105,7 +110,7 @@ class Resolver:
         listing = self.ask(source, options, lambda: source.listing(repo, commit))
         if commit != LOCAL:
             there = listing.document is not None
-            self.store.set_listing(source.key, repo, commit, {**kept(listing), "manifest": there})
+            self.store.set_listing(source.key, repo, commit, {**kept_of(listing), "manifest": there})
             if listing.document is not None:
                 self.store.set_document(source.key, listing.document)
         return listing
@@ -123,21 +128,22 @@ class Resolver:
             str(variant): {**found.listing.variants[str(variant)], UNAVAILABLE: reason},
         }
         source, repo, commit = found.source, found.repo, found.commit
-        record = {**self.store.listing(source.key, repo, commit), **kept(replace(found.listing, variants=variants))}
+        record = {**self.store.listing(source.key, repo, commit), **kept_of(replace(found.listing, variants=variants))}
         self.store.set_listing(source.key, repo, commit, record)
 
     def publisher_trusted(self, found: Found, options: Options) -> bool | None:
-        """The hub's mark for the publisher, as it was when the commit was first asked for."""
+        """The hub's mark for the publisher, as it was when it was given for the commit; until then it is asked for."""
         source, repo, commit = found.source, found.repo, found.commit
         record = self.store.listing(source.key, repo, commit)
-        if "publisher_trusted" not in record:
+        if record.get("publisher_trusted") is not True:
             if options.offline and source.origin is Origin.REMOTE:
                 return None
             trusted = source.publisher_trusted(repo)
-            record = {**record, **kept(found.listing), "publisher_trusted": trusted}
+            if not trusted:  # it may be given tomorrow, and one wrong answer must not count for ever
+                return trusted
+            record = {**record, **kept_of(found.listing), "publisher_trusted": trusted}
             self.store.set_listing(source.key, repo, commit, record)
-        trusted = record["publisher_trusted"]
-        return trusted if isinstance(trusted, bool) else None
+        return True
 
     # Inside
 
@@ -159,23 +165,27 @@ class Resolver:
         keys = options.policy.keys_for(Published(repo, source.origin, source.name))
         self.lists.learn(source, keys, within=0.0 if options.refresh else self.ref_ttl)
 
-    def _forward(self, source: Source, repo: RepoId, pin: Pin, record: RefRecord, named: str, options: Options) -> str:
-        """What the hub named, unless it goes back: then what it was, with a warning that names both."""
+    def _forward(
+        self, source: Source, repo: RepoId, pin: Pin, record: RefRecord, named: str, options: Options
+    ) -> RefRecord:
+        """What to remember of what the hub named: where it goes back, what it was, with a warning that names both."""
         known = record.commit
-        if known in (None, named) or options.accept_older or isinstance(source, ProjectSource):
-            return named
-        if source.origin is Origin.CACHE:  # which of its snapshots is the newest depends on what was downloaded last
-            return named
-        assert known is not None
-        why = goes_back(known, named, record.before, lambda commit: self._manifest(source, repo, commit, options))
-        if why is None:
-            return named
+        # A user's own sources go where they like; which of a cache's snapshots is the newest depends on the last download.
+        if known is None or isinstance(source, ProjectSource) or source.origin is Origin.CACHE:
+            return RefRecord(named, record.time)
+        why = (
+            goes_back(known, named, record.before, lambda commit: self._manifest(source, repo, commit, options))
+            if known != named
+            else None
+        )
+        if why is None or options.accept_older:
+            return RefRecord(named, record.time, remembered(record.before, known, named, back=why is not None))
         self.warn(
             f"{source.name} says that {repo}@{pin} is {named}; it was {known}, and {named[:12]} {why}.\n"
             f"  {known[:12]} is still used. To go back: kernelhub get {repo}@{pin} --accept-older",
             KernelHubWarning,
         )
-        return known
+        return record
 
     def _manifest(self, source: Source, repo: RepoId, commit: str, options: Options) -> Manifest | None:
         """A commit's manifest; None where the hub has no manifests, or not this one."""
@@ -188,7 +198,7 @@ class Resolver:
         return document.manifest if document else None
 
 
-def kept(listing: Listing) -> dict[str, Any]:
+def kept_of(listing: Listing) -> dict[str, Any]:
     """What the store keeps of a listing."""
     return {"variants": listing.variants, "parts": listing.parts}
 
