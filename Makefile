@@ -38,7 +38,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,http,s3,server,build,demo,benchmark]' --group test --group lint
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,http,s3,server,signatures,sigstore,build,demo,benchmark]' --group test --group lint
 	touch $@
 
 # The package that kernelhub is measured against and served to, in a folder of its own
