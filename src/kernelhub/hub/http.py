@@ -384,7 +384,7 @@ def _session_errors(name: str) -> tuple[type[Exception], ...]:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    return _printable(f"{type(error).__name__}: {error}".rstrip(": "))
 
 
 def _retry_after(text: str | None, now: float) -> float | None:

@@ -20,7 +20,7 @@ from kernelhub.core.refs import Revision
 from kernelhub.errors import HubUnavailable, InvalidReference, KernelHubError, MissingDependency
 from kernelhub.hub.addresses import shown
 from kernelhub.hub.files import Files, too_large
-from kernelhub.hub.http import Budget, Interrupted, Patience, _retry_after
+from kernelhub.hub.http import Budget, Interrupted, Patience, _printable, _retry_after
 from kernelhub.hub.sources.base import Progress
 
 T = TypeVar("T")
@@ -310,4 +310,5 @@ def _is_plain(name: str) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    """What went wrong, fit for a terminal: libraries quote what a host sent, however long and whatever is in it."""
+    return _printable(f"{type(error).__name__}: {error}".rstrip(": "))
