@@ -89,7 +89,14 @@ class Autocast:
             cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(device_types)
         )
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is another one than there is here."""
+        return self.enabled or torch.is_autocast_enabled(self.device_type)
+
     def again(self) -> Any:
+        if not self.elsewhere:
+            return nullcontext()  # entering it would change nothing but what compiled frames are guarded by
         # Without its cache of cast weights, which would outlive the weights that a run in float64 puts there.
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 

@@ -91,7 +91,7 @@ def _step(forward: Any, call: Call, weights: list[nn.Parameter], training: bool)
                 stack.enter_context(autocast.again())
             plain()
 
-    return under_autocast if any(autocast.enabled for autocast in call.autocast) else plain
+    return under_autocast if any(autocast.elsewhere for autocast in call.autocast) else plain
 
 
 def _compiled(forward: Any) -> Any:
