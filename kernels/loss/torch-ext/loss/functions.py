@@ -13,13 +13,14 @@ NaN, as PyTorch's is.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from . import compiled, parts, projection
 
@@ -86,6 +87,29 @@ def linear_cross_entropy(
     return _reduced(losses.reshape(shape), labels, ignore_index, reduction)
 
 
+def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A backward that cannot be differentiated, and says so; under `create_graph`, whatever the gradient comes from.
+
+    Not `once_differentiable`, which refuses only where the incoming gradient requires one: a penalty on the gradient of
+    a loss, whose own is the constant 1, would be lost without a word.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        refuse = torch._C._functions.DelayedError(
+            b"the losses of kernelhub/loss have no second derivative: compute this one with "
+            b"torch.nn.functional.cross_entropy on the logits (or unkernelize the model)",
+            len(found),
+        )
+        return refuse(*(x if x is None else x.detach().requires_grad_() for x in found))
+
+    return wrapped
+
+
 class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, *options: Any) -> Tensor:
@@ -98,7 +122,7 @@ class _Losses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, sums = ctx.saved_tensors
         if sums is not None:
@@ -122,7 +146,7 @@ class _ProjectedLoss(torch.autograd.Function):
         ignore_index: int,
         *options: float,
     ) -> Tensor:
-        scale = torch.ones((), dtype=torch.float32, device=hidden.device)
+        scale = torch.ones((), dtype=parts.wide_dtype(hidden), device=hidden.device)
         if reduction == "mean":
             scale = scale / (labels != ignore_index).sum()
         losses, *gradients = projection.gradients(
@@ -132,7 +156,7 @@ class _ProjectedLoss(torch.autograd.Function):
         return _reduced(losses, labels, ignore_index, reduction)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _scaled(ctx.saved_tensors, grad)
         found = [x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
@@ -143,15 +167,13 @@ class _ProjectedLosses(torch.autograd.Function):
     """A number for each row, whose gradients wait until their scales are known."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.options = options
         return projection.losses(hidden, weight, bias, labels, *options)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         _, *gradients = projection.gradients(*ctx.saved_tensors, grad, *ctx.options, *needed)
@@ -161,13 +183,7 @@ class _ProjectedLosses(torch.autograd.Function):
 
 def _losses(logits: Tensor, labels: Tensor, *options: Any) -> Tensor:
     """The losses, (...), by whichever way fits."""
-    ours = (
-        _plain(logits, labels)
-        and logits.device == labels.device
-        and logits.dtype in _FLOATING
-        and logits.shape[-1] > 0
-        and not _pytorchs()
-    )
+    ours = _plain(logits, labels) and logits.dtype in _FLOATING and logits.shape[-1] > 0 and not _pytorchs()
     if ours and torch.compiler.is_compiling() and not compiled.takes(logits, labels):
         ours = False  # the compiler makes one pass of the formula, and would unroll a loop over parts
     if not ours:
@@ -208,7 +224,6 @@ def _in_parts(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
     operands = [hidden, weight] if bias is None else [hidden, weight, bias]
     return (
         _plain(*operands, labels)
-        and all(x.device == labels.device for x in operands)
         and all(x.dtype is hidden.dtype for x in operands)
         and hidden.dtype in _FLOATING
         and weight.numel() > 0
@@ -246,6 +261,7 @@ def _checked(name: str, rows: Tensor, labels: Tensor, label_smoothing: float, re
             f"{name}: the labels have shape {tuple(labels.shape)}, the input {tuple(rows.shape)}; "
             "expected the input's without its last dimension"
         )
+    _check_devices(name, rows, labels)
     if labels.dtype is torch.int64:
         return labels
     if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
@@ -253,8 +269,15 @@ def _checked(name: str, rows: Tensor, labels: Tensor, label_smoothing: float, re
     return labels.long()
 
 
+def _check_devices(name: str, *tensors: Tensor | None) -> None:
+    found = sorted({str(x.device) for x in tensors if x is not None})
+    if len(found) > 1:
+        raise RuntimeError(f"{name}: expected all tensors on one device; they are on {' and '.join(found)}")
+
+
 def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     name = "linear_cross_entropy"
+    _check_devices(name, hidden, weight, bias)
     if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{name}: the input has shape {tuple(hidden.shape)}, the weight {tuple(weight.shape)}; "

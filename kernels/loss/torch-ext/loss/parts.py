@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["backward", "formula", "gradient_", "losses", "wide"]
+__all__ = ["backward", "formula", "gradient_", "losses", "wide", "wide_dtype"]
 
 # Logits of which there are float32 copies at a time: 4 MiB on a CPU, which stay in its cache, and 64 MiB elsewhere, which
 # are enough to keep a GPU busy (a part of 8192 rows of 128256 classes is then 130 rows).
@@ -16,21 +16,19 @@ _ON_CPU = 1 << 20
 _ELSEWHERE = 1 << 24
 
 
-def formula(
-    logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
-) -> Tensor:
+def formula(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float) -> Tensor:
     """The losses, (...), in PyTorch's own operations on all logits, (..., classes), at once."""
     x, y = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     x = wide(x)
     found = F.cross_entropy(x, y, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
     if z_loss:
-        found = found + z_loss * torch.logsumexp(x, -1).square() * (y != ignore_index)
+        found = found + torch.where(y != ignore_index, z_loss * torch.logsumexp(x, -1).square(), 0.0)
     return found.reshape(labels.shape)
 
 
 def losses(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float) -> Tensor:
     """The losses, (...), in float32 or wider."""
-    found = logits.new_empty(labels.shape, dtype=_wide_dtype(logits))
+    found = logits.new_empty(labels.shape, dtype=wide_dtype(logits))
     for x, y, loss in _parts(logits, labels, found):
         loss.copy_(formula(x, y, ignore_index, label_smoothing, z_loss))
     return found
@@ -50,7 +48,7 @@ def gradient_(
     logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> Tensor:
     """The losses of (rows, classes); the logits become the gradient of sum(scale * losses)."""
-    found = logits.new_empty(labels.shape, dtype=_wide_dtype(logits))
+    found = logits.new_empty(labels.shape, dtype=wide_dtype(logits))
     for x, y, weight, loss in _parts(logits, labels, scale, found):
         loss.copy_(formula(x, y, ignore_index, label_smoothing, z_loss))
         _gradient(x, y, weight, ignore_index, label_smoothing, z_loss, x)
@@ -62,7 +60,8 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What is computed in for x."""
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
@@ -71,8 +70,8 @@ def _gradient(
 ) -> None:
     """Into `out`, which may be x: of each row, scale * (softmax(x) - (1 - smoothing) at the label - smoothing / classes)."""
     kept = y != ignore_index
-    scale = torch.where(kept, scale.to(_wide_dtype(x)), 0.0)[:, None]
-    p = torch.softmax(x, -1, dtype=_wide_dtype(x))
+    scale = torch.where(kept, scale.to(wide_dtype(x)), 0.0)[:, None]
+    p = torch.softmax(x, -1, dtype=wide_dtype(x))
     if z_loss:
         p *= 1.0 + 2.0 * z_loss * torch.logsumexp(wide(x), -1, keepdim=True)
     p.scatter_add_(1, torch.where(kept, y, 0)[:, None], torch.full_like(scale, label_smoothing - 1.0))

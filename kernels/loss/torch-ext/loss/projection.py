@@ -16,6 +16,8 @@ __all__ = ["gradients", "losses", "rows_together"]
 _FEW = 1 << 24
 # Classes whose part of the weight's gradient is added at a time, where that takes a copy.
 _CLASSES = 8192
+# Whether a product of 16-bit matrices can be asked for in float32: on CUDA, from torch 2.8.
+_MIXED = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
 
 
 def rows_together(features: int, classes: int) -> int:
@@ -79,7 +81,7 @@ def _compute(
     # A sum over several parts is taken in float32: each addition in 16 bits would round.
     several = count > rows and hidden.element_size() == 2
     weight_sum = weight_grad.new_zeros(weight_grad.shape, dtype=torch.float32) if several else weight_grad.zero_()
-    bias_sum = bias_grad.new_zeros(bias_grad.shape, dtype=parts.wide(bias_grad).dtype)
+    bias_sum = bias_grad.new_zeros(bias_grad.shape, dtype=parts.wide_dtype(bias_grad))
     memory = hidden.new_empty((rows, classes))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, count, max(rows, 1)):
@@ -120,21 +122,23 @@ def _gradient_(
 
 
 def _add_product(total: Tensor, logits: Tensor, x: Tensor) -> None:
-    """`total += logits.T @ x`, the copy that this takes where the dtypes differ only of some classes."""
+    """`total += logits.T @ x`; where only the total is in float32, without rounding the product to 16 bits."""
     if total.dtype is x.dtype:
         total.addmm_(logits.t(), x)
         return
-    for start in range(0, len(total), _CLASSES):
+    for start in range(0, len(total), _CLASSES):  # what is copied is copied of some classes at a time
         some = slice(start, start + _CLASSES)
-        total[some] += torch.mm(logits[:, some].t(), x)
+        if x.is_cuda and _MIXED:
+            total[some] += torch.mm(logits[:, some].t(), x, out_dtype=total.dtype)
+        else:
+            total[some].addmm_(logits[:, some].t().to(total.dtype), x.to(total.dtype))
 
 
 def _empty(
     hidden: Tensor, weight: Tensor, labels: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if hidden.dtype is torch.float64 else torch.float32
     return (
-        labels.new_empty(labels.shape, dtype=dtype),
+        labels.new_empty(labels.shape, dtype=parts.wide_dtype(hidden)),
         hidden.new_empty(hidden.shape if needs_hidden else (0,)),
         weight.new_empty(weight.shape if needs_weight else (0,)),
         weight.new_empty((weight.shape[0],) if needs_bias else (0,)),
