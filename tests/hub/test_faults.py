@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from loopback_hub import write_kernel
 
 from kernelhub.core.refs import KernelRef, RepoId, Version
 from kernelhub.errors import KernelHubError
+from kernelhub.hub.archive import pack
 from kernelhub.hub.client import Hub
 from kernelhub.hub.http import Patience
 from kernelhub.hub.publish import publish
@@ -170,3 +171,81 @@ def test_a_fault_ends_in_the_kernel_or_in_one_clear_error(
         if often in found:
             assert found[often].outcome in expected[often], f"{often}: {found[often]}"
             assert found[f"after {often}"] == Found("kernel"), f"{found[often]}, and then {found[f'after {often}']}"
+
+
+# What only one protocol can lie about. Each lie is told each time, and may end in an error alone, unless it is no lie.
+
+
+def of_each(change: Callable[[dict[str, Any]], Any]) -> faulty.Fault:
+    """Change each row of a tree; a value that is returned stands for the row."""
+    return lambda ask: ask.rewrite(lambda rows: [change(row) or row for row in rows])
+
+
+def more(count: int, row: Callable[[int], dict[str, Any]]) -> faulty.Fault:
+    return lambda ask: ask.rewrite(lambda rows: [*rows, *map(row, range(count))])
+
+
+def named(name: str) -> faulty.Fault:
+    """Give the first file of a tree another name."""
+    return lambda ask: ask.rewrite(lambda rows: [{**rows[0], "path": name, "type": "file"}, *rows[1:]])
+
+
+def branches(change: Callable[[dict[str, Any]], Any]) -> faulty.Fault:
+    return lambda ask: ask.rewrite(lambda refs: {**refs, "branches": [change(row) or row for row in refs["branches"]]})
+
+
+BUILD = "build/torch-universal"
+LIES: dict[str, tuple[str, str, faulty.Fault, frozenset[str]]] = {
+    "a commit that is none": ("hugging face", "refs", branches(lambda row: {**row, "targetCommit": "main"}), faulty.ERROR),
+    "a commit that is a path": ("hugging face", "refs", branches(lambda row: {**row, "targetCommit": "../" * 13 + "a"}), faulty.ERROR),
+    "a commit that is not there": ("hugging face", "refs", branches(lambda row: {**row, "targetCommit": "f" * 40}), faulty.ERROR),
+    "branches that are paths": ("hugging face", "refs", branches(lambda row: {**row, "name": "../" + row["name"]}), faulty.ERROR),
+    "a mark that is a word": ("hugging face", "publisher", lambda ask: ask.rewrite(lambda _: {"trustedKernelPublisher": "yes"}), faulty.ERROR),
+    "10,000 other builds": (
+        "hugging face", "builds", more(10_000, lambda n: {"type": "directory", "path": f"build/torch{n}-cu126", "oid": ""}), faulty.KERNEL),
+    "10,000 builds that are paths": (
+        "hugging face", "builds", more(10_000, lambda n: {"type": "directory", "path": f"build/../../{n}", "oid": ""}), faulty.EITHER),
+    "10,000 files": (
+        "hugging face", "tree", more(10_000, lambda n: {"type": "file", "path": f"{BUILD}/{n}.py", "oid": "0" * 40, "size": 9}), faulty.ERROR),
+    "200,000 files": (
+        "hugging face", "tree", more(200_000, lambda n: {"type": "file", "path": f"{BUILD}/{n}.py", "oid": "0" * 40, "size": 9}), faulty.ERROR),
+    "a file of 10 GB": ("hugging face", "tree", of_each(lambda row: {**row, "size": 10 * faulty.GIGABYTE, "lfs": None}), faulty.ERROR),
+    "files one byte longer": ("hugging face", "tree", of_each(lambda row: {**row, "size": row.get("size", 0) + 1}), faulty.ERROR),
+    "files one byte shorter": ("hugging face", "tree", of_each(lambda row: {**row, "size": max(row.get("size", 0) - 1, 0)}), faulty.ERROR),
+    "files of other hashes": ("hugging face", "tree", of_each(lambda row: {**row, "oid": "0" * 40, "lfs": None}), faulty.ERROR),
+    "files without sizes": ("hugging face", "tree", of_each(lambda row: {**row, "size": None, "lfs": None}), faulty.ERROR),
+    "files of negative sizes": ("hugging face", "tree", of_each(lambda row: {**row, "size": -1, "lfs": None}), faulty.ERROR),
+    "no files": ("hugging face", "tree", lambda ask: ask.instead(b"[]"), faulty.ERROR),
+    "a file above": ("hugging face", "tree", named(f"{BUILD}/../../../evil.py"), faulty.ERROR),
+    "a file at the root": ("hugging face", "tree", named("/etc/evil"), faulty.ERROR),
+    "a file elsewhere": ("hugging face", "tree", named("build/torch-cuda/__init__.py"), faulty.ERROR),
+    "a file with a drive": ("hugging face", "tree", named(f"{BUILD}/C:evil.py"), faulty.ERROR),
+    "a file without a name": ("hugging face", "tree", named(f"{BUILD}/"), faulty.ERROR),
+    "a file with a NUL": ("hugging face", "tree", named(f"{BUILD}/a\0b.py"), faulty.ERROR),
+    "bytecode": ("hugging face", "tree", named(f"{BUILD}/__pycache__/x.cpython-311.pyc"), faulty.ERROR),
+    "a file twice": ("hugging face", "tree", lambda ask: ask.rewrite(lambda rows: [*rows, *rows]), faulty.ERROR),
+    "pages without end": (
+        "hugging face", "tree",
+        lambda ask: ask.reply(200, {"link": f'<{ask.hub.url}{ask.target}>; rel="next"'}, ask.answer.body), faulty.ERROR),
+    "a page elsewhere": (
+        "hugging face", "tree",
+        lambda ask: ask.reply(200, {"link": '<http://elsewhere.invalid/>; rel="next"'}, ask.answer.body), faulty.ERROR),
+    "another ref": ("static", "ref", faulty.body(b"f" * 40), faulty.ERROR),
+    "a ref that is a path": ("static", "ref", faulty.body(b"../" * 13 + b"a"), faulty.ERROR),
+    "a withdrawn version": ("static", "ref", lambda ask: ask.instead(ask.answer.body.strip() + b"\nyanked: it is bad\n"), faulty.ERROR),
+    "another repository's manifest": ("static", "manifest", lambda ask: ask.instead(ask.answer.body.replace(b"org/relu", b"org/nope")), faulty.ERROR),
+    "another layout": ("static", "hub file", faulty.body(b'{"layout": 99}'), faulty.ERROR),
+    "another archive": ("static", "archive", lambda ask: ask.instead(pack({"__init__.py": b"evil = True"})), faulty.ERROR),
+    "an archive of 10 GB": ("static", "archive", faulty.endless, faulty.ERROR),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_lie_is_found_out(places: dict[str, Place], tmp_path: Path, name: str) -> None:
+    protocol, kind, fault, expected = LIES[name]
+    place, before = places[protocol], sorted(tmp_path.parent.iterdir())
+    found = run(place, kind, fault, tmp_path / "store", ["always"])
+    assert found["always"].outcome in expected, str(found["always"])
+    assert found["after always"] == Found("kernel"), f"{found['always']}, and then {found['after always']}"
+    assert sorted(tmp_path.parent.iterdir()) == before, "nothing is written outside of the store"
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]

@@ -583,10 +583,24 @@ def test_malformed_listings(hub: LoopbackHub, source: HuggingFaceSource, value: 
 def test_pages_that_never_end(hub: LoopbackHub, source: HuggingFaceSource, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = source.resolve(REPO, Version(1))
 
+    pages = iter(range(1_000_000))
+    folder = f"{hub.url}/api/kernels/acme/relu/tree/{commit}/build"
+
     def again(_: Request, reply: Reply) -> None:
-        reply.headers["link"] = f'<{hub.url}/api/kernels/acme/relu/tree/{commit}/build?recursive=false>; rel="next"'
+        reply.headers["link"] = f'<{folder}?recursive=false>; rel="next"'
+
+    def another(_: Request, reply: Reply) -> None:
+        reply.headers["link"] = f'<{folder}?recursive=false&cursor={next(pages)}>; rel="next"'
+        reply.set_json([{"type": "directory", "path": "build/torch-cpu", "oid": ""}])
 
     hub.break_with("/build?", again)
+    with pytest.raises(InvalidMetadata, match="one of them again"):
+        source.listing(REPO, commit)
+    assert len(hub.targets("/build?")) == 2
+    hub.faults.clear()
+    hub.break_with("/build?", another)
+    with pytest.raises(InvalidMetadata, match="more than 200 pages"):
+        source.listing(REPO, commit)
     monkeypatch.setattr("kernelhub.hub.sources.huggingface.MAX_ENTRIES", 20)
     with pytest.raises(InvalidMetadata, match="more than 20 entries"):
         source.listing(REPO, commit)

@@ -41,6 +41,9 @@ else:
 # More files than any kernel has; a hub that lists more is broken or hostile.
 MAX_ENTRIES = 100_000
 
+# Pages of one tree. Hubs give 1,000 entries in each.
+MAX_PAGES = 200
+
 # Bodies in flight. 500 small files on loopback, two busy cores: 2.4 s with 2, 1.6 s with 4, 1.0 s with 8, 1.2 s with 16.
 CONNECTIONS = 8
 
@@ -238,7 +241,9 @@ class HuggingFaceSource:
     def _tree(self, target: str) -> Iterator[_Entry]:
         """The entries of a tree, over all pages."""
         http, page, count = self._http, target, 0
+        seen: set[str] = set()
         while True:
+            seen.add(page)
             value, next_page = http.get_json(page)
             if not isinstance(value, list):
                 raise self._malformed(target, f"expected a list, got {type(value).__name__}")
@@ -249,6 +254,8 @@ class HuggingFaceSource:
                 yield self._entry(item, target)
             if not next_page:
                 return
+            if next_page in seen or len(seen) >= MAX_PAGES:
+                raise self._malformed(target, f"more than {MAX_PAGES} pages, or one of them again")
             page = next_page
 
     def _entry(self, item: Any, target: str) -> _Entry:
