@@ -9,7 +9,6 @@ import pytest
 from kernelhub.errors import InvalidReference
 from kernelhub.settings import Settings
 
-
 KEY = "ed25519:" + "A" * 43 + "="
 
 
@@ -166,3 +165,85 @@ def test_a_local_kernel_that_is_not_there_is_an_error_that_shows_the_entry(tmp_p
         with pytest.raises(InvalidReference, match="is not a folder") as caught:
             Settings.from_env({"LOCAL_KERNELS": os.pathsep.join([f"org/ok={tmp_path}", entry])})
         assert repr(entry) in str(caught.value)
+
+
+# What a project's file says
+
+
+def project(folder: Path, text: str) -> dict[str, str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "pyproject.toml").write_text(text, encoding="utf-8")
+    return {"KERNELHUB_PROJECT": str(folder)}
+
+
+def test_a_project_that_the_user_names_says_what_is_trusted(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"# ours\n{KEY} alice\n\n{KEY.replace('A', 'B', 1)}\n")
+    text = f"""
+[tool.kernelhub]
+trust = ["org/*"]
+trusted_keys = ["keys", "acme/*={KEY}"]
+trusted_identities = ["acme/*=me@example.org|https://issuer.example"]
+require_signature = true
+[tool.kernelhub.dependencies]
+"org/name" = 1
+"""
+    for env in (project(tmp_path, text), {"KERNELHUB_PROJECT": str(tmp_path / "pyproject.toml")}):
+        settings = Settings.from_env({**env, "KERNELHUB_TRUST": "mine/*"})
+        assert settings.trust == ("mine/*", "org/*")
+        assert [str(key) for key in settings.trusted_keys] == [KEY, KEY.replace("A", "B", 1), f"acme/*={KEY}"]
+        assert [str(item) for item in settings.trusted_identities] == ["acme/*=me@example.org|https://issuer.example"]
+        assert settings.require_signature
+
+
+def test_a_project_that_nobody_named_grants_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """needs 2: a cloned repository brings a pyproject.toml; being in its folder is no consent to what it says."""
+    project(tmp_path, '[tool.kernelhub]\ntrust = ["evil/*"]\n')
+    monkeypatch.chdir(tmp_path)
+    assert Settings.from_env({}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[tool", "not TOML"),
+        ("[tool]\nkernelhub = 5", "not a table"),
+        ("tool = 5", "not a table"),
+        ('[tool.kernelhub]\ntrust = "org/*"', "trust must be a list"),
+        ("[tool.kernelhub]\ntrust = [5]", "trust must be a list"),
+        ('[tool.kernelhub]\ntrust = ["org"]', "does not name what to trust"),
+        ('[tool.kernelhub]\nrequire_signature = "yes"', "must be true or false"),
+        ("[tool.kernelhub]\nrequire_signatures = true", "has require_signatures"),
+        ('[tool.kernelhub]\ntrusted_keys = ["none.pub"]', "neither a key nor a file"),
+        ('[tool.kernelhub]\ntrusted_identities = ["me"]', "not a trusted identity"),
+    ],
+)
+def test_a_project_that_says_nonsense_is_an_error_and_names_the_file(tmp_path: Path, text: str, match: str) -> None:
+    with pytest.raises(InvalidReference, match=match) as caught:
+        Settings.from_env(project(tmp_path, text))
+    assert f"KERNELHUB_PROJECT: {tmp_path / 'pyproject.toml'}" in str(caught.value)
+
+
+def test_a_project_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidReference, match="cannot read it"):
+        Settings.from_env({"KERNELHUB_PROJECT": str(tmp_path)})
+
+
+def test_keys_come_as_text_or_in_files_each_for_all_or_for_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "a key.pub").write_text(f"{KEY} id\n")
+    read = Settings.from_env({"KERNELHUB_TRUSTED_KEYS": f"{KEY}, org/*={tmp_path / 'a key.pub'}"}).trusted_keys
+    assert [str(item) for item in read] == [KEY, f"org/*={KEY}"]
+
+
+@pytest.mark.parametrize("content", [None, "", "# nothing\n", "garbage\n", b"\xff\xfe"])
+def test_a_file_that_holds_no_keys_is_an_error(tmp_path: Path, content: str | bytes | None) -> None:
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InvalidReference, match="KERNELHUB_TRUSTED_KEYS"):
+        Settings.from_env({"KERNELHUB_TRUSTED_KEYS": str(path)})
+
+
+@pytest.mark.parametrize("value", ["maybe", "2"])
+def test_whether_a_signature_is_required_is_said_plainly(value: str) -> None:
+    with pytest.raises(InvalidReference, match="KERNELHUB_REQUIRE_SIGNATURE"):
+        Settings.from_env({"KERNELHUB_REQUIRE_SIGNATURE": value})
