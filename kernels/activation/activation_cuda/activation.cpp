@@ -24,17 +24,25 @@ class Operands {
     size_ = static_cast<int64_t>(first.element_size());
   }
 
-  void read(RowsAt& to, const Tensor& tensor, int64_t behind = 0) {
+  void read(RowsAt& to, Leading& leading, const Tensor& tensor) {
     if (tensor.dim() == 0) {
-      to = RowsAt{static_cast<const char*>(tensor.data_ptr()), {size_}, {}, 1};
+      to = RowsAt{static_cast<const char*>(tensor.data_ptr()), size_, 0};
+      wide_ = wide_ && aligned(to.data);
     } else {
       const RowsOf& rows = kept_[count_++].emplace(tensor);
-      to = rows;
+      to = rows.at;
+      leading = rows.leading;
       wide_ = wide_ && rows.wide;
-      dense_ = dense_ && rows.dims == 1 && rows.strides[0] == args.n * size_;
+      dense_ = dense_ && to.others == 0 && to.stride == args.n * size_;
     }
-    to.data += behind * size_;
-    wide_ = wide_ && aligned(to.data);
+  }
+
+  // a and b are the halves of x's rows.
+  void read_halves(const Tensor& x) {
+    read(args.a, args.a_leading, x);
+    args.b = args.a;
+    args.b_leading = args.a_leading;
+    args.b.data += args.n * size_;
   }
 
   void write(void*& to, const Tensor& tensor, int64_t behind = 0) {
@@ -97,7 +105,7 @@ Tensor apply(const Tensor& x, int64_t function) {
   }
   const OnDevice device(x);
   Operands of(x, function);
-  of.read(of.args.a, x);
+  of.read(of.args.a, of.args.a_leading, x);
   of.write(of.args.y, y);
   of.run(APPLY, dtype, device);
   return y;
@@ -114,8 +122,8 @@ Tensor apply_backward(const Tensor& grad, const Tensor& x, int64_t function) {
   }
   const OnDevice device(x);
   Operands of(x, function);
-  of.read(of.args.grad, grad);
-  of.read(of.args.a, x);
+  of.read(of.args.grad, of.args.grad_leading, grad);
+  of.read(of.args.a, of.args.a_leading, x);
   of.write(of.args.a_grad, x_grad);
   of.run(APPLY_BACKWARD, dtype, device);
   return x_grad;
@@ -132,8 +140,8 @@ Tensor multiply(const Tensor& a, const Tensor& b, int64_t function) {
   }
   const OnDevice device(a);
   Operands of(a, function);
-  of.read(of.args.a, a);
-  of.read(of.args.b, b);
+  of.read(of.args.a, of.args.a_leading, a);
+  of.read(of.args.b, of.args.b_leading, b);
   of.write(of.args.y, y);
   of.run(MULTIPLY, dtype, device);
   return y;
@@ -150,9 +158,9 @@ std::tuple<Tensor, Tensor> multiply_backward(
   if (a.numel() > 0) {
     const OnDevice device(a);
     Operands of(a, function);
-    of.read(of.args.grad, grad);
-    of.read(of.args.a, a);
-    of.read(of.args.b, b);
+    of.read(of.args.grad, of.args.grad_leading, grad);
+    of.read(of.args.a, of.args.a_leading, a);
+    of.read(of.args.b, of.args.b_leading, b);
     of.write(of.args.a_grad, a_grad);
     of.write(of.args.b_grad, b_grad);
     of.run(MULTIPLY_BACKWARD, dtype, device);
@@ -171,9 +179,7 @@ Tensor halves(const Tensor& x, int64_t function) {
   }
   const OnDevice device(x);
   Operands of(y, function);
-  of.read(of.args.a, x);
-  of.args.b = of.args.a;
-  of.args.b.data += half * static_cast<int64_t>(x.element_size());
+  of.read_halves(x);
   of.write(of.args.y, y);
   of.run(MULTIPLY, dtype, device);
   return y;
@@ -194,10 +200,8 @@ Tensor halves_backward(const Tensor& grad, const Tensor& x, int64_t function) {
   }
   const OnDevice device(x);
   Operands of(grad, function);
-  of.read(of.args.grad, grad);
-  of.read(of.args.a, x);
-  of.args.b = of.args.a;
-  of.args.b.data += half * static_cast<int64_t>(x.element_size());
+  of.read(of.args.grad, of.args.grad_leading, grad);
+  of.read_halves(x);
   of.write(of.args.a_grad, x_grad);
   of.write(of.args.b_grad, x_grad, half);
   of.args.to_stride = 2 * half;

@@ -11,18 +11,19 @@ namespace kernelhub {
 enum Function { SILU = 0, GELU = 1, GELU_TANH = 2, GELU_QUICK = 3, FUNCTIONS = 4 };
 
 // `rows` rows of n elements. What is written lies in rows that are `to_stride` elements apart; pointers that an op has no use
-// for are null.
+// for are null. What every call reads comes first, because a kernel waits for each 64 bytes of its arguments.
 struct ElementArgs {
-  RowsAt grad;
   RowsAt a;
-  RowsAt b;
-  void* y;
-  void* a_grad;
-  void* b_grad;
   int64_t rows;
   int64_t n;
   int64_t to_stride;
+  void* y;
   int function;
+  RowsAt b;
+  RowsAt grad;
+  void* a_grad;
+  void* b_grad;
+  Leading a_leading, b_leading, grad_leading;
 };
 
 enum Op { APPLY, APPLY_BACKWARD, MULTIPLY, MULTIPLY_BACKWARD };

@@ -62,30 +62,27 @@ class OnDevice : public Device {
     if (current != index) { // the guard costs more than to ask
       guard_.emplace(index);
     }
+    static_cast<Device&>(*this) = properties(index);
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    const Properties& of = properties(index);
-    multiprocessors = of.multiprocessors;
-    overlaps = of.overlaps;
   }
 
  private:
   static constexpr int MOST = 64;
-  struct Properties {
-    int multiprocessors = 0;
-    bool overlaps = false;
-  };
 
   // Asked once: what a device says of itself does not change.
-  static const Properties& properties(int32_t index) {
-    static const std::array<Properties, MOST> known = [] {
-      std::array<Properties, MOST> found;
+  static const Device& properties(int32_t index) {
+    static const std::array<Device, MOST> known = [] {
+      std::array<Device, MOST> found{};
       int count = 0;
       STD_CUDA_CHECK(cudaGetDeviceCount(&count));
       for (int device = 0; device < std::min(count, MOST); ++device) {
         int major = 0;
-        STD_CUDA_CHECK(cudaDeviceGetAttribute(&found[device].multiprocessors, cudaDevAttrMultiProcessorCount, device));
+        Device& of = found[device];
+        STD_CUDA_CHECK(cudaDeviceGetAttribute(&of.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+        STD_CUDA_CHECK(cudaDeviceGetAttribute(&of.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
         STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-        found[device].overlaps = major >= 9;
+        of.index = device;
+        of.overlaps = major >= 9;
       }
       return found;
     }();
@@ -97,12 +94,12 @@ class OnDevice : public Device {
 };
 
 // A tensor's rows; `wide` where each begins at a multiple of 16 bytes.
-class RowsOf : public RowsAt {
+class RowsOf {
  public:
   // Copies the tensor where the elements of a row do not lie side by side, or the rows in too many ways.
-  explicit RowsOf(const Tensor& tensor) : RowsAt{}, tensor_(tensor) {
+  explicit RowsOf(const Tensor& tensor) : tensor_(tensor) {
     const int64_t size = static_cast<int64_t>(tensor.element_size());
-    auto shape = tensor.sizes();
+    const auto shape = tensor.sizes();
     const int64_t last = shape[shape.size() - 1];
     if (tensor.is_contiguous()) {
       merged(last);
@@ -110,47 +107,56 @@ class RowsOf : public RowsAt {
       tensor_ = torch::stable::contiguous(tensor);
       merged(last);
     }
-    data = static_cast<const char*>(tensor_.data_ptr());
-    auto bits = reinterpret_cast<uintptr_t>(data);
-    for (int dim = 0; dim < dims; ++dim) {
-      strides[dim] *= size;
-      bits |= static_cast<uintptr_t>(strides[dim]);
+    at.data = static_cast<const char*>(tensor_.data_ptr());
+    at.stride = strides_[0] * size;
+    auto bits = reinterpret_cast<uintptr_t>(at.data) | static_cast<uintptr_t>(at.stride);
+    at.others = dims_ - 1;
+    for (int dim = 1; dim < dims_; ++dim) {
+      leading.strides[dim - 1] = strides_[dim] * size;
+      leading.sizes[dim - 1] = sizes_[dim];
+      bits |= static_cast<uintptr_t>(strides_[dim] * size);
     }
     wide = bits % 16 == 0;
   }
 
+  RowsAt at{};
+  Leading leading{};
   bool wide;
 
  private:
   void merged(int64_t n) {
-    dims = 1;
-    strides[0] = n;
+    dims_ = 1;
+    strides_[0] = n;
   }
 
   // The leading dimensions. False where too many are left.
   bool read_strides() {
     const auto shape = tensor_.sizes(), steps = tensor_.strides();
-    dims = 0;
+    dims_ = 0;
     for (size_t dim = 0; dim + 1 < shape.size(); ++dim) {
       if (shape[dim] == 1) {
         continue;
       }
-      if (dims > 0 && strides[dims - 1] == steps[dim] * shape[dim]) {
-        sizes[dims - 1] *= shape[dim];
-      } else if (dims == MOST) {
+      if (dims_ > 0 && strides_[dims_ - 1] == steps[dim] * shape[dim]) {
+        sizes_[dims_ - 1] *= shape[dim];
+      } else if (dims_ == MOST) {
         return false;
       } else {
-        sizes[dims++] = shape[dim];
+        sizes_[dims_++] = shape[dim];
       }
-      strides[dims - 1] = steps[dim];
+      strides_[dims_ - 1] = steps[dim];
     }
-    if (dims == 0) {
+    if (dims_ == 0) {
       merged(0);
     }
     return true;
   }
 
+  static constexpr int MOST = Leading::MOST + 1;
   Tensor tensor_;
+  int dims_ = 0;
+  int64_t strides_[MOST];
+  int64_t sizes_[MOST];
 };
 
 inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }

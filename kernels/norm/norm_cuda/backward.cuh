@@ -4,6 +4,9 @@
 
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+
 #include "launch.h"
 #include "math.cuh"
 #include "rows.cuh"
@@ -46,7 +49,7 @@ __device__ __forceinline__ Part<V> part(
   }
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    of.g[v] = of.by[v] * (w[v] + args.offset);
+    of.g[v] = __fmul_rn(of.by[v], w[v] + args.offset); // not part of a fused sum: where a mean cancels it, to nothing
   }
   return of;
 }
@@ -139,16 +142,48 @@ __device__ __forceinline__ Pack<T, V> ones() {
   return pack<T, V>(of);
 }
 
-// Blocks that stay and go through rows, which they hold in registers, and the part of the weight's gradient with them.
-// At most MOST threads, of which 65536 / (MOST * BLOCKS) registers each.
-template <typename T, int V, int EACH, Kind KIND, int MOST = EACH == 4 ? 512 : 256, int BLOCKS = EACH == 1 ? 4 : EACH == 2 ? 3 : 1>
+template <Kind KIND>
+constexpr int ARRAYS = KIND == ADD || KIND == GATED ? 3 : 2; // what is read of each row: x, grad, the other operand
+
+// Blocks that stay and go through rows, up to EACH packs of them to a thread, and add up their part of the weight's gradient
+// in registers. The rows to come are copied to shared memory meanwhile, each pack by the thread that will use it: memory is
+// kept busy over the two or three times that a row's threads wait for each other, without a register.
+template <typename T, int V, int EACH, Kind KIND, int STAGES, int MOST = 1024, int BLOCKS = 1>
 __global__ void __launch_bounds__(MOST, BLOCKS) backward_rows(const __grid_constant__ BackwardArgs args) {
   constexpr int SUMS = KIND == LAYER ? 2 : 1;
   __shared__ float shared[2][SHARED<2>];
-  extern __shared__ float gathered[];
+  extern __shared__ uint4 ring[];
   wait_for_input();
   const Team team;
-  const int count = static_cast<int>(args.n) / V;
+  const int count = static_cast<int>(args.n) / V, threads = blockDim.x * blockDim.y;
+  uint4* const mine = ring + threadIdx.y * blockDim.x + threadIdx.x;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y;
+  const auto slot = [&](int stage, int array, int k) { return mine + ((stage * ARRAYS<KIND> + array) * EACH + k) * threads; };
+  const auto fetch = [&](int64_t from, int stage) {
+    const int64_t row = from + threadIdx.y;
+    if (row < args.rows) {
+      const char* x = row_at(args.x, args.x_leading, row);
+      const char* grad = row_at(args.grad, args.grad_leading, row);
+      const char* other = ARRAYS<KIND> == 3 ? row_at(args.other, args.other_leading, row) : nullptr;
+#pragma unroll
+      for (int k = 0; k < EACH; ++k) {
+        const int i = team.lane + k * team.across;
+        if (i < count) {
+          copy_behind(slot(stage, 0, k), x + i * 16);
+          copy_behind(slot(stage, 1, k), grad + i * 16);
+          if constexpr (ARRAYS<KIND> == 3) {
+            copy_behind(slot(stage, 2, k), other + i * 16);
+          }
+        }
+      }
+    }
+    commit();
+  };
+#pragma unroll
+  for (int stage = 0; stage < STAGES - 1; ++stage) {
+    fetch(first + stage * stride, stage);
+  }
   Pack<T, V> weight[EACH];
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
@@ -156,98 +191,77 @@ __global__ void __launch_bounds__(MOST, BLOCKS) backward_rows(const __grid_const
     weight[k] = args.weight == nullptr ? ones<T, V>() : i < count ? load_kept<T, V>(args.weight, i) : zeros<T, V>();
   }
   float sums[SUMS][EACH][V] = {};
-  int turn = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
-       first += static_cast<int64_t>(gridDim.x) * blockDim.y, turn ^= 1) {
-    const int64_t row = first + threadIdx.y;
+  int turn = 0, stage = 0;
+  for (int64_t begin = first; begin < args.rows; begin += stride, turn ^= 1) {
+    fetch(begin + (STAGES - 1) * stride, stage == 0 ? STAGES - 1 : stage - 1);
+    wait_for_copies<STAGES - 1>();
+    const int64_t row = begin + threadIdx.y;
     const int here = row < args.rows ? count : 0;
-    Pack<T, V> x[EACH], grad[EACH], other[EACH];
-    const char* from = here > 0 ? row_at(args.x, row) : nullptr;
-    const char* grads = here > 0 ? row_at(args.grad, row) : nullptr;
-    const char* others = (KIND == ADD || KIND == GATED) && here > 0 ? row_at(args.other, row) : nullptr;
-#pragma unroll
-    for (int k = 0; k < EACH; ++k) {
-      const int i = team.lane + k * team.across;
-      x[k] = i < here ? load_once<T, V>(from, i) : zeros<T, V>();
-      grad[k] = i < here ? load_once<T, V>(grads, i) : zeros<T, V>();
-    }
-    if constexpr (KIND == ADD || KIND == GATED) {
+    const auto each = [&](const auto& use) {
 #pragma unroll
       for (int k = 0; k < EACH; ++k) {
         const int i = team.lane + k * team.across;
-        other[k] = i < here ? load_once<T, V>(others, i) : zeros<T, V>();
+        if (i < here) {
+          const Pack<T, V> x = load_own<T, V>(slot(stage, 0, k), 0), grad = load_own<T, V>(slot(stage, 1, k), 0);
+          Pack<T, V> other;
+          if constexpr (ARRAYS<KIND> == 3) {
+            other = load_own<T, V>(slot(stage, 2, k), 0);
+          }
+          use(k, i, part<T, V, KIND>(args, grad, x, other, weight[k]), grad, x, other);
+          forget(weight[k]);
+        }
       }
-    }
+    };
     float totals[2] = {};
-#pragma unroll
-    for (int k = 0; k < EACH; ++k) {
-      add_first<KIND>(part<T, V, KIND>(args, grad[k], x[k], other[k], weight[k]), totals);
-      forget(x[k]), forget(grad[k]), forget(weight[k]);
-    }
+    each([&](int, int, const Part<V>& of, const auto&...) { add_first<KIND>(of, totals); });
     team.sum(totals, shared[KIND == LAYER ? 0 : turn]);
     const Found found = find<KIND>(args, totals, [&](float mean, float (&second)[2]) {
-#pragma unroll
-      for (int k = 0; k < EACH; ++k) {
-        if (team.lane + k * team.across < here) {
-          add_second(part<T, V, KIND>(args, grad[k], x[k], other[k], weight[k]), mean, second);
-        }
-        forget(x[k]), forget(grad[k]), forget(weight[k]);
-      }
+      each([&](int, int, const Part<V>& of, const auto&...) { add_second(of, mean, second); });
       team.sum(second, shared[1]);
     });
+    each([&](int k, int i, const Part<V>& of, const Pack<T, V>& grad, const Pack<T, V>& x, const Pack<T, V>& other) {
+      finish<T, V, KIND>(args, row * count + i, found, of, grad, x, other, weight[k]);
 #pragma unroll
-    for (int k = 0; k < EACH; ++k) {
-      const int i = team.lane + k * team.across;
-      if (i < here) {
-        const Part<V> of = part<T, V, KIND>(args, grad[k], x[k], other[k], weight[k]);
-        finish<T, V, KIND>(args, row * count + i, found, of, grad[k], x[k], other[k], weight[k]);
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          sums[0][k][v] += of.by[v] * ((of.x[v] - found.mean) * found.scale);
-          if constexpr (SUMS == 2) {
-            sums[1][k][v] += of.by[v];
-          }
+      for (int v = 0; v < V; ++v) {
+        sums[0][k][v] += of.by[v] * ((of.x[v] - found.mean) * found.scale);
+        if constexpr (SUMS == 2) {
+          sums[1][k][v] += of.by[v];
         }
       }
-    }
+    });
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
   }
+  wait_for_copies<0>();
+  float* const gathered = reinterpret_cast<float*>(ring);
 #pragma unroll
   for (int s = 0; s < SUMS; ++s) {
     float* to = s == 0 ? args.weight_sums : args.bias_sums;
     if (to == nullptr) {
       continue;
     }
-    if (blockDim.y > 1) { // the rows of a block first: fewer parts to read again
-      __syncthreads();
+    to += static_cast<int64_t>(blockIdx.x) * args.n;
+    const bool one = blockDim.y == 1;
+    float* const at = one ? to : gathered + static_cast<int>(threadIdx.y) * count * V;
+    __syncthreads();
 #pragma unroll
-      for (int k = 0; k < EACH; ++k) {
-        const int i = team.lane + k * team.across;
-        if (i < count) {
+    for (int k = 0; k < EACH; ++k) {
+      const int i = team.lane + k * team.across;
+      if (i < count) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) {
-            gathered[static_cast<int>(threadIdx.y) * count * V + i * V + v] = sums[s][k][v];
-          }
+        for (int v = 0; v < V; v += 4) {
+          *reinterpret_cast<float4*>(at + i * V + v) =
+              make_float4(sums[s][k][v], sums[s][k][v + 1], sums[s][k][v + 2], sums[s][k][v + 3]);
         }
       }
+    }
+    if (!one) { // the block's rows first, so that fewer parts are written and read again
       __syncthreads();
-      for (int at = threadIdx.y * blockDim.x + threadIdx.x; at < count * V; at += blockDim.x * blockDim.y) {
+      for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < count * V; i += threads) {
         float total = 0.0f;
         for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
-          total += gathered[y * count * V + at];
+          total += gathered[y * count * V + i];
         }
-        to[static_cast<int64_t>(blockIdx.x) * args.n + at] = total;
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < EACH; ++k) {
-        const int i = team.lane + k * team.across;
-        if (i < count) {
-          float4* at = reinterpret_cast<float4*>(to + static_cast<int64_t>(blockIdx.x) * args.n + i * V);
-#pragma unroll
-          for (int v = 0; v < V; v += 4) {
-            at[v / 4] = make_float4(sums[s][k][v], sums[s][k][v + 1], sums[s][k][v + 2], sums[s][k][v + 3]);
-          }
-        }
+        to[i] = total;
       }
     }
   }
@@ -265,9 +279,9 @@ __global__ void __launch_bounds__(1024) backward_long_rows(const __grid_constant
        first += static_cast<int64_t>(gridDim.x) * blockDim.y, turn ^= 1) {
     const int64_t row = first + threadIdx.y;
     const int64_t here = row < args.rows ? count : 0;
-    const char* from = here > 0 ? row_at(args.x, row) : nullptr;
-    const char* grads = here > 0 ? row_at(args.grad, row) : nullptr;
-    const char* others = (KIND == ADD || KIND == GATED) && here > 0 ? row_at(args.other, row) : nullptr;
+    const char* from = here > 0 ? row_at(args.x, args.x_leading, row) : nullptr;
+    const char* grads = here > 0 ? row_at(args.grad, args.grad_leading, row) : nullptr;
+    const char* others = (KIND == ADD || KIND == GATED) && here > 0 ? row_at(args.other, args.other_leading, row) : nullptr;
     const auto each = [&](const auto& use) {
 #pragma unroll 2
       for (int64_t i = team.lane; i < here; i += team.across) {
@@ -308,10 +322,10 @@ __global__ void __launch_bounds__(256) backward_columns(const __grid_constant__ 
   float weight[V] = {}, bias[V] = {};
   if (i < count) {
     for (int64_t row = begin + threadIdx.y; row < end; row += 8) {
-      const Pack<T, V> x = load_once<T, V>(row_at(args.x, row), i), grad = load_once<T, V>(row_at(args.grad, row), i);
+      const Pack<T, V> x = load_once<T, V>(row_at(args.x, args.x_leading, row), i), grad = load_once<T, V>(row_at(args.grad, args.grad_leading, row), i);
       Pack<T, V> other;
       if constexpr (KIND == GATED) {
-        other = load_once<T, V>(row_at(args.other, row), i);
+        other = load_once<T, V>(row_at(args.other, args.other_leading, row), i);
       }
       const float mean = args.statistics[2 * row], scale = args.statistics[2 * row + 1];
       const Part<V> of = part<T, V, KIND>(args, grad, x, other, zeros<T, V>());
@@ -342,22 +356,35 @@ __global__ void __launch_bounds__(256) backward_columns(const __grid_constant__ 
   }
 }
 
+// How many bytes of shared memory `backward_rows` needs for each thread.
+inline int ring_bytes(Kind kind, int each, int stages) { return stages * (kind == ADD || kind == GATED ? 3 : 2) * each * 16; }
+
+template <typename T, int EACH, int STAGES, Kind KIND>
+cudaError_t run_rows(const BackwardArgs& args, const BackwardPlan& plan, const Device& device) {
+  static std::atomic<uint64_t> allowed{0}; // by device: more than 48 KB of shared memory must be asked for, once
+  const auto kernel = backward_rows<T, WIDE<T>, EACH, KIND, STAGES>;
+  const uint64_t bit = uint64_t{1} << device.index;
+  if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
+    const int most = std::min(device.shared - 1024, ring_bytes(KIND, EACH, STAGES) * 1024); // 1 KB is the sums' own
+    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) {
+      return error;
+    }
+    allowed.fetch_or(bit);
+  }
+  const size_t shared = static_cast<size_t>(ring_bytes(KIND, EACH, STAGES)) * plan.across * plan.together;
+  return launch(kernel, dim3(static_cast<unsigned>(plan.parts)), dim3(plan.across, plan.together), shared, device, args);
+}
+
 template <typename T, Kind KIND>
 cudaError_t run_backward(const BackwardArgs& args, bool wide, const BackwardPlan& plan, const Device& device) {
-  constexpr int V = WIDE<T>;
-  const dim3 block(plan.across, plan.together);
-  if (plan.each > 0) {
-    const dim3 grid(static_cast<unsigned>(plan.parts));
-    const size_t shared = plan.together > 1 ? plan.together * args.n * sizeof(float) : 0;
-    switch (plan.each) {
-      case 1:
-        return launch(backward_rows<T, V, 1, KIND>, grid, block, shared, device, args);
-      case 2:
-        return launch(backward_rows<T, V, 2, KIND>, grid, block, shared, device, args);
-      default:
-        return launch(backward_rows<T, V, 4, KIND>, grid, block, shared, device, args);
-    }
+  constexpr int V = WIDE<T>, STAGES = ARRAYS<KIND> == 3 ? 2 : 3;
+  if (plan.each == 1) {
+    return run_rows<T, 1, STAGES, KIND>(args, plan, device);
   }
+  if (plan.each == 2) {
+    return run_rows<T, 2, STAGES, KIND>(args, plan, device);
+  }
+  const dim3 block(plan.across, plan.together);
   const Cover to = cover(args.rows, plan.across, plan.across * plan.together);
   const cudaError_t done = wide ? launch(backward_long_rows<T, V, KIND>, dim3(to.blocks), block, 0, device, args)
                                 : launch(backward_long_rows<T, 1, KIND>, dim3(to.blocks), block, 0, device, args);

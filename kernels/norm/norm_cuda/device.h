@@ -9,18 +9,23 @@ namespace kernelhub {
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // The rows of a tensor: where the first lies, and how far apart they are in bytes. Leading dimensions that one stride steps
-// through are one; the outermost is the first.
+// through are one. `stride` is the outermost one's; where there are others, `Leading` has them, from the outside inwards.
 struct RowsAt {
-  static constexpr int MOST = 3;
   const char* data;
+  int64_t stride;
+  int64_t others;
+};
+struct Leading {
+  static constexpr int MOST = 2;
   int64_t strides[MOST];
   int64_t sizes[MOST];
-  int dims;
 };
 
 // The GPU and the stream that an op runs on.
 struct Device {
+  int index;
   int multiprocessors;
+  int shared; // bytes of shared memory that a block may have
   bool overlaps; // whether a launch may begin while the one before it ends (compute capability 9.0)
   void* stream;  // cudaStream_t
 };

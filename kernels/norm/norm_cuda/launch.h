@@ -11,20 +11,22 @@ namespace kernelhub {
 // What the gate goes through, and whether it is applied before the normalisation.
 enum Gate { NO_GATE = 0, SILU = 1, SIGMOID = 2, SILU_FIRST = 3 };
 
-// `rows` rows of n elements. Pointers that an op has no use for are null.
+// `rows` rows of n elements. Pointers that an op has no use for are null. What every call reads comes first, because a
+// kernel waits for each 64 bytes of its arguments.
 struct RmsArgs {
   RowsAt x;
-  RowsAt other;       // the residual, or the gate
   const void* weight;
   void* y;
-  void* sum;          // x + residual
   int64_t rows;
   int64_t n;
   float inverse;      // 1 / n
   float eps;
   float offset;       // added to the weight; -0.0 leaves it as it is
   int rounds;         // whether x / rms(x) is rounded before the product with the weight
+  RowsAt other;       // the residual, or the gate
+  void* sum;          // x + residual
   int gate;
+  Leading x_leading, other_leading;
 };
 
 struct LayerArgs {
@@ -36,6 +38,7 @@ struct LayerArgs {
   int64_t n;
   float inverse;
   float eps;
+  Leading x_leading;
 };
 
 // Gradients with regard to the input, and sums over `parts` parts of the rows of those with regard to weight and bias.
@@ -55,6 +58,7 @@ struct BackwardArgs {
   float eps;
   float offset;
   int gate;
+  Leading grad_leading, x_leading, other_leading;
 };
 
 // How the gradients are computed: in one pass, in which each block adds up its rows' part of the weight's, or, where a row
@@ -62,7 +66,8 @@ struct BackwardArgs {
 struct BackwardPlan {
   int64_t parts;
   unsigned across, together;
-  int each; // 16-byte parts of a row to a thread; 0 for two passes
+  int each;   // 16-byte parts of a row to a thread; 0 for two passes
+  int stages; // rows that a thread has in flight or at hand
 };
 
 enum Kind { PLAIN, ADD, GATED, LAYER };

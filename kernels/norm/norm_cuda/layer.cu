@@ -31,7 +31,7 @@ __device__ __forceinline__ void finish(
   store<T, V>(args.y, at, y);
 }
 
-template <typename T, int V, int EACH, int MOST = 1024>
+template <typename T, int V, int EACH, int MOST = (EACH <= 2 ? 1024 : 512)>
 __global__ void __launch_bounds__(MOST) layer_rows(const __grid_constant__ LayerArgs args) {
   __shared__ float shared[2][SHARED<1>];
   wait_for_input();
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(MOST) layer_rows(const __grid_constant__ Layer
     const int64_t row = first + threadIdx.y;
     const int here = row < args.rows ? count : 0;
     Pack<T, V> x[EACH];
-    const char* from = here > 0 ? row_at(args.x, row) : nullptr;
+    const char* from = here > 0 ? row_at(args.x, args.x_leading, row) : nullptr;
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
       const int i = team.lane + k * team.across;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ 
        first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     const int64_t row = first + threadIdx.y;
     const int64_t here = row < args.rows ? count : 0;
-    const char* from = here > 0 ? row_at(args.x, row) : nullptr;
+    const char* from = here > 0 ? row_at(args.x, args.x_leading, row) : nullptr;
     float total[1] = {}, squares[1] = {}, of[V];
 #pragma unroll 4
     for (int64_t i = team.lane; i < here; i += team.across) {

@@ -60,11 +60,13 @@ Tensor run_rms(
   const OnDevice device(x);
   const RowsOf inputs(x);
   bool wide = whole(x, args.n) && inputs.wide;
-  args.x = inputs;
+  args.x = inputs.at;
+  args.x_leading = inputs.leading;
   std::optional<RowsOf> others;
   if (other != nullptr) {
     others.emplace(*other);
-    args.other = *others;
+    args.other = others->at;
+    args.other_leading = others->leading;
     wide = wide && others->wide;
   }
   args.weight = weights.data_ptr();
@@ -101,12 +103,15 @@ RowGrads run_backward(
   }
   const RowsOf inputs(x), grads_in(grad);
   std::optional<RowsOf> others;
-  args.x = inputs;
-  args.grad = grads_in;
+  args.x = inputs.at;
+  args.x_leading = inputs.leading;
+  args.grad = grads_in.at;
+  args.grad_leading = grads_in.leading;
   bool wide = whole(x, args.n) && inputs.wide && grads_in.wide;
   if (other != nullptr) {
     others.emplace(*other);
-    args.other = *others;
+    args.other = others->at;
+    args.other_leading = others->leading;
     wide = wide && others->wide;
   }
   args.weight = weight != nullptr ? weight->data_ptr() : nullptr;
@@ -221,7 +226,8 @@ Tensor layer_norm(
   }
   const OnDevice device(x);
   const RowsOf inputs(x);
-  args.x = inputs;
+  args.x = inputs.at;
+  args.x_leading = inputs.leading;
   args.weight = weights ? weights->data_ptr() : nullptr;
   args.bias = biases ? biases->data_ptr() : nullptr;
   args.y = y.data_ptr();

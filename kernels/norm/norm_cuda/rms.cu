@@ -63,7 +63,7 @@ __device__ __forceinline__ Pack<T, V> added(const Pack<T, V>& a, const Pack<T, V
 }
 
 // Rows of up to EACH packs to a thread, which are read once and held in registers.
-template <typename T, int V, int EACH, Kind KIND, bool EARLY = (EACH <= 2), int MOST = 1024>
+template <typename T, int V, int EACH, Kind KIND, bool EARLY = (EACH <= 2), int MOST = (EACH <= 2 ? 1024 : 512)>
 __global__ void __launch_bounds__(MOST) rms_rows(const __grid_constant__ RmsArgs args) {
   __shared__ float shared[2][SHARED<1>];
   wait_for_input();
@@ -77,14 +77,14 @@ __global__ void __launch_bounds__(MOST) rms_rows(const __grid_constant__ RmsArgs
     const int64_t start = row * count;
     Pack<T, V> x[EACH], other[EACH], weight[EACH];
     if (here > 0) {
-      const char* from = row_at(args.x, row);
+      const char* from = row_at(args.x, args.x_leading, row);
 #pragma unroll
       for (int k = 0; k < EACH; ++k) {
         const int i = team.lane + k * team.across;
         x[k] = i < here ? load_once<T, V>(from, i) : zeros<T, V>();
       }
       if constexpr (KIND != PLAIN) {
-        const char* from = row_at(args.other, row);
+        const char* from = row_at(args.other, args.other_leading, row);
 #pragma unroll
         for (int k = 0; k < EACH; ++k) {
           const int i = team.lane + k * team.across;
@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(1024) rms_long_rows(const __grid_constant__ Rm
        first += static_cast<int64_t>(gridDim.x) * blockDim.y, turn ^= 1) {
     const int64_t row = first + threadIdx.y;
     const int64_t here = row < args.rows ? count : 0, start = row * count;
-    const char* from = here > 0 ? row_at(args.x, row) : nullptr;
-    const char* others = KIND != PLAIN && here > 0 ? row_at(args.other, row) : nullptr;
+    const char* from = here > 0 ? row_at(args.x, args.x_leading, row) : nullptr;
+    const char* others = KIND != PLAIN && here > 0 ? row_at(args.other, args.other_leading, row) : nullptr;
     float squares[1] = {};
 #pragma unroll 4
     for (int64_t i = team.lane; i < here; i += team.across) {

@@ -6,22 +6,28 @@ BackwardPlan plan_backward(int64_t rows, int64_t n, Kind kind, Dtype dtype, bool
   const int V = dtype == FLOAT32 ? 4 : 8;
   const int64_t parts = wide ? n / V : n;
   BackwardPlan plan{};
-  if (wide && parts <= 2048) {
-    plan.each = parts <= 256 ? 1 : parts <= 512 ? 2 : 4;
-    plan.across = static_cast<unsigned>(threads_for(static_cast<int>(parts), plan.each));
-    plan.together = plan.across >= 256 ? 1 : 256 / plan.across;
-    // As many blocks as have room, by the registers that `backward_rows` may use, but no more than rows need.
-    const int64_t threads = static_cast<int64_t>(plan.across) * plan.together;
-    const int64_t most = plan.each == 1 ? 1024 : plan.each == 2 ? 768 : 512;
-    const int64_t room = device.multiprocessors * (most / threads);
+  // A layer norm has two sums to keep in registers.
+  plan.each = !wide || parts > 2048 ? 0 : parts <= (kind == LAYER ? 1024 : 256) ? 1 : 2;
+  plan.stages = kind == ADD || kind == GATED ? 2 : 3;
+  if (plan.each > 0) {
+    const int across = threads_for(static_cast<int>(parts), plan.each);
+    // As many threads as shared memory has room for, up to 1024, but not so many rows to a block that others have none.
+    const int room = std::min<int>(1024, (device.shared - 1024) / ring_bytes(kind, plan.each, plan.stages)) / across;
+    const int64_t fair = rows / device.multiprocessors, least = across < 32 ? 32 / across : 1;
+    plan.across = static_cast<unsigned>(across);
+    plan.together = static_cast<unsigned>(std::max<int64_t>(least, std::min<int64_t>({room, fair, across > 32 ? 15 : 1024})));
     const int64_t blocks = (rows + plan.together - 1) / plan.together;
-    plan.parts = blocks < room ? blocks : room;
-  } else {
-    plan.across = static_cast<unsigned>(parts < 4096 ? threads_for(static_cast<int>(parts), 4) : 1024);
-    plan.together = plan.across >= 128 ? 1 : 128 / plan.across;
-    const int64_t columns = (parts + 31) / 32, most = (4 * device.multiprocessors + columns - 1) / columns;
-    plan.parts = rows < 8 * most ? (rows + 7) / 8 : most;
+    const int64_t at_once = device.multiprocessors * std::max<int64_t>(1, room / plan.together);
+    plan.parts = std::min(blocks, at_once);
+    if (room > 0) {
+      return plan;
+    }
   }
+  plan.each = 0;
+  plan.across = static_cast<unsigned>(parts < 4096 ? threads_for(static_cast<int>(parts), 4) : 1024);
+  plan.together = plan.across >= 128 ? 1 : 128 / plan.across;
+  const int64_t columns = (parts + 31) / 32, most = (4 * device.multiprocessors + columns - 1) / columns;
+  plan.parts = rows < 8 * most ? (rows + 7) / 8 : most;
   return plan;
 }
 

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -175,6 +176,29 @@ __device__ __forceinline__ void store(void* to, int64_t i, const float (&from)[V
   store(to, i, pack<T, V>(from));
 }
 
+// Copies 16 bytes into shared memory, for this thread's own use, while it goes on; `commit` ends a group of such copies, and
+// `wait_for_copies` waits until at most PENDING groups are not done.
+__device__ __forceinline__ void copy_behind(uint4* to, const void* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#else
+  *to = *static_cast<const uint4*>(from);
+#endif
+}
+__device__ __forceinline__ void commit() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int PENDING>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
 // Keeps the compiler from holding elements in float32 over a sum, which takes twice the registers that they came in.
 template <typename T, int V>
 __device__ __forceinline__ void forget(Pack<T, V>& x) {
@@ -183,12 +207,12 @@ __device__ __forceinline__ void forget(Pack<T, V>& x) {
   }
 }
 
-__device__ __forceinline__ const char* row_at(const RowsAt& rows, int64_t row) {
+__device__ __forceinline__ const char* row_at(const RowsAt& rows, const Leading& leading, int64_t row) {
   const char* at = rows.data;
 #pragma unroll
-  for (int dim = RowsAt::MOST - 1; dim > 0; --dim) {
-    if (dim < rows.dims) {
-      const int64_t size = rows.sizes[dim];
+  for (int dim = Leading::MOST - 1; dim >= 0; --dim) {
+    if (dim < rows.others) {
+      const int64_t size = leading.sizes[dim];
       int64_t of, left;
       if (((row | size) >> 32) == 0) {
         of = static_cast<uint32_t>(row) / static_cast<uint32_t>(size);
@@ -196,11 +220,11 @@ __device__ __forceinline__ const char* row_at(const RowsAt& rows, int64_t row) {
       } else {
         of = row / size, left = row % size;
       }
-      at += left * rows.strides[dim];
+      at += left * leading.strides[dim];
       row = of;
     }
   }
-  return at + row * rows.strides[0];
+  return at + row * rows.stride;
 }
 
 // Launched early (see `launch`), a kernel reads and writes nothing before all that came before it is done; and lets the one
@@ -218,8 +242,8 @@ struct Team {
 
   __device__ Team() : lane(threadIdx.x), across(blockDim.x) {}
 
-  // The sums over the row of each of K numbers, the same for all threads, in an order that only the shape decides. To be
-  // called by the whole block; `shared` is for `SHARED<K>` floats, and not the same twice running.
+  // The sums over the row of each of K numbers, the same for all its threads, in an order that only the shape decides. To be
+  // called by all threads of the row's warps; `shared` is for `SHARED<K>` floats, and not the same twice running.
   template <int K>
   __device__ __forceinline__ void sum(float (&of)[K], float* shared) const {
     add_up(of, across);
@@ -233,7 +257,7 @@ struct Team {
         shared[k * 32 + first + lane / 32] = of[k];
       }
     }
-    __syncthreads();
+    wait();
     const int least = warps <= 1 ? 1 : 1 << (32 - __clz(warps - 1)), from = within & (least - 1);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -243,6 +267,11 @@ struct Team {
   }
 
  private:
+  // For the row's own threads: of 16 barriers the first is the block's, so at most 15 rows of two warps or more.
+  __device__ __forceinline__ void wait() const {
+    asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(across) : "memory");
+  }
+
   template <int K>
   __device__ __forceinline__ static void add_up(float (&of)[K], int across) {
 #pragma unroll
@@ -288,22 +317,25 @@ inline Cover cover(int64_t rows, int across, int least) {
 }
 
 // `start(each, grid, block)` for rows of n elements: how many packs of V each thread takes (1, 2, 4 up to `most`), or 0 where
-// it walks along the row, because that is longer than so many or not aligned.
+// it walks along the row, because that is longer than so many or not aligned. The limits are those of H200, measured
+// (benchmarks/NOTES.md).
 template <typename Start>
 cudaError_t cover_rows(
     int64_t rows, int64_t n, int V, bool wide, int most, const Device& device, const Start& start) {
   const int64_t parts = wide ? n / V : n;
   int each = 0;
-  if (wide && parts <= 1024 * most) {
-    // Few rows: as many threads as a block has, to be done soon. Many: several loads to a thread, to keep memory busy.
-    each = rows <= 4 * device.multiprocessors ? 1 : parts <= 32 ? 1 : parts <= 64 ? 2 : 4;
-    while (parts > 1024 * each) {
-      each *= 2;
+  if (wide && parts <= 512 * most) {
+    if (rows <= 4 * device.multiprocessors || parts <= 32) { // to be done soon
+      each = parts <= 32 && rows <= 4 * device.multiprocessors ? 1 : parts <= 2048 ? 2 : most;
+    } else { // to keep memory busy: many loads to a thread
+      each = parts % 256 == 0 && (parts == 256 || parts >= 1024) ? std::min(8, most) : 4;
+      each = parts > 512 * each ? most : each;
     }
   }
-  const int across = each > 0 ? threads_for(static_cast<int>(parts), each)
-                              : static_cast<int>(parts < 1024 * 4 ? threads_for(static_cast<int>(parts), 4) : 1024);
-  const Cover to = cover(rows, across, 128);
+  const int across = each > 0         ? threads_for(static_cast<int>(parts), each)
+                     : parts < 4096 ? threads_for(static_cast<int>(parts), 4)
+                                    : 1024;
+  const Cover to = cover(rows, across, rows <= device.multiprocessors ? 32 : each == 8 ? 256 : 128);
   return start(each, dim3(to.blocks), dim3(to.across, to.together));
 }
 

@@ -1,0 +1,370 @@
+"""The CUDA kernels beside eager, `F.*`, torch.compile, Liger and quack, in one run.
+
+    python benchmarks/gpu_kernels.py [--json FILE] [--plot FILE] [--only TEXT] [--no-models]
+
+Two times for each: **device**, the median over replays of a CUDA graph of many calls, divided by the calls; and **host**, what
+200 calls without waiting take the processor, each. The share is the fewest bytes that the operation must move, over its
+device time, over the bandwidth of a copy measured in the same run; above 100 % data lies in the cache, or more is read than
+written. Peers that are not installed, or do not run here, are left out and the reason is printed. `NOTES.md` has figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernelhub
+from kernelhub.hub.client import Hub, set_default_hub
+from kernelhub.settings import Settings
+
+DTYPE = torch.bfloat16
+Way = Callable[[], object]
+RMS_SHAPES = ((1, 4096), (64, 4096), (4096, 2048), (8192, 4096), (16384, 8192), (4096, 16384))
+BACKWARD_SHAPES = ((8192, 4096), (16384, 8192))
+LAYER_SHAPES = ((8192, 4096), (16384, 8192))
+REPLAY_US = 3000.0  # of one graph, about
+REPLAYS = 15
+
+
+def kernel(name: str, folder: Path) -> ModuleType:
+    set_default_hub(Hub(settings=Settings(cache=folder, offline=True, build="always")))
+    try:
+        return kernelhub.get_kernel(f"kernelhub/{name}", version=1)
+    finally:
+        set_default_hub(None)
+
+
+def graph_of(way: Way, calls: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            way()
+    return graph
+
+
+def device_us(way: Way) -> float:
+    """Device time of a call: replays of a graph of calls, so that no launch waits for the processor."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            way()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    calls = 4
+    found: list[float] = []
+    for _ in range(2):  # to know how many calls fill a replay, then to measure
+        graph = graph_of(way, calls)
+        graph.replay()
+        found = []
+        for _ in range(REPLAYS):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            found.append(start.elapsed_time(stop) * 1e3 / calls)
+        calls = max(4, min(100, int(REPLAY_US / statistics.median(found))))
+    return statistics.median(found)
+
+
+def host_us(way: Way) -> float:
+    """What a call takes the processor; the device is idle before and may still be at work after."""
+    found = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(200):
+            way()
+        found.append((time.perf_counter() - start) / 200 * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(found)
+
+
+def uncaptured_us(way: Way) -> float:
+    """Device time between two events around a call as it is; where the processor is slower, its time."""
+    found = []
+    for _ in range(REPLAYS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        way()
+        stop.record()
+        stop.synchronize()
+        found.append(start.elapsed_time(stop) * 1e3)
+    return statistics.median(found)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second, of a copy that no cache holds, in GB/s."""
+    source = torch.randn(1 << 31, device="cuda").to(DTYPE)
+    target = torch.empty_like(source)
+    us = device_us(lambda: target.copy_(source))
+    return 2 * source.numel() * source.element_size() / us / 1e3
+
+
+class Peers:
+    """The peers' functions; None and a reason where there are none."""
+
+    def __init__(self) -> None:
+        self.missing: dict[str, str] = {}
+        self.liger = self._import("liger", "liger_kernel.ops", "liger_kernel.transformers")
+        self.quack = self._import("quack", "quack.rmsnorm")
+
+    def _import(self, name: str, *modules: str) -> ModuleType | None:
+        import importlib
+
+        try:
+            return next(iter([importlib.import_module(module) for module in modules]))
+        except Exception as error:  # noqa: BLE001  (whatever keeps a peer from running is told, and the others run)
+            self.missing[name] = f"{type(error).__name__}: {error}"
+            return None
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda").to(DTYPE)
+
+
+def eager_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rms_norm(peers: Peers, norm: ModuleType, rows: int, width: int) -> dict[str, Way]:
+    x, w = randn(rows, width), randn(width)
+    compiled = torch.compile(eager_rms)
+    ways: dict[str, Way] = {
+        "eager": lambda: eager_rms(x, w, 1e-6),
+        "F": lambda: F.rms_norm(x, (width,), w, 1e-6),
+        "compile": lambda: compiled(x, w, 1e-6),
+        "ours": lambda: norm.rms_norm(x, w, 1e-6),
+    }
+    if peers.liger:
+        ways["liger"] = lambda: peers.liger.LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False)
+    if peers.quack:
+        ways["quack"] = lambda: peers.quack.rmsnorm(x, w, eps=1e-6)
+    return ways
+
+
+def rms_backward(peers: Peers, norm: ModuleType, rows: int, width: int) -> dict[str, Way]:
+    x, w, grad = randn(rows, width).requires_grad_(), randn(width).requires_grad_(), randn(rows, width)
+    compiled = torch.compile(eager_rms)
+    ways = {
+        "eager": lambda: eager_rms(x, w, 1e-6),
+        "F": lambda: F.rms_norm(x, (width,), w, 1e-6),
+        "compile": lambda: compiled(x, w, 1e-6),
+        "ours": lambda: norm.rms_norm(x, w, 1e-6),
+    }
+    if peers.liger:
+        ways["liger"] = lambda: peers.liger.LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False)
+    if peers.quack:
+        ways["quack"] = lambda: peers.quack.rmsnorm(x, w, eps=1e-6)
+    return {name: backward_of(way, (x, w), grad) for name, way in ways.items()}
+
+
+def backward_of(way: Callable[[], Tensor], of: tuple[Tensor, ...], grad: Tensor) -> Way:
+    """The backward of a forward that is done here, once; on each stream anew, since autograd runs it on the forward's."""
+    outputs: dict[int, Tensor] = {}
+
+    def run() -> object:
+        stream = torch.cuda.current_stream().cuda_stream
+        if stream not in outputs:
+            with torch.enable_grad():
+                outputs[stream] = way()
+        return torch.autograd.grad(outputs[stream], of, grad, retain_graph=True)
+
+    return run
+
+
+def product(peers: Peers, activation: ModuleType, function: str, rows: int, width: int) -> dict[str, Way]:
+    a, b = randn(rows, width), randn(rows, width)
+    formula = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}[function]
+    compiled = torch.compile(lambda a, b: formula(a) * b)
+    ours = getattr(activation, f"{function}_and_mul")
+    ways: dict[str, Way] = {
+        "eager": lambda: formula(a) * b,
+        "compile": lambda: compiled(a, b),
+        "ours": lambda: ours(a, b),
+    }
+    if peers.liger:
+        theirs = {"silu": "LigerSiLUMulFunction", "gelu_tanh": "LigerGELUMulFunction"}[function]
+        ways["liger"] = lambda: getattr(peers.liger, theirs).apply(a, b)
+    return ways
+
+
+def layer_norm(peers: Peers, norm: ModuleType, rows: int, width: int) -> dict[str, Way]:
+    x, w, b = randn(rows, width), randn(width), randn(width)
+    compiled = torch.compile(lambda x: F.layer_norm(x, (width,), w, b))
+    ways: dict[str, Way] = {
+        "F": lambda: F.layer_norm(x, (width,), w, b),
+        "compile": lambda: compiled(x),
+        "ours": lambda: norm.layer_norm(x, w, b),
+    }
+    if peers.liger:
+        ways["liger"] = lambda: peers.liger.LigerLayerNormFunction.apply(x, w, b, 1e-5)
+    return ways
+
+
+def rotary(peers: Peers, rotary: ModuleType, batch: int, heads: int, few: int, tokens: int) -> dict[str, Way]:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k = randn(batch, tokens, heads, 128).transpose(1, 2), randn(batch, tokens, few, 128).transpose(1, 2)
+    cos, sin = randn(1, tokens, 128), randn(1, tokens, 128)
+    original = getattr(apply_rotary_pos_emb, "__wrapped__", apply_rotary_pos_emb)
+    compiled = torch.compile(original)
+    ways: dict[str, Way] = {
+        "eager": lambda: original(q, k, cos, sin),
+        "compile": lambda: compiled(q, k, cos, sin),
+        "ours": lambda: rotary.apply_rotary(q, k, cos, sin),
+    }
+    if peers.liger:
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+        ways["liger"] = lambda: liger_rotary_pos_emb(q, k, cos, sin)
+    return ways
+
+
+def operations(peers: Peers, folder: Path) -> Iterator[tuple[str, str, int, bool, Callable[[], dict[str, Way]]]]:
+    """Each row: name, shape, the bytes that must be moved, whether it is small, and what makes its ways."""
+    norm, activation, turned = (kernel(name, folder) for name in ("norm", "activation", "rotary"))
+    for rows, width in RMS_SHAPES:
+        yield "RMSNorm", f"{rows} x {width}", 4 * rows * width, rows <= 64, partial(rms_norm, peers, norm, rows, width)
+    for rows, width in BACKWARD_SHAPES:
+        make = partial(rms_backward, peers, norm, rows, width)
+        yield "RMSNorm backward", f"{rows} x {width}", 6 * rows * width, False, make
+    for function, rows in (("silu", 1), ("silu", 8192), ("gelu_tanh", 8192)):
+        make = partial(product, peers, activation, function, rows, 14336)
+        yield f"{function}(a) * b", f"{rows} x 14336", 6 * rows * 14336, rows == 1, make
+    size = 4 * 4096 * 40 * 128 * 4
+    yield "rotary", "4 x (32 + 8) x 4096 x 128", size, False, partial(rotary, peers, turned, 4, 32, 8, 4096)
+    for rows, width in LAYER_SHAPES:
+        make = partial(layer_norm, peers, norm, rows, width)
+        yield "LayerNorm", f"{rows} x {width}", 4 * rows * width, False, make
+
+
+def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float) -> list[dict[str, Any]]:
+    found = []
+    for name, shape, size, small, make in operations(peers, folder):
+        if only is not None and only not in f"{name} {shape}":
+            continue
+        torch._dynamo.reset()
+        row: dict[str, Any] = {"operation": name, "shape": shape, "bytes": size, "device_us": {}, "host_us": {}}
+        if "backward" in name:
+            row["uncaptured_us"] = {}
+        with torch.no_grad():
+            for way, call in make().items():
+                try:
+                    for _ in range(5):
+                        call()
+                    row["device_us"][way] = device_us(call)
+                    if small:
+                        row["host_us"][way] = host_us(call)
+                    if "backward" in name:
+                        row["uncaptured_us"][way] = uncaptured_us(call)
+                except Exception as error:  # noqa: BLE001  (a peer that fails here is told, and the others run)
+                    torch.cuda.synchronize()
+                    print(f"  {name} {shape}: {way} does not run: {type(error).__name__}: {str(error)[:200]}")
+        row["share"] = {way: size / us / 1e3 / copy for way, us in row["device_us"].items()}
+        others = [us for way, us in row["device_us"].items() if way != "ours"]
+        if others and "ours" in row["device_us"]:
+            row["best_peer_over_ours"] = min(others) / row["device_us"]["ours"]
+        found.append(row)
+        show(row)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def show(row: dict[str, Any]) -> None:
+    cells = []
+    for way, us in row["device_us"].items():
+        host = f", host {row['host_us'][way]:.1f}" if way in row["host_us"] else ""
+        raw = f", uncaptured {row['uncaptured_us'][way]:.0f}" if way in row.get("uncaptured_us", {}) else ""
+        cells.append(f"{way} {us:.2f} us {row['share'][way]:.0%}{host}{raw}")
+    ratio = f"  best peer / ours {row['best_peer_over_ours']:.2f}" if "best_peer_over_ours" in row else ""
+    print(f"{row['operation']:18} {row['shape']:26} {'; '.join(cells)}{ratio}", flush=True)
+
+
+def versions() -> dict[str, str]:
+    found = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "python": platform.python_version()}
+    for name in ("triton", "transformers", "liger-kernel", "quack-kernels"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """A bar per way for each row: times as fast as the slowest."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ways = ["eager", "F", "compile", "liger", "quack", "ours"]
+    figure, axis = plt.subplots(figsize=(11, 0.62 * len(rows) + 1.5))
+    height = 0.8 / len(ways)
+    for number, way in enumerate(ways):
+        places = [at + (number - len(ways) / 2) * height for at, row in enumerate(rows) if way in row["share"]]
+        axis.barh(places, [100 * row["share"][way] for row in rows if way in row["share"]], height, label=way)
+    axis.set_yticks(range(len(rows)), [f"{row['operation']}\n{row['shape']}" for row in rows], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("bytes that must be moved, over device time, in % of a copy's bandwidth")
+    axis.axvline(100, color="grey", linewidth=0.7)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--only", metavar="TEXT", help="operations and shapes with this in their names")
+    parser.add_argument("--no-models", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    peers = Peers()
+    for name, reason in peers.missing.items():
+        print(f"without {name}: {reason}")
+    copy = copy_bandwidth()
+    print(f"copy {copy:.0f} GB/s on {torch.cuda.get_device_name()}")
+    result: dict[str, Any] = {
+        "machine": {"gpu": torch.cuda.get_device_name(), "cores": os.cpu_count(), **versions()},
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "copy_gb_s": copy,
+        "without": peers.missing,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        result["operations"] = measure_operations(peers, Path(folder), options.only, copy)
+    result["copy_gb_s_after"] = copy_bandwidth()
+    if not options.no_models:
+        from gpu_models import measure_models
+
+        result["models"] = measure_models()
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.plot:
+        plot(result["operations"], options.plot)
+
+
+if __name__ == "__main__":
+    main()
