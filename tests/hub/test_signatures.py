@@ -567,6 +567,28 @@ def test_a_revoked_commit_is_refused_offline_and_from_folders_and_from_other_hub
     refused(client(keys["alice"], source=LayoutSource(str(copy), agent)), "wrong results")
 
 
+@pytest.mark.parametrize("pin", ["v1", "commit"])
+def test_a_folder_hubs_list_is_read_offline_and_for_pinned_commits(client, published, keys, root, pin) -> None:
+    commit = published(keys["alice"])
+    ref = SMALL if pin == "v1" else KernelRef.parse(f"org/small@{commit}")
+    folder = LayoutSource(str(root), agent)
+    assert client(keys["alice"], source=folder, offline=True).load(ref)
+    revoke(str(root), keys["alice"], time="t", keys={}, commits={commit: "wrong"})
+    refused(client(keys["alice"], source=folder, offline=True), "wrong", ref)
+
+
+def test_asking_again_asks_for_the_lists_of_a_pinned_commit(client, published, keys, root, web) -> None:
+    commit = published(keys["alice"])
+    ref = KernelRef.parse(f"org/small@{commit}")
+    client(keys["alice"]).load(ref)
+    revoke(str(root), keys["alice"], time="t", keys={}, commits={commit: "wrong"})
+    web.requests.clear()
+    assert client(keys["alice"]).load(ref)
+    assert web.requests == []
+    with pytest.raises(UntrustedKernel, match="wrong"):
+        client(keys["alice"]).load(ref, refresh=True)
+
+
 def test_a_list_that_its_key_did_not_sign_is_an_error(client, published, keys, root) -> None:
     published(keys["alice"])
     revoke(str(root), keys["eve"], time="t", keys={}, commits={"0" * 40: ""})

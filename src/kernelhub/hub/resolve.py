@@ -62,7 +62,8 @@ class Resolver:
         if isinstance(pin, Revision) and pin.commit:
             known = self.store.listing(source.key, repo, pin.commit)
             if known and not isinstance(source, ProjectSource):
-                if options.refresh and not options.offline:
+                remote = source.origin is Origin.REMOTE
+                if not remote or (options.refresh and not options.offline):  # a look into a folder costs little
                     self.ask(source, options, lambda: self._learn_revocations(source, repo, options))
                 return pin.commit
             try:  # the same sources may be built with other tools by now, and then lie elsewhere
@@ -97,7 +98,9 @@ class Resolver:
             kept = replace(self._forward(source, repo, pin, record, named, options), time=self.clock())
         assert kept.commit is not None
         if not self.store.listing(source.key, repo, kept.commit):
-            self.listing(source, repo, kept.commit, options)  # first: a ref that names nothing is not believed for an hour
+            self.listing(
+                source, repo, kept.commit, options
+            )  # first: a ref that names nothing is not believed for an hour
         self.store.set_ref(source.key, repo, str(pin), kept)
         return kept.commit
 
