@@ -203,6 +203,7 @@ def comparison(**changes: object) -> Comparison:
         "device": "cpu",
         "dtype": "float32",
         "report": kernel_report(nn.Linear(1, 1)),
+        "proof": kernel_report(nn.Linear(1, 1)),
         "unreached": {},
         "max_error": 0.0,
         "tolerance": 1e-4,
@@ -259,6 +260,25 @@ def test_rows_that_are_alike_but_for_numbers_are_one() -> None:
     assert rows["model.layers.*.mlp.act_fn"][1:4] == ("3 x", "SiLUActivation", "kernelhub/activation:SiLU")
     assert rows["model.norm"][1:4] == ("1 x", "LlamaRMSNorm", "its own forward")
     assert "no kernel is registered for RMSNorm" in rows["model.norm"][-1]
+
+
+def test_the_proof_s_columns_are_those_of_all_layers_of_a_group() -> None:
+    made = compare(tiny_case(), rounds=1)
+    rows = {row[0]: row for row in grouped(made.report, made.proof)}
+    proven = {row.path: row for row in made.proof.rows}["model.norm"]
+    assert len({len(row) for row in rows.values()}) == 1
+    error, against, speed, calls = rows["model.norm"][6:10]
+    assert (error, against, calls) == (f"{proven.max_error:.2g}", "float64", "1")
+    assert speed.startswith(f"{proven.speedup:.2f}x")
+    assert [row.remembered for row in made.proof.rows] == [None] * len(made.proof.rows), "measured in this run"
+    unmeasured = {row[0]: row for row in grouped(made.report)}
+    assert unmeasured["model.norm"][6:10] == ("", "", "", "")
+
+
+def test_a_kernel_that_is_not_equal_is_a_problem_whatever_the_outputs_say(wrong_kernel: dict) -> None:
+    made = compare(tiny_case(), wrong_kernel, rounds=1)
+    assert any("the kernels of 3 layers are not equal" in problem for problem in made.problems)
+    assert any(row[6] == "NOT EQUAL" for row in grouped(made.report, made.proof))
 
 
 def test_only_whole_segments_of_a_path_are_numbers() -> None:

@@ -52,13 +52,15 @@ class Comparison:
     """A model before and after: what was swapped, how far its outputs moved, how long a forward takes.
 
     `max_error` is the largest difference of an output over the largest output; `restored` says that the outputs after
-    `unkernelize` are those from before, bit for bit. `before` and `after` are seconds, a pair per round.
+    `unkernelize` are those from before, bit for bit. `before` and `after` are seconds, a pair per round. `proof` is the report
+    of the same with each kernel measured beside the original, on what the model calls its layer with.
     """
 
     name: str
     device: str
     dtype: str
     report: KernelReport
+    proof: KernelReport
     unreached: Mapping[str, str]
     max_error: float
     tolerance: float
@@ -93,6 +95,8 @@ class Comparison:
             found.append(
                 f"the outputs differ by {self.max_error:.2g} of the largest, and {self.tolerance:g} is allowed"
             )
+        if wrong := [row.path for row in self.proof.rows if "not equal" in row.reason]:
+            found.append(f"the kernels of {len(wrong)} layers are not equal to what they stand for, such as {wrong[0]}")
         if not self.restored:
             found.append("the outputs after unkernelize are not those from before")
         return tuple(found)
@@ -114,6 +118,7 @@ class Comparison:
             "problems": list(self.problems),
             "unreached": dict(self.unreached),
             "report": self.report.to_dict(),
+            "proof": self.proof.to_dict(),
         }
 
 
@@ -171,6 +176,8 @@ def compare(case: Case, mapping: KernelMapping | None = None, *, rounds: int) ->
         expected = _outputs(model, case.inputs)
         _kernelize(model, mapping)
         max_error = difference(expected, _outputs(model, case.inputs))
+        _kernelize(model, mapping, case.inputs)
+        proof = kernel_report(model)
         unkernelize(model)
         restored = _same(expected, _outputs(model, case.inputs))
         times = [_round(model, case.inputs, mapping, index % 2 == 0) for index in range(WARMUP + rounds)]
@@ -181,6 +188,7 @@ def compare(case: Case, mapping: KernelMapping | None = None, *, rounds: int) ->
         device=_device_name(device),
         dtype=dtype,
         report=kernel_report(model),
+        proof=proof,
         unreached=unreached,
         max_error=max_error,
         tolerance=TOLERANCES.get(dtype, max(TOLERANCES.values())),
@@ -329,7 +337,8 @@ def _round(
     return seconds[False], seconds[True]
 
 
-def _kernelize(model: nn.Module, mapping: KernelMapping | None) -> None:
+def _kernelize(model: nn.Module, mapping: KernelMapping | None, proven_on: Mapping[str, Any] | None = None) -> None:
+    """Let the model run the kernels; with inputs, only those that are equal and faster on what it does with them."""
     from kernelhub.integrations.transformers import default_mapping
     from kernelhub.layers.kernelize import kernelize
     from kernelhub.layers.mapping import use_kernel_mapping
@@ -337,7 +346,17 @@ def _kernelize(model: nn.Module, mapping: KernelMapping | None) -> None:
 
     chosen = default_mapping() if mapping is None else mapping
     with use_kernel_mapping(chosen, inherit_mapping=False), _no_warning_of_none():
-        kernelize(model, mode=Mode.INFERENCE)
+        if proven_on is None:
+            kernelize(model, mode=Mode.INFERENCE)
+        else:
+            kernelize(
+                model,
+                mode=Mode.INFERENCE,
+                sample_inputs=proven_on,
+                verify=True,
+                only_if_faster=True,
+                refresh=True,
+            )
 
 
 @contextmanager

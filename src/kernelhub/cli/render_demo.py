@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,8 @@ def show_demo(demo: Demo) -> None:
     for comparison in demo.comparisons:
         show_table(
             f"{comparison.name}: {len(comparison.report.kernels)} of {len(comparison.report.rows)} layers run a kernel",
-            ("layers", "", "class", "runs", "variant", "digest", "why not"),
-            grouped(comparison.report),
+            ("layers", "", "class", "runs", "variant", "digest", "error", "against", "speed", "calls", "why not"),
+            grouped(comparison.report, comparison.proof),
         )
         for name, reason in comparison.unreached.items():
             show_line(f"not reached: {name}: {reason}")
@@ -35,10 +34,29 @@ def show_demo(demo: Demo) -> None:
             show_line(f"{comparison.name}: {problem}")
 
 
-def grouped(report: KernelReport) -> list[tuple[str, ...]]:
-    """The report's rows, those alike but for numbers in their paths together: path, count, class, what it runs."""
-    counts = Counter(_cells(row) for row in report.rows)
-    return [(path, f"{count} x", *rest) for (path, *rest), count in counts.items()]
+def grouped(report: KernelReport, proof: KernelReport | None = None) -> list[tuple[str, ...]]:
+    """The report's rows, those alike but for numbers in their paths together: path, count, class, what it runs.
+
+    With a `proof`, what was measured of the kernels: the largest error, against what, how much faster, on how many calls.
+    """
+    measured = {row.path: row for row in proof.rows} if proof is not None else {}
+    groups: dict[tuple[str, ...], list[ReportRow]] = {}
+    for row in report.rows:
+        groups.setdefault(_cells(row), []).append(measured.get(row.path, row))
+    return [(path, f"{len(rows)} x", *rest, *_measured(rows), reason) for (path, *rest, reason), rows in groups.items()]
+
+
+def _measured(rows: list[ReportRow]) -> tuple[str, ...]:
+    """What holds for all of these layers: the largest error, and the speeds that were measured."""
+    errors = [row.max_error for row in rows if row.max_error is not None]
+    speeds = sorted({row.speedup for row in rows if row.speedup is not None})
+    different = [row.reason for row in rows if "not equal" in row.reason]
+    return (
+        "NOT EQUAL" if different else f"{max(errors):.2g}" if errors else "",
+        "/".join(sorted({row.reference for row in rows if row.reference is not None})),
+        " to ".join(dict.fromkeys(f"{speed:.2f}x" for speed in (speeds[0], speeds[-1]))) if speeds else "",
+        str(max((row.calls for row in rows), default=0) or ""),
+    )
 
 
 def _cells(row: ReportRow) -> tuple[str, ...]:
