@@ -667,13 +667,28 @@ def test_a_damaged_list_in_the_store_is_an_error(client, published, keys, root, 
         client(keys["alice"], offline=True).load(SMALL)
 
 
-def test_a_list_counts_though_the_store_cannot_be_written(client, published, keys, root, monkeypatch) -> None:
+def test_the_newest_list_counts_though_the_store_cannot_be_written(client, published, keys, root, monkeypatch) -> None:
     from kernelhub.hub.store import Store
 
     commit = published(keys["alice"])
+    path = root / "revocations" / f"{keys['alice'].public.id}.json"
+    revoke(str(root), keys["alice"], time="t", keys={}, commits={"0" * 40: ""})
+    older = path.read_bytes()
     revoke(str(root), keys["alice"], time="t", keys={}, commits={commit: "wrong"})
     monkeypatch.setattr(Store, "_write", lambda *arguments, **more: None)
-    refused(client(keys["alice"]), "wrong")
+    hub = client(keys["alice"])
+    refused(hub, "wrong")
+    path.write_bytes(older)
+    refused(hub, "wrong")
+
+
+def test_a_trusted_key_sends_no_more_requests_to_hubs_without_signatures(client, keys) -> None:
+    source = MemorySource({"org/small": {"torch-cpu": kernel_files("MARKED = 1\n")}}, trusted=True)
+    assert client(keys["alice"], source=source).load(SMALL)
+    assert source.asked == ["resolve", "listing", "publisher_trusted", "fetch"]
+    source.asked.clear()
+    assert client(keys["alice"], source=source).load(SMALL)
+    assert source.asked == []
 
 
 def test_lists_count_up_and_keep_what_they_have(root, keys, web) -> None:
