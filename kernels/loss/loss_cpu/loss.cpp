@@ -61,13 +61,15 @@ float loss_of(const Problem& of, const Sums& sums, float at_label, Kept& kept) {
   // Nothing but -inf has no largest: 0 / 0 in the formula.
   const double total = sums.most == -std::numeric_limits<float>::infinity() ? std::nan("") : sums.total;
   kept = {sums.most, static_cast<float>(1.0 / total)};
-  const double log_sum = sums.most + std::log(total);
-  double loss = log_sum - at_label;
+  // Beside large logits the logarithm would be lost, so it is added last.
+  const double log_total = std::log(total);
+  double loss = (static_cast<double>(sums.most) - at_label) + log_total;
   if (of.smoothing != 0.0) {
-    const double over_all = log_sum - sums.plain / static_cast<double>(of.n);
+    const double over_all = log_total - sums.plain / static_cast<double>(of.n);
     loss = (1.0 - of.smoothing) * loss + of.smoothing * over_all;
   }
   if (of.z != 0.0) {
+    const double log_sum = sums.most + log_total;
     loss += of.z * log_sum * log_sum;
   }
   return static_cast<float>(loss);

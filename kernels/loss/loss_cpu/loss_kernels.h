@@ -86,11 +86,15 @@ Sums sums(const void* x, int64_t n) {
     const int64_t end = begin + BLOCK < n ? begin + BLOCK : n;
     const float found = most_of<T>(x, begin, end);
     if (found > of.most) {
+      if (WITH_PLAIN && begin > 0) {
+        of.plain += (static_cast<double>(of.most) - found) * static_cast<double>(begin);
+      }
       of.total *= first_of(exponential(set(of.most - found)));
       of.most = found;
     }
     // As long as there is nothing but -inf, exp(-inf - 0) is the 0 that is meant, and a NaN stays one.
-    const V shift = set(of.most == least ? 0.0f : of.most);
+    const float held = of.most == least ? 0.0f : of.most;
+    const V shift = set(held);
     V totals[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
     for_each(begin, end, [&](int k, int64_t i, int64_t count) KH_LAMBDA {
       totals[k] = totals[k] + exponential(get<T>(x, i, count, least) - shift);
@@ -99,7 +103,7 @@ Sums sums(const void* x, int64_t n) {
     if constexpr (WITH_PLAIN) {
       V plain[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
       for_each(begin, end, [&](int k, int64_t i, int64_t count) KH_LAMBDA {
-        plain[k] = plain[k] + get<T>(x, i, count, 0.0f);
+        plain[k] = plain[k] + (get<T>(x, i, count, held) - shift);
       });
       of.plain += sum_of(plain);
     }

@@ -9,7 +9,7 @@
 
 namespace kernelhub {
 
-// Of a row x: its largest element, the sum of exp(x - most), and the sum of x where that is asked for.
+// Of a row x: its largest element, the sum of exp(x - most), and the sum of x - most where that is asked for.
 struct Sums {
   float most;
   double total;
