@@ -29,6 +29,7 @@ format: .venv/installed
 bench: .venv/installed .peers/installed
 	$(BIN)/python benchmarks/library.py
 	$(BIN)/python benchmarks/kernelize.py
+	$(BIN)/python benchmarks/fusion.py
 	$(BIN)/python benchmarks/proof.py
 
 clean:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
+import fused_kernels
 import models_for_tests as models
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from kernelhub import Mode, kernel_report, kernelize, register_kernel_mapping, unkernelize
+from kernelhub import Mode, kernel_report, kernelize, register_kernel_mapping, unkernelize, use_kernel_mapping
 from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.layers.kernel import load_layer
 from kernelhub.layers.repositories import LocalLayerRepository
@@ -128,7 +129,40 @@ def check_children() -> None:
     assert "its up has hooks" in row.reason
 
 
-def worker(rank: int, folder: Path, scratch: Path) -> None:
+def check_fused(fused: Path) -> None:
+    """Two modules with one kernel, which reads weights that FSDP2 gathers for the parent, as a step changes them."""
+    from torch.distributed.fsdp import fully_shard
+
+    with use_kernel_mapping(
+        {fused_kernels.KEY: {"cpu": LocalLayerRepository(fused, layer_name="NormMlp")}}, inherit_mapping=False
+    ):
+        expected = step(fsdp(fused_kernels.Model()))
+        before = fsdp(kernelize(fused_kernels.Model(), mode=Mode.TRAINING))
+        after = kernelize(fsdp(fused_kernels.Model()), mode=Mode.TRAINING)
+        for model in (before, after):
+            assert len(kernel_report(model).kernels) == 4, kernel_report(model)
+            found = step(model)
+            assert list(found) == list(expected)
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.5)
+            other = fsdp(fused_kernels.Model())
+            with torch.no_grad():
+                for parameter in other.parameters():
+                    parameter.mul_(0.5)
+            x = torch.linspace(-1, 1, 32).reshape(4, 8)
+            torch.testing.assert_close(model(x), other(x))
+        apart = fused_kernels.Model()
+        for layer in apart.layers:
+            fully_shard(layer.mlp)
+        kernelize(apart, mode=Mode.TRAINING)
+        assert kernel_report(apart).kernels == ()
+        assert "layers.0.mlp has hooks" in kernel_report(apart).notes[0]
+
+
+def worker(rank: int, folder: Path, fused: Path, scratch: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=2)
     try:
         torch.set_num_threads(1)
@@ -141,6 +175,7 @@ def worker(rank: int, folder: Path, scratch: Path) -> None:
         check_wrapped()
         check_tensor_parallel(folder)
         check_children()
+        check_fused(fused)
         (scratch / f"done{rank}").touch()
     except BaseException:
         (scratch / f"error{rank}").write_text(traceback.format_exc())
@@ -151,7 +186,8 @@ def worker(rank: int, folder: Path, scratch: Path) -> None:
 
 def test_kernels_under_fsdp2_ddp_and_tensor_parallelism(folder: Path, tmp_path: Path) -> None:
     """One start of two processes for all cases: each start costs several seconds."""
-    context = mp.spawn(worker, args=(folder, tmp_path), nprocs=2, join=False)
+    fused = fused_kernels.write_fused(tmp_path / "fused")
+    context = mp.spawn(worker, args=(folder, fused, tmp_path), nprocs=2, join=False)
     try:
         while not context.join(timeout=240):
             pass

@@ -11,9 +11,17 @@ import torch
 import transformers as hf
 from torch import nn
 
-from kernelhub import Mode, kernel_report, unkernelize
+from kernelhub import (
+    KernelConfig,
+    LayerContractError,
+    Mode,
+    kernel_report,
+    kernelize,
+    unkernelize,
+    use_kernel_mapping,
+)
 from kernelhub.hub.client import Hub, set_default_hub
-from kernelhub.integrations.transformers import kernelize_pretrained
+from kernelhub.integrations.transformers import default_mapping, kernelize_pretrained, mark
 from kernelhub.settings import Settings
 
 SIZES: dict[str, Any] = {
@@ -47,11 +55,11 @@ PIXELS = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 1
 SPEECH = {"input_features": torch.linspace(-1, 1, 2 * 8 * 40).reshape(2, 8, 40), "decoder_input_ids": IDS}
 
 FAMILIES = {
-    "llama": Family(causal("Llama"), TEXT, {"RMSNorm": 5, "SiLU": 2}),
-    "qwen3": Family(causal("Qwen3", head_dim=8), TEXT, {"RMSNorm": 9, "SiLU": 2}),
-    "gemma": Family(causal("Gemma", head_dim=8), TEXT, {"RMSNormZeroCentered": 5, "GeluTanh": 2}),
-    "mistral": Family(causal("Mistral"), TEXT, {"RMSNorm": 5, "SiLU": 2}),
-    "phi3": Family(causal("Phi3"), TEXT, {"RMSNorm": 5, "SiLU": 2}),
+    "llama": Family(causal("Llama"), TEXT, {"RMSNorm": 5, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2}),
+    "qwen3": Family(causal("Qwen3", head_dim=8), TEXT, {"RMSNorm": 9, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2}),
+    "gemma": Family(causal("Gemma", head_dim=8), TEXT, {"RMSNormZeroCentered": 5, "GeluTanh": 2, "GatedMLP": 2}),
+    "mistral": Family(causal("Mistral"), TEXT, {"RMSNorm": 5, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2}),
+    "phi3": Family(causal("Phi3"), TEXT, {"RMSNorm": 5, "SiLU": 2, "PackedGatedMLP": 2}),
     "gpt-neox": Family(causal("GPTNeoX"), TEXT, {"LayerNorm": 5, "GeLU": 2}),
     "bert": Family(
         lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)), TEXT, {"LayerNorm": 6, "GeLU": 3}, generates=False
@@ -72,7 +80,7 @@ FAMILIES = {
             )
         ),
         {"input_ids": IDS, "decoder_input_ids": IDS},
-        {"RMSNormWeightDtype": 12, "NewGELU": 4},
+        {"RMSNormWeightDtype": 12, "NewGELU": 4, "GatedFeedForward": 4},
     ),
     "whisper": Family(
         lambda: hf.WhisperForConditionalGeneration(
@@ -141,7 +149,9 @@ def counts(model: nn.Module) -> dict[str, int]:
     return dict(Counter(row.layer_name for row in kernel_report(model).kernels))
 
 
-def test_inference_gives_the_same_and_every_norm_and_activation_is_swapped(family: Family, model: nn.Module) -> None:
+def test_inference_gives_the_same_and_every_norm_activation_and_gated_mlp_is_swapped(
+    family: Family, model: nn.Module
+) -> None:
     expected = logits(model, family)
     assert kernelize_pretrained(model) is model
     assert counts(model) == family.kernels
@@ -168,10 +178,11 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_the_model_itself(family: Family
 
 
 def _looks_swappable(module: nn.Module) -> bool:
-    """Whether it is a norm or an activation, by its class's name, that runs its own forward."""
+    """Whether it is a norm, an activation or a gated MLP, by its class's name or its projections, with its own forward."""
     name = type(module).__name__
     known = name.endswith(("Norm", "Activation")) or name.startswith(("GELU", "SiLU", "NewGELU"))
-    return known and "forward" not in module.__dict__
+    gated = any(hasattr(module, projection) for projection in ("gate_proj", "gate_up_proj", "wi_1"))
+    return (known or gated) and "forward" not in module.__dict__
 
 
 def test_a_training_step_gives_the_same_gradients(family: Family, model: nn.Module) -> None:
@@ -186,6 +197,89 @@ def test_a_training_step_gives_the_same_gradients(family: Family, model: nn.Modu
         torch.testing.assert_close(
             found[name], gradient, rtol=0, atol=1e-4 * scale, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def test_compiled_it_gives_the_same_without_a_graph_break(family: Family, model: nn.Module) -> None:
+    expected = logits(model, family)
+    kernelize_pretrained(model, mode=Mode.INFERENCE | Mode.TORCH_COMPILE)
+    assert counts(model) == family.kernels
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # what is traced is the same for every backend
+    torch.testing.assert_close(logits(compiled, family), expected, rtol=0, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"], indirect=True)
+def test_compiled_training_gives_the_same_gradients(family: Family, model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for layer in model.modules():
+        if hasattr(layer, "dropout") and isinstance(layer.dropout, float):
+            layer.dropout = 0.0
+    expected = step(model.train(), family)
+    kernelize_pretrained(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE)
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager")
+    found = step(model, family)
+    torch._dynamo.reset()
+    for name, gradient in expected.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=1e-4 * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("hidden_act", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu"])
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_gated_mlps_with_biases_and_other_activations(hidden_act: str, family: Family, model: nn.Module) -> None:
+    torch.manual_seed(0)
+    other = causal("Llama", hidden_act=hidden_act, mlp_bias=True, attention_bias=True)().eval()
+    expected = logits(other, family)
+    kernelize_pretrained(other)
+    assert counts(other).get("GatedMLP", 0) == (0 if hidden_act == "relu" else 2)
+    torch.testing.assert_close(logits(other, family), expected, rtol=0, atol=1e-4)
+    assert mark(other).kept == (
+        {f"model.layers.{at}.mlp": f"its act_fn is ReLU; the kernel knows {GATES}" for at in (0, 1)}
+        if hidden_act == "relu"
+        else {}
+    )
+    del model
+
+
+GATES = "GELUActivation, GELUTanh, NewGELUActivation, SiLU, SiLUActivation"
+MLP = (("RMSNorm", "model.layers.*.post_attention_layernorm"), ("MLP", "model.layers.*.mlp"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "mistral"], indirect=True)
+@pytest.mark.parametrize("training", [False, True])
+def test_norm_and_mlp_of_a_layer_are_fused(training: bool, family: Family, model: nn.Module) -> None:
+    expected = step(model.train(), family) if training else {"": logits(model, family)}
+    mark(model)
+    config = KernelConfig({MLP: "kernelhub/decoder:RMSNormGatedMLP"})
+    config.apply(model)
+    found = {row.path: row for row in kernel_report(model).kernels}
+    assert list(found) == [f"model.layers.{at}.{name}" for at in (0, 1) for name in ("mlp", "post_attention_layernorm")]
+    assert {row.layer for row in found.values()} == {"RMSNormGatedMLP"}
+    results = step(model, family) if training else {"": logits(model, family)}
+    assert results.keys() == expected.keys()
+    for name, value in results.items():
+        scale = max(1.0, float(expected[name].abs().max()))
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4 * scale)
+    with use_kernel_mapping(default_mapping()), use_kernel_mapping(config.kernel_mapping):
+        kernelize(model, mode=Mode.TRAINING if training else Mode.INFERENCE)
+    assert counts(model)["RMSNormZeroCentered" if "Gemma" in type(model).__name__ else "RMSNorm"] >= 5
+    unkernelize(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["phi3"], indirect=True)
+def test_an_mlp_that_the_fused_kernel_does_not_know_is_refused(family: Family, model: nn.Module) -> None:
+    mark(model)
+    with pytest.raises(LayerContractError, match="Phi3MLP has no gate_proj, up_proj, act_fn, which the kernel reads"):
+        KernelConfig({MLP: "kernelhub/decoder:RMSNormGatedMLP"}).apply(model)
+    assert kernel_report(model).kernels == ()
+    del family
 
 
 def test_generation_with_a_cache_gives_the_same_tokens(family: Family, model: nn.Module) -> None:

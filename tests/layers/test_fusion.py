@@ -534,8 +534,18 @@ def test_a_forward_on_the_instance_of_the_parent_is_unknown(fuse: Callable[..., 
 def test_without_source_it_is_refused(fuse: Callable[..., nn.Module]) -> None:
     scope: dict[str, Any] = {"Block": Block}
     exec("class Typed(Block):\n    def forward(self, x):\n        return self.mlp(self.norm(x))", scope)
-    with pytest.raises(LayerContractError, match="source of Typed.forward is not there to be read"):
+    with pytest.raises(LayerContractError, match="source of Typed.forward cannot be read"):
         fuse(Model(block=scope["Typed"]).eval())
+
+
+def test_source_that_is_not_what_runs_is_no_source(fuse: Callable[..., nn.Module], tmp_path: Path) -> None:
+    path = tmp_path / "blocks.py"
+    text = "class Late(Block):\n    def forward(self, x):\n        return {}\n"
+    scope: dict[str, Any] = {"Block": Block}
+    exec(compile(text.format("self.mlp(self.norm(x)) + self.norm.weight"), str(path), "exec"), scope)
+    path.write_text(text.format("self.mlp(self.norm(x))"))
+    with pytest.raises(LayerContractError, match="source of Late.forward cannot be read"):
+        fuse(Model(block=scope["Late"]).eval())
 
 
 def test_neighbours_in_a_sequential_hand_on_their_results(fuse: Callable[..., nn.Module]) -> None:

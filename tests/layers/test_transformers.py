@@ -132,6 +132,39 @@ def test_the_table_has_every_class_of_each_formula_and_no_other() -> None:
     assert {family.layer for family in FAMILIES if "Norm" in family.layer} == {*SPELLINGS, "LayerNorm"}
 
 
+# Those of other kinds of layers: a class for each way in which transformers writes its formula.
+MODULES = {
+    "GatedMLP": ["LlamaMLP", "Qwen2_5_VLMLP", "IdeficsMLP"],
+    "PackedGatedMLP": ["Phi3MLP"],
+    "GatedFeedForward": ["T5DenseGatedActDense"],
+    "DecoderLayer": ["LlamaDecoderLayer"],
+}
+
+
+def test_the_table_has_every_mlp_and_decoder_layer_of_each_formula_and_no_other() -> None:
+    formulas: dict[str, set[str]] = {}
+    for path in SOURCES.glob("models/*/modeling_*.py"):
+        for cls in ast.parse(path.read_text()).body:
+            if isinstance(cls, ast.ClassDef):
+                methods = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "forward"]
+                if methods:
+                    formulas.setdefault(cls.name, set()).add(_arguments_out(methods[0]))
+    for layer, spellings in MODULES.items():
+        known = set().union(*(formulas[name] for name in spellings))
+        expected = {name for name, found in formulas.items() if found <= known}
+        assert {name for family in FAMILIES if family.layer == layer for name in family.names.split()} == expected, (
+            layer
+        )
+
+
+def _arguments_out(forward: ast.FunctionDef) -> str:
+    body = [node for node in forward.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    text = "; ".join(ast.unparse(node) for node in body)
+    for index, argument in enumerate(forward.args.args[1:]):
+        text = re.sub(rf"(?<!\.)\b{argument.arg}\b(?!=)", f"_{index}", text)
+    return text
+
+
 def _find(name: str) -> type[nn.Module]:
     for path in SOURCES.glob("models/*/modeling_*.py"):
         if f"\nclass {name}(" in path.read_text():
@@ -191,12 +224,13 @@ def test_each_activation_runs_its_kernel_and_agrees(layer: str) -> None:
 def test_the_default_mapping_has_every_layer_of_the_embedded_kernels_on_every_device() -> None:
     mapping = default_mapping()
     layers = set()
-    for name in ("norm", "activation", "rotary"):
+    for name in ("norm", "activation", "decoder", "rotary"):
         from kernelhub.core.refs import KernelRef
 
         loaded = default_hub().load(KernelRef.of(f"kernelhub/{name}", version=1))
-        layers |= set(loaded.module.layers.__all__)
-        for layer in loaded.module.layers.__all__:
+        single = set(loaded.module.layers.__all__) - {"RMSNormGatedMLP"}  # that one stands for two modules
+        layers |= single
+        for layer in single:
             assert {str(repository) for repository in mapping[layer].values()} == {f"kernelhub/{name}@v1:{layer}"}
     assert set(mapping) == layers
     assert all(set(devices) == {"cpu", "cuda", "rocm", "xpu", "mps"} for devices in mapping.values())
@@ -211,6 +245,8 @@ def test_marks_every_norm_and_activation_of_llama_and_bert() -> None:
     assert marks.kept == {}
     assert marks.layers == {
         **{f"model.layers.{i}.{norm}": "RMSNorm" for i in (0, 1) for norm in _LLAMA_NORMS},
+        **{f"model.layers.{i}": "DecoderLayer" for i in (0, 1)},
+        **{f"model.layers.{i}.mlp": "GatedMLP" for i in (0, 1)},
         **{f"model.layers.{i}.mlp.act_fn": "SiLU" for i in (0, 1)},
         "model.norm": "RMSNorm",
     }

@@ -58,6 +58,8 @@ ACTIVATION_LAYERS = (
     "Tanh",
     "TorchGELU",
 )
+# Those for single modules; `RMSNormGatedMLP` is for two.
+DECODER_LAYERS = ("DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP")
 ROTARY_LAYERS = ("rotary_pos_emb",)
 
 
@@ -96,6 +98,32 @@ def _layer_norm(module: nn.Module) -> str | None:
 def _torch_gelu(module: nn.Module) -> str | None:
     known = getattr(module, "approximate", None) in ("none", "tanh")
     return None if known else "its approximate is neither none nor tanh"
+
+
+def _gated_mlp(name: str) -> Callable[[nn.Module], str | None]:
+    """A gated MLP, its activation under that name."""
+
+    def unfit(module: nn.Module) -> str | None:
+        activation = getattr(module, name, None)
+        kind = type(activation).__name__
+        if not isinstance(activation, nn.Module) or kind not in _GATES:
+            shown = kind if isinstance(activation, nn.Module) else repr(activation)
+            return f"its {name} is {shown}; the kernel knows {', '.join(_GATES)}"
+        return _calls_torch(activation) if kind == "GELUActivation" else None
+
+    return unfit
+
+
+_GATES = ("GELUActivation", "GELUTanh", "NewGELUActivation", "SiLU", "SiLUActivation")
+
+
+def _decoder_layer(module: nn.Module) -> str | None:
+    """The norm that is one with the add before it is a Llama's."""
+    norm = getattr(module, "post_attention_layernorm", None)
+    found = _family(type(norm)) if isinstance(norm, nn.Module) else None
+    if not isinstance(norm, nn.Module) or found is None or found[1].layer != "RMSNorm":
+        return f"its post_attention_layernorm is {type(norm).__name__}; the kernel knows the RMS norm of Llama"
+    return _row_of_weights(norm)
 
 
 def _calls_torch(module: nn.Module) -> str | None:
@@ -223,6 +251,73 @@ FAMILIES = (
         """,
         _row_of_weights,
     ),
+    Family(
+        "GatedMLP",
+        """
+        AXK1MLP AXK2MLP AfmoeMLP Aimv2MLP AriaSharedExpertsMLP BailingHybridMLP BambaMLP BltMLP ChameleonMLP
+        Cohere2MLP Cohere2MoeMLP CohereCompassMLP CohereMLP CsmMLP CwmMLP DINOv3ViTGatedMLP
+        DeepseekOcr2TextMLP DeepseekOcr2VisionMLP DeepseekV2MLP DeepseekV32MLP DeepseekV3MLP Deimv2SwiGLUFFN
+        DiffLlamaMLP DiffusionGemmaText4MLP Dinov2SwiGLUFFN Dinov2WithRegistersSwiGLUFFN DogeMLP Dots1MLP
+        EmbeddingGemma2MLP Emu3MLP EomtDinov3GatedMLP EomtSwiGLUFFN Ernie4_5MLP Ernie4_5_MoeMLP
+        Ernie4_5_VLMoeMLP EsmcMLP EuroBertMLP EvollaMLP Exaone4MLP Exaone4_5_MLP ExaoneMoeMLP FlexOlmoMLP
+        FlintMLP Gemma2MLP Gemma3MLP Gemma4TextMLP Gemma4UnifiedTextMLP Gemma4VisionMLP GemmaMLP
+        Glm4MoeLiteMLP Glm4MoeMLP Glm4VisionMlp Glm4vMoeTextMLP Glm4vMoeisionMlp GlmMoeDsaMLP GlmOcrVisionMlp
+        Granite4VisionTextMLP GraniteMLP GraniteSWAMLP HYV3MLP HYV4MLP HeliumMLP HiggsAudioV2MLP HrmTextMLP
+        HunYuanDenseV1MLP HunYuanMoEV1MLP HunYuanVLMLP HyperCLOVAXMLP Idefics2MLP IdeficsMLP JambaMLP
+        KimiLinearMLP Kolibri1MLP LagunaMLP LlamaMLP LongcatFlashMLP MellumMLP MiMoV2FlashMLP MiniCPM3MLP
+        Ministral3MLP MinistralMLP Mistral4MLP MistralLarge4TextMLP MistralMLP MllamaTextMLP
+        Molmo2ImageProjectorMLP Molmo2MLP MoonshinMoonshineStreamingDecoderMLP MuseGlimmerAssistantMLP
+        MuseGlimmerTextMLP MuseSparkTextMLP NomicBertMLP Olmo2MLP Olmo3MLP OlmoHybridMLP OlmoMLP OlmoeMLP
+        Ovis2MLP Ovis2VisionMLP PaddleOCRMLP PeAudioEncoderMLP PeAudioVideoEncoderMLP PeVideoEncoderMLP
+        PixtralMLP Qwen2MLP Qwen2MoeMLP Qwen2_5OmniMLP Qwen2_5_VLMLP Qwen3MLP Qwen3MoeMLP Qwen3NextMLP
+        Qwen3OmniMoeCode2WavMlp Qwen3OmniMoeMLP Qwen3OmniMoeTalkerTextMLP Qwen3OmniMoeThinkerTextMLP
+        Qwen3VLMoeTextMLP Qwen3VLTextMLP Qwen3_5MLP Qwen3_5MoeMLP Qwen4ExpTextMLP RadioSwiGLUFFN
+        RfDetrDinov2SwiGLUFFN Sapiens2GatedMLP SmolLM3MLP SolarOpenMLP StableLmMLP Tipsv2VisionSwiGLUFFN
+        UltrabertMLP UnlimitedOcrTextMLP VaultGemmaMLP VibeVoiceMLP VideomtGatedMLP VideomtSwiGLUFFN
+        VoxtralRealtimeMLP VoxtralRealtimeTextMLP YoutuMLP ZambaMLP
+        """,
+        _gated_mlp("act_fn"),
+    ),
+    Family(
+        "PackedGatedMLP",
+        """
+        DiaMLP EsmFold2SwiGLU Glm4MLP Glm4vTextMLP GlmImageTextMLP GlmMLP GlmOcrTextMLP Phi3MLP
+        Phi4MultimodalMLP
+        """,
+        _gated_mlp("activation_fn"),
+    ),
+    Family(
+        "GatedFeedForward",
+        """
+        Kosmos2_5VisionMlp MT5DenseGatedActDense Pix2StructTextDenseGatedActDense Pix2StructVisionMlp
+        Pop2PianoDenseGatedActDense T5DenseGatedActDense UMT5DenseGatedActDense UdopDenseGatedActDense
+        """,
+        _gated_mlp("act"),
+    ),
+    Family(
+        "DecoderLayer",
+        """
+        AXK1DecoderLayer AXK2DecoderLayer ArceeDecoderLayer AriaTextDecoderLayer BitNetDecoderLayer
+        Cosmos3EdgeTextDecoderLayer CsmDecoderLayer CwmDecoderLayer DeepseekOcr2TextDecoderLayer
+        DeepseekOcr2VisionEncoderLayer DeepseekV2DecoderLayer DeepseekV32DecoderLayer DeepseekV3DecoderLayer
+        DiffLlamaDecoderLayer Dots1DecoderLayer Ernie4_5DecoderLayer Ernie4_5_MoeDecoderLayer
+        EuroBertDecoderLayer ExaoneMoeDecoderLayer FlintDecoderLayer GemmaDecoderLayer Glm4MoeDecoderLayer
+        Glm4MoeLiteDecoderLayer Glm4vMoeTextDecoderLayer GlmDecoderLayer GradiumPhononTTSDecoderLayer
+        HYV3DecoderLayer HeliumDecoderLayer HrmTextDecoderLayer HunYuanDenseV1DecoderLayer
+        HunYuanMoEV1DecoderLayer HunYuanVLDenseV1DecoderLayer Jais2DecoderLayer LagunaDecoderLayer
+        LlamaDecoderLayer MellumDecoderLayer MiMoV2FlashDecoderLayer Ministral3DecoderLayer
+        MinistralDecoderLayer Mistral4DecoderLayer MistralDecoderLayer MoonshineEncoderLayer
+        MoonshineStreamingEncoderLayer NanoChatDecoderLayer NeuCodecDecoderLayer OlmoDecoderLayer
+        OlmoeDecoderLayer PaddleOCRDecoderLayer PeAudioEncoderLayer PeAudioVideoEncoderLayer
+        PeVideoEncoderLayer PocketTTSDecoderLayer Qwen2DecoderLayer Qwen2MoeDecoderLayer Qwen2VLDecoderLayer
+        Qwen2_5OmniDecoderLayer Qwen2_5_VLDecoderLayer Qwen3DecoderLayer Qwen3MoeDecoderLayer
+        Qwen3OmniMoeTalkerCodePredictorDecoderLayer Qwen3OmniMoeTalkerDecoderLayer
+        Qwen3OmniMoeThinkerTextDecoderLayer Qwen3VLMoeTextDecoderLayer SeedOssDecoderLayer SmolLM3DecoderLayer
+        SolarOpenDecoderLayer Starcoder2DecoderLayer Step3p7DecoderLayer UltrabertDecoderLayer
+        UnlimitedOcrTextDecoderLayer Xcodec2DecoderLayer YoutuDecoderLayer
+        """,
+        _decoder_layer,
+    ),
     Family("SiLU", "SiLUActivation"),
     Family("GeLU", "GELUActivation", _calls_torch),
     Family("GeluTanh", "GELUTanh"),
@@ -302,7 +397,12 @@ def default_mapping() -> KernelMapping:
     """The kernels that come with this package, for every layer that they have and every device that they run on."""
     return {
         layer: dict.fromkeys(DEVICES, LayerRepository(f"kernelhub/{kernel}", layer_name=layer, version=1))
-        for kernel, layers in (("norm", NORM_LAYERS), ("activation", ACTIVATION_LAYERS), ("rotary", ROTARY_LAYERS))
+        for kernel, layers in (
+            ("norm", NORM_LAYERS),
+            ("activation", ACTIVATION_LAYERS),
+            ("decoder", DECODER_LAYERS),
+            ("rotary", ROTARY_LAYERS),
+        )
         for layer in layers
     }
 

@@ -7,11 +7,12 @@ back what they are given. That is right only where nobody but the next child see
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,7 @@ def broken_chain(parent: Any, names: tuple[str, ...]) -> str:
         function = _function(forward)
         return _others(parent, function, names) or _chain(function, names)
     except (OSError, TypeError, SyntaxError):
-        return f"the source of {parent.__qualname__}.forward is not there to be read"
+        return f"the source of {parent.__qualname__}.forward cannot be read"
 
 
 def follows(parent: nn.Module, names: Sequence[str]) -> bool:
@@ -47,7 +48,22 @@ def _function(forward: Any) -> ast.FunctionDef:
     found = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
     if not isinstance(found, ast.FunctionDef) or not found.args.args:
         raise TypeError("not a method")
+    code = inspect.unwrap(forward).__code__
+    read = {node.attr for node in ast.walk(found) if isinstance(node, ast.Attribute)}
+    if found.name != code.co_name or not _attributes(code) <= read:
+        raise TypeError("the source is not what runs")  # a file that was changed, or another one of that name
     return found
+
+
+def _attributes(code: CodeType) -> set[str]:
+    """The attributes that code reads and writes, also in functions inside it."""
+    names = {item.argval for item in dis.get_instructions(code) if item.opname in _ATTRIBUTES}
+    return names.union(*(_attributes(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+_ATTRIBUTES = {
+    "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD",
+}  # fmt: skip
 
 
 def _others(parent: type[nn.Module], forward: ast.FunctionDef, names: tuple[str, ...]) -> str:

@@ -1,0 +1,124 @@
+"""The layers: one for two modules that stand one after another, with its layout, and one for a whole decoder layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functions import FORMULAS, PRODUCTS, norm, rms_norm_gated_mlp
+
+__all__ = ["DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP", "RMSNormGatedMLP"]
+
+
+class GatedMLP(nn.Module):
+    """Reads `act_fn`, and calls `gate_proj`, `up_proj` and `down_proj`: `down(f(gate(x)) * up(x))`."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        multiply = PRODUCTS[type(self.act_fn).__name__]
+        return self.down_proj(multiply(self.gate_proj(x), self.up_proj(x)))
+
+
+class PackedGatedMLP(nn.Module):
+    """Reads `activation_fn`, and calls `gate_up_proj`, whose result is gate and up side by side, and `down_proj`."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        multiply = PRODUCTS[type(self.activation_fn).__name__]
+        return self.down_proj(multiply(self.gate_up_proj(hidden_states)))
+
+
+class GatedFeedForward(nn.Module):
+    """As T5 has it. Reads `act`, and calls `wi_0`, `wi_1`, `dropout` and `wo`, in the dtype of `wo` where that is another."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        multiply = PRODUCTS[type(self.act).__name__]
+        inner = self.dropout(multiply(self.wi_0(hidden_states), self.wi_1(hidden_states)))
+        weight = getattr(self.wo, "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype not in (inner.dtype, torch.int8):
+            inner = inner.to(weight.dtype)
+        return self.wo(inner)
+
+
+class RMSNormGatedMLP(nn.Module):
+    """An RMS norm, and `down(f(gate(x)) * up(x))` of what it gives. Reads the modules' weights when it is called."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mlp = self.mlp
+        return rms_norm_gated_mlp(
+            hidden_states,
+            self.norm.weight,
+            _epsilon(self.norm),
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            self.formula,
+            self.product,
+        )
+
+
+class RMSNormGatedMLPLayout(nn.Module):
+    """The two modules, and which formulas theirs are. The norm's is told by the name that its class is marked with."""
+
+    def __init__(self, norm: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mlp = norm, mlp
+        self.formula = getattr(type(norm), "kernel_layer_name", None)
+        missing = [name for name in ("gate_proj", "up_proj", "down_proj", "act_fn") if not hasattr(mlp, name)]
+        if missing:
+            raise TypeError(f"{type(mlp).__name__} has no {', '.join(missing)}, which the kernel reads")
+        self.product = type(mlp.act_fn).__name__
+        if self.formula not in FORMULAS:
+            known = ", ".join(FORMULAS)
+            raise TypeError(f"{type(norm).__name__} is marked as {self.formula}; expected one of {known}")
+        if self.product not in PRODUCTS:
+            raise TypeError(f"the activation is {self.product}; expected one of {', '.join(PRODUCTS)}")
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each after an RMS norm and with a residual add; the add after the attention is one with the norm.
+
+    Reads `post_attention_layernorm` (an RMS norm as Llama has it), and calls `input_layernorm`, `self_attn` and `mlp`.
+    """
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        between = self.post_attention_layernorm
+        normed, residual = norm.add_rms_norm(attended, hidden_states, between.weight, _epsilon(between))
+        return residual + self.mlp(normed)
+
+
+def _epsilon(module: nn.Module) -> float:
+    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
