@@ -1,6 +1,8 @@
 # make demo    kernelize two real models with the embedded kernels; prints the report and the comparison
 # make test    every test
 # make lint    ruff, mypy, import-linter
+# make faults  hubs that misbehave and clients that are killed, all of them (a minute or two)
+# make fuzz    ten minutes of malformed input for each parser
 # make bench   the library beside its peer, in one run
 #
 # Each makes .venv and installs what it needs. PYTHON chooses the interpreter.
@@ -8,7 +10,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format faults fuzz bench clean
 
 demo: .venv/installed
 	$(BIN)/kernelhub demo
@@ -25,6 +27,12 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix src kernels tests benchmarks
 	$(BIN)/ruff format src kernels tests benchmarks
+
+faults: .venv/installed
+	KERNELHUB_TEST_FAULTS=all KERNELHUB_TEST_KILLS=200 $(BIN)/python -m pytest tests/hub/test_faults.py tests/hub/test_kills.py
+
+fuzz: .venv/installed
+	$(BIN)/python tests/fuzz/run.py
 
 bench: .venv/installed .peers/installed
 	$(BIN)/python benchmarks/library.py

@@ -18,6 +18,7 @@ process leaves behind begins with a dot, is never read, and goes with `prune`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -51,6 +52,18 @@ MANIFEST = "manifest.json"
 
 # How long to wait for another process that is fetching the same variant, in seconds.
 LOCK_TIMEOUT = 1800.0
+
+# What file systems say that cannot lock files, as some over networks; `filelock` itself knows of ENOSYS.
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
+
+# What may lie beside what is written while it is: whole variants, and small files of ours.
+_LEFT_BEHIND = (
+    "kernels/*/*--*/*/.*",
+    "kernels/*/*--*/.*",
+    "kernels/*/.*",
+    "kernels/*/revocations/.*",
+    "revocations/.*",
+)
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,7 @@ class Store:
         folder = self.path(place)
         if not folder.is_dir():
             return None
+        self._check_owner(folder)
         return verify(folder, self._known(self.path(place)), rehash=self.verify_always)
 
     def add(self, place: Place, write: Callable[[Path], None]) -> Verified:
@@ -223,6 +237,9 @@ class Store:
         return folder
 
     def _is_whole(self, folder: Path) -> bool:
+        if not folder.is_dir():
+            return False
+        self._check_owner(folder)
         try:
             verify_tree(folder, self._known(folder))
         except (IntegrityError, OSError):
@@ -313,8 +330,9 @@ class Store:
                 with self._writing(folder):
                     _rename_aside(folder)
                     _record(folder).unlink(missing_ok=True)
-        for folder in sorted((self.root / "kernels").glob("*/*--*/*/.*")):
-            yield folder, remove_tree(folder)
+        for pattern in _LEFT_BEHIND:
+            for left in sorted(self.root.glob(pattern)):
+                yield left, _remove(left)
 
     def _folders(self) -> Iterator[tuple[Path, RepoId]]:
         """The folders of every commit, variants and source trees, with the repository they are of."""
@@ -356,7 +374,11 @@ class Store:
             make_read_only(beside)
             known = learn(beside)  # after the modes are set: that changes the times which stamps hold
             self._write_json(_record(folder), {"files": known.files, "stamps": known.stamps}, must=True)
-            beside.rename(folder)
+            try:
+                beside.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # where files cannot be locked, another process may have been as fast
+                    raise
         finally:
             remove_tree(beside)
 
@@ -366,10 +388,17 @@ class Store:
         from filelock import FileLock, Timeout  # 20 ms, and needed only where something is written
 
         key = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
+        lock = FileLock(self.root / "locks" / f"{key}.lock", timeout=LOCK_TIMEOUT)
         try:
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
-            with FileLock(self.root / "locks" / f"{key}.lock", timeout=LOCK_TIMEOUT):
-                yield
+            try:
+                lock.acquire()
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                # What appears by a rename is whole without a lock too; the same may then be fetched twice.
+                _log.info("files in %s cannot be locked: %s", self.root, error.strerror)
+            yield
         except Timeout:
             raise StoreError(f"another process has been writing {folder} for {LOCK_TIMEOUT / 60:.0f} minutes") from None
         except OSError as error:
@@ -379,6 +408,22 @@ class Store:
                 f"cannot write to the store {self.root}: {error.strerror or error}",
                 hint="KERNELHUB_CACHE names another folder; `kernelhub cache prune` frees what is not needed.",
             ) from error
+        finally:
+            lock.release()
+
+    def _check_owner(self, folder: Path) -> None:
+        """Raises `StoreError` where another user owns a part of the way to the folder, and everybody may write to it."""
+        if not hasattr(os, "geteuid"):
+            return
+        for part in (folder, *folder.parents):
+            status = part.stat()
+            if status.st_uid != os.geteuid() and status.st_mode & stat.S_IWOTH:
+                raise StoreError(
+                    f"{part} belongs to another user, and everybody may write to it: anybody could put code there",
+                    hint=f"`chmod o-w {part}`, or KERNELHUB_CACHE names a folder of your own.",
+                )
+            if part == self.root:
+                return
 
     def _verdict(self, kernel: str, name: str) -> Path:
         return self.root / "verdicts" / hashlib.sha256(kernel.encode()).hexdigest()[:32] / f"{name}.json"
