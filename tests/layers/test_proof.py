@@ -151,6 +151,11 @@ def test_a_difference_anywhere_in_the_result_is_named(register: Register, forwar
     assert f"not equal: {expected}" in row.reason or expected in row.reason
 
 
+def test_the_strides_of_results_are_the_kernel_s_own_affair(register: Register) -> None:
+    register("Act", "def forward(self, x):\n        return torch.relu(x).t().contiguous().t()")
+    assert checked(layers.Act(), torch.randn(3, 8), T).outcome == "kernel"
+
+
 def test_an_effect_that_the_kernel_lacks_is_a_difference(register: Register) -> None:
     register(
         "Many",
@@ -324,6 +329,59 @@ def test_random_state_buffers_gradients_and_flags_are_as_before(register: Regist
         assert parameter.grad is gradient
         assert torch.equal(gradient, value)
     assert [list(vars(module)) for module in list(model.modules())[:-1]] == keys[:-1]
+
+
+class Cache:
+    """Keys of earlier tokens, as models keep them: one list of tensors that grow, one that are written in place."""
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+        self.static = torch.zeros(4)
+        self.length = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        self.keys.append(x)
+        self.static[self.length] = x.detach().sum()
+        self.length += 1
+
+    def state(self) -> tuple[int, int, list[float]]:
+        return len(self.keys), self.length, self.static.tolist()
+
+
+class Cached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.cache, self.table, self.last = layers.Act(), Cache(), {"calls": [0]}, torch.zeros(2)
+
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        self.cache.update(x)
+        if cache is not None:
+            cache.update(x)
+        self.table["calls"].append(1)
+        self.table["more"] = self.table.get("more", 0) + 1
+        self.last.add_(1)
+        self.flag = True
+        return self.act(x)
+
+
+def test_caches_of_the_model_and_of_the_sample_are_as_before(register: Register) -> None:
+    register("Act")
+    model, cache = Cached(), Cache()
+    model(torch.ones(2))
+    states = model.cache.state(), cache.state(), model.table["calls"][:], model.table["more"], model.last.tolist()
+    held = model.cache, model.cache.keys[0], model.table, model.last
+    del model.flag
+    kernelize(model, mode=I, device="cpu", sample_inputs={"x": torch.ones(2), "cache": cache}, verify=True)
+    assert kernel_report(model).rows[0].outcome == "kernel"
+    assert states == (
+        model.cache.state(),
+        cache.state(),
+        model.table["calls"],
+        model.table["more"],
+        model.last.tolist(),
+    )
+    assert all(one is other for one, other in zip(held, (model.cache, model.cache.keys[0], model.table, model.last), strict=True))
+    assert not hasattr(model, "flag")
 
 
 def test_a_model_that_fails_on_the_sample_is_as_before(register: Register) -> None:

@@ -53,18 +53,28 @@ class Sample:
         return value if isinstance(value, cls) else cls(value)
 
     def run(self, model: nn.Module) -> None:
-        """Run the model on the inputs."""
+        """Run the model on the inputs. A cache among them that the model writes into stays as it is: a copy is written."""
         inputs = self.inputs
         if isinstance(inputs, torch.Tensor):
             model(inputs)
         elif isinstance(inputs, tuple):
-            model(*inputs)
+            model(*map(_own, inputs))
         elif isinstance(inputs, Mapping):
-            model(**inputs)
+            model(**{name: _own(value) for name, value in inputs.items()})
         elif _takes_argument(inputs):
             inputs(model)
         else:
             inputs()
+
+
+def _own(argument: Any) -> Any:
+    """A copy of an object that a model could write into, such as a cache; what cannot be copied, and all else, as it is."""
+    if isinstance(argument, (torch.Tensor, nn.Module)) or callable(argument) or not hasattr(argument, "__dict__"):
+        return argument
+    try:
+        return copy.deepcopy(argument)
+    except Exception:  # noqa: BLE001 - whatever its class raises
+        return argument
 
 
 def _takes_argument(function: Any) -> bool:
@@ -276,7 +286,7 @@ _ABSENT = object()
 
 @contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside: the model's buffers, gradients and training flags, and the random state, are as before."""
+    """Whatever runs inside: the model's buffers, gradients, training flags, caches, and the random state, are as before."""
     modules = list(model.modules())
     flags = [(module, module.training) for module in modules]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -284,6 +294,7 @@ def as_before(model: nn.Module) -> Iterator[None]:
     values = {
         id(tensor): (tensor, tensor.clone()) for _, table in buffers for tensor in table.values() if tensor is not None
     }
+    held = Held.by(modules)
     for parameter, _ in gradients:
         parameter.grad = None
     with same_random_state(devices_of(model)):
@@ -299,8 +310,83 @@ def as_before(model: nn.Module) -> Iterator[None]:
                 for tensor, value in values.values():
                     if not same(tensor, value):
                         tensor.copy_(value)
+            held.take_back()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+
+
+# What nn.Module keeps itself, and accelerate's hook, which may hold every weight of the model.
+_NOT_HELD = frozenset(nn.Module().__dict__) | {"_hf_hook"}
+_HELD_BYTES = 1 << 28
+_HELD_DEPTH = 6
+
+
+@dataclass
+class Held:
+    """What modules hold in plain attributes, such as a cache of keys and values: lists, tables, objects, and tensors in them.
+
+    At most 256 MiB of tensors: what is over that is not copied, and not taken back.
+    """
+
+    tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = field(default_factory=list)
+    lists: list[tuple[list[Any], list[Any]]] = field(default_factory=list)
+    tensors: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _seen: dict[int, Any] = field(default_factory=dict)
+    _bytes: int = 0
+
+    @classmethod
+    def by(cls, modules: Iterable[nn.Module]) -> Held:
+        held = cls()
+        for module in modules:
+            held._table(module.__dict__, _NOT_HELD, _HELD_DEPTH)
+        return held
+
+    def take_back(self) -> None:
+        """Make all of it what it was."""
+        for table, before in self.tables:
+            if table.keys() != before.keys() or any(table[name] is not value for name, value in before.items()):
+                table.clear()
+                table.update(before)
+        for items, earlier in self.lists:
+            items[:] = earlier
+        with torch.no_grad():
+            for tensor, value in self.tensors:
+                if not same(tensor, value):
+                    tensor.copy_(value)
+
+    def _table(self, table: dict[Any, Any], without: frozenset[str], depth: int) -> None:
+        self.tables.append((table, dict(table)))
+        for name, value in table.items():
+            if name not in without:
+                self._look(value, depth - 1)
+
+    def _look(self, value: Any, depth: int) -> None:
+        if id(value) in self._seen or depth < 0:
+            return
+        if isinstance(value, torch.Tensor):
+            self._seen[id(value)] = value
+            size = value.numel() * value.element_size()
+            if (
+                not isinstance(value, nn.Parameter)
+                and value.device.type != "meta"
+                and self._bytes + size <= _HELD_BYTES
+            ):
+                self._bytes += size
+                self.tensors.append((value, value.detach().clone()))
+        elif type(value) is dict:
+            self._seen[id(value)] = value
+            self._table(value, frozenset(), depth)
+        elif type(value) in (list, tuple):
+            self._seen[id(value)] = value
+            if type(value) is list:
+                self.lists.append((value, list(value)))
+            for item in value:
+                self._look(item, depth - 1)
+        elif (
+            type(getattr(value, "__dict__", None)) is dict and not isinstance(value, nn.Module) and not callable(value)
+        ):
+            self._seen[id(value)] = value
+            self._table(value.__dict__, frozenset(), depth)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
