@@ -9,6 +9,7 @@ from pathlib import Path
 
 import models_for_tests as models
 import pytest
+import torch
 from torch import nn
 
 from kernelhub import Mode, kernel_report, kernelize, register_kernel_mapping, unkernelize
@@ -16,7 +17,7 @@ from kernelhub.layers import report
 from kernelhub.layers import survey as survey_module
 from kernelhub.layers.mapping import use_kernel_mapping
 from kernelhub.layers.mode import KernelizeFallback
-from kernelhub.layers.report import KernelReport
+from kernelhub.layers.report import KernelReport, ReportRow
 from kernelhub.layers.repositories import Repository
 from kernelhub.layers.tables import table
 
@@ -93,6 +94,75 @@ def test_a_report_is_saved_read_and_compared(model: nn.Module, tmp_path: Path) -
     assert kernel_report(model).rows[-1].reason == "it is in `exclude`"
     other = kernel_report(models.Model(layers=1))
     assert any(line.endswith("not there") for line in before.diff(other))
+
+
+def test_a_report_names_the_machine_and_under_distributed_the_rank(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = kernel_report(model).machine
+    assert facts["torch"] == torch.__version__
+    assert facts["devices"].startswith("cpu: ")
+    assert facts.keys() == {"kernelhub", "torch", "python", "system", "devices", "threads"}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    assert kernel_report(model).machine["rank"] == "1 of 4"
+
+
+def of(**changes: object) -> KernelReport:
+    """A report of one layer that runs a kernel, from one machine."""
+    machine = {"torch": "2.13.0", "rank": "0 of 2"}
+    row: dict[str, object] = {
+        "path": "norm",
+        "class_name": "Norm",
+        "layer_name": "RMSNorm",
+        "device": "cpu",
+        "mode": "INFERENCE",
+        "outcome": "kernel",
+        "repository": "org/norm",
+        "digest": "sha256-a",
+        "reference": "float64",
+        "calls": 2,
+        "max_error": 1e-7,
+        "worst": "output",
+        "speedup": 2.0,
+        "speedup_low": 1.9,
+        "speedup_high": 2.1,
+    }
+    machine |= {name: str(value) for name, value in changes.items() if name in machine}
+    row |= {name: value for name, value in changes.items() if name not in machine}
+    return KernelReport("Model", (ReportRow(**row),), machine=machine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ()),
+        ({"torch": "2.14.0"}, ("torch: 2.13.0 -> 2.14.0",)),
+        ({"rank": "1 of 2"}, ("rank: 0 of 2 -> 1 of 2",)),
+        ({"device": "cuda:0"}, ("norm: device cpu -> cuda:0",)),
+        ({"reference": None}, ("norm: reference float64 -> none",)),
+        ({"calls": 3}, ("norm: calls 2 -> 3",)),
+        ({"max_error": 1.05e-7}, ()),
+        ({"max_error": 2e-7}, ("norm: error 1e-07 -> 2e-07",)),
+        ({"speedup": 2.2, "speedup_low": 2.05, "speedup_high": 2.3}, ()),
+        (
+            {"speedup": 3.0, "speedup_low": 2.9, "speedup_high": 3.1},
+            ("norm: speed 2.00x (1.90 to 2.10) -> 3.00x (2.90 to 3.10)",),
+        ),
+        ({"digest": "sha256-b", "calls": 3}, ("norm: org/norm:None sha256-a -> org/norm:None sha256-b",)),
+        (
+            {"outcome": "original", "reason": "not faster"},
+            ("norm: org/norm:None sha256-a -> original (not faster)",),
+        ),
+    ],
+)
+def test_a_diff_says_what_changed_between_two_machines_or_ranks(
+    changes: dict[str, object], expected: tuple[str, ...]
+) -> None:
+    here, there = of(timed_on="norm"), of(timed_on="norm", **changes)
+    assert here.diff(there) == expected
+    assert len(there.diff(here)) == len(expected)
 
 
 def test_reasons_are_those_of_the_call_also_when_the_registrations_are_others_by_now(kernel: Kernel) -> None:
