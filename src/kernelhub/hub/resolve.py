@@ -113,9 +113,9 @@ class Resolver:
         listing = self.ask(source, options, lambda: source.listing(repo, commit))
         if commit != LOCAL:
             there = listing.document is not None
-            self.store.set_listing(source.key, repo, commit, {**kept_of(listing), "manifest": there})
             if listing.document is not None:
-                self.store.set_document(source.key, listing.document)
+                self.store.set_document(source.key, listing.document)  # first: the listing says that it is there
+            self.store.set_listing(source.key, repo, commit, {**kept_of(listing), "manifest": there})
         return listing
 
     def remember_without(self, source: Source, repo: RepoId, pin: Pin) -> None:
