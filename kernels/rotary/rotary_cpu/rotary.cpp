@@ -123,7 +123,9 @@ Tensor new_like(const Tensor& x, const Sizes& of) {
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, sizes.data(), strides.data(), static_cast<int32_t>(x.scalar_type()), aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  const Tensor tensor(made);
+  expect_large_pages(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  return tensor;
 }
 
 } // namespace
