@@ -246,6 +246,25 @@ def test_nothing_is_built_and_no_benchmark_run_for_a_signature_that_covers_build
         hub.benchmarks(SMALL)
 
 
+def test_metadata_that_is_exchanged_after_it_was_verified_is_refused(client, sigstore, monkeypatch) -> None:
+    """Somebody who can write to the store has the signed metadata there only while the signature is looked at."""
+    source = signed(sigstore, code="VALUE = 1\n")
+    good = client(source, TRUSTED).load(SMALL).path / "metadata.json"
+    text = good.read_bytes()
+    evil = json.dumps({**json.loads(text), "upstream": "https://evil.test"}).encode()
+    real = identity_module.signed_by
+
+    def exchanged(verified: Any, *rest: Any) -> str:
+        good.parent.chmod(0o755)
+        good.chmod(0o644)
+        good.write_bytes(evil)
+        return real(verified, *rest)
+
+    monkeypatch.setattr(identity_module, "signed_by", exchanged)
+    with pytest.raises(IntegrityError, match="changed after it was verified"):
+        client(source, TRUSTED).load(SMALL)
+
+
 def test_verify_says_who_signed_it(client, sigstore) -> None:
     facts = client(signed(sigstore), TRUSTED).verify(SMALL)
     assert facts["signed_by"] == f"{BUILD} ({GITHUB})"

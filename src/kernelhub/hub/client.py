@@ -262,7 +262,7 @@ class Hub:
             built_here = isinstance(found.source, ProjectSource) and wanted.framework.kind != "noarch"
             if built_here or (variant not in found.listing.variants and SOURCE in found.listing.parts):
                 there = self.store.find(Place(found.source.key, found.repo, found.commit, wanted))
-                return there and there.digest.text
+                return there.digest.text if there else None
             if variant not in found.listing.variants:
                 names = ", ".join(sorted(found.listing.variants)) or "none"
                 raise KernelNotFound(f"{found.source.name} has no {variant} of {found.repo} (there: {names})")

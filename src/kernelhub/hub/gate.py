@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernelhub.core.manifest import ManifestDocument
+from kernelhub.core.metadata import Metadata
 from kernelhub.core.refs import Version
 from kernelhub.core.trust import Origin, Published
 from kernelhub.core.variants import BuildVariant
@@ -116,7 +117,8 @@ class Gate:
         document = found.listing.document
         if document is not None:
             signed = document.manifest.variants.get(str(variant))
-            if signed is None or _metadata(verified.path) != signed.metadata.encode():
+            # What was read when it was verified, not the file again: that may be another one by now.
+            if signed is None or Metadata.parse(signed.metadata).raw != verified.metadata.raw:
                 raise IntegrityError(
                     f"{verified.path} is not what the commit {found.commit} names",
                     [Violation("different", METADATA)],
@@ -156,7 +158,3 @@ def _signers(document: ManifestDocument | None, options: Options, published: Pub
 
 def _commit(found: Found) -> str | None:
     return None if found.commit == LOCAL else found.commit
-
-
-def _metadata(folder: Path) -> bytes:
-    return (folder / METADATA).read_bytes()

@@ -12,9 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kernelhub.core.metadata import Metadata
 from kernelhub.core.refs import KernelRef, Version
 from kernelhub.core.trust import TrustedIdentity
-from kernelhub.errors import InvalidReference, MissingDependency, UntrustedKernel
+from kernelhub.errors import IntegrityError, InvalidReference, MissingDependency, UntrustedKernel, Violation
 from kernelhub.hub.verify import METADATA, Verified
 
 BUNDLE = "metadata.json.sigstore"
@@ -29,7 +30,10 @@ def signed_by(verified: Verified, ref: KernelRef, identities: Sequence[TrustedId
     Raises `UntrustedKernel` where none did, which says why. A signature covers the metadata, and that the digest, the
     name and the version, but not the organisation: whom to trust for which repository is what `identities` say.
     """
-    metadata = verified.metadata
+    artifact = (verified.path / METADATA).read_bytes()
+    metadata = Metadata.parse(artifact)
+    if metadata.raw != verified.metadata.raw:
+        raise IntegrityError(f"{verified.path} was changed after it was verified", [Violation("different", METADATA)])
     version = ref.pin.number if isinstance(ref.pin, Version) else metadata.version
     if metadata.digest is None:
         raise _untrusted(ref, f"its {METADATA} has no digest, so that a signature over it covers none of its files")
@@ -40,7 +44,7 @@ def signed_by(verified: Verified, ref: KernelRef, identities: Sequence[TrustedId
             data = file.read(_MAX_BUNDLE)
     except FileNotFoundError:
         raise _untrusted(ref, f"it has no Sigstore bundle ({BUNDLE})") from None
-    return _check(ref, (verified.path / METADATA).read_bytes(), data, identities, root)
+    return _check(ref, artifact, data, identities, root)
 
 
 def _check(
