@@ -1,5 +1,30 @@
 // The functions of rows.h for one level; included by one source file per level, after simd.h, inside its namespace.
 
+constexpr int BLOCK = 32; // 8 lanes x 4 accumulators
+
+// The end of a sum: its lanes, and what is left behind the last block. Of that, whole vectors of 8 go into the first
+// accumulator, single elements by themselves.
+KH_NO_INLINE float sum_of_lanes(float* lanes, const float* rest, int64_t left) {
+  for (int64_t i = 0; i + 8 <= left; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) {
+      lanes[lane] += rest[i + lane];
+    }
+  }
+  for (int k = 1; k < 4; ++k) {
+    for (int lane = 0; lane < 8; ++lane) {
+      lanes[lane] += lanes[k * 8 + lane];
+    }
+  }
+  float total = 0.0f;
+  for (int64_t i = left / 8 * 8; i < left; ++i) {
+    total += rest[i];
+  }
+  for (int lane = 0; lane < 8; ++lane) {
+    total += lanes[lane];
+  }
+  return total;
+}
+
 // The sum of `at(i)` over n elements in the order in which ATen sums an inner dimension: 8 lanes x 4 accumulators, which
 // are emptied into others every 16 steps (or more, for very long rows), so that rounding errors stay small. The same
 // order whatever the vectors' width: so results are the same on every level, and the same as PyTorch's.
@@ -7,7 +32,7 @@
 // `at(i, count)` gives the elements from i on as a vector, `count` of them, the rest zeros; count is L but for the tail.
 template <typename At>
 KH_INLINE float cascade_sum(int64_t n, const At& at) {
-  constexpr int LEVELS = 4, BLOCK = 32, VECTORS = BLOCK / L;
+  constexpr int LEVELS = 4, VECTORS = BLOCK / L;
   const int64_t blocks = n / BLOCK;
   int ceil_log2 = 0;
   while ((int64_t{1} << ceil_log2) < blocks) {
@@ -53,36 +78,15 @@ KH_INLINE float cascade_sum(int64_t n, const At& at) {
       now[k] = now[k] + sums[level][k];
     }
   }
-  alignas(64) float lanes[BLOCK];
+  alignas(64) float lanes[BLOCK], rest[BLOCK];
   for (int k = 0; k < VECTORS; ++k) {
     store(lanes + k * L, now[k]);
   }
-  // What is left: whole vectors of 8 into the first accumulator, single elements by themselves.
   const int64_t left = n - blocks * BLOCK;
-  alignas(64) float rest[BLOCK];
-  if (left > 0) {
-    for (int64_t i = 0; i < left; i += L) {
-      store(rest + i, at(blocks * BLOCK + i, left - i < L ? left - i : L));
-    }
-    for (int64_t i = 0; i + 8 <= left; i += 8) {
-      for (int lane = 0; lane < 8; ++lane) {
-        lanes[lane] += rest[i + lane];
-      }
-    }
+  for (int64_t i = 0; i < left; i += L) {
+    store(rest + i, at(blocks * BLOCK + i, left - i < L ? left - i : L));
   }
-  for (int k = 1; k < 4; ++k) {
-    for (int lane = 0; lane < 8; ++lane) {
-      lanes[lane] += lanes[k * 8 + lane];
-    }
-  }
-  float total = 0.0f;
-  for (int64_t i = left / 8 * 8; i < left; ++i) {
-    total += rest[i];
-  }
-  for (int lane = 0; lane < 8; ++lane) {
-    total += lanes[lane];
-  }
-  return total;
+  return sum_of_lanes(lanes, rest, left);
 }
 
 // `each(i, count)` for the elements from i on: L at a time, then the tail.

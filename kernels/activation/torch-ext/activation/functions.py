@@ -90,8 +90,11 @@ def silu_and_mul(x: Tensor, other: Tensor | None = None) -> Tensor:
 
     With `other`, of x's shape: `silu(x) * other`.
     """
-    if (found := _compiled_product(x, other, compiled.SILU)) is not None:
-        return found
+    if other is None:
+        if _takes_halves(x):
+            return compiled.halves(x, compiled.SILU)
+    elif takes(x, other):
+        return compiled.multiply(x, other, compiled.SILU)
     gate, up = _pair("silu_and_mul", x, other)
     return _times(F.silu(gate), up)
 
@@ -101,8 +104,11 @@ def gelu_and_mul(x: Tensor, other: Tensor | None = None) -> Tensor:
 
     With `other`, of x's shape: `gelu(x) * other`.
     """
-    if (found := _compiled_product(x, other, compiled.GELU)) is not None:
-        return found
+    if other is None:
+        if _takes_halves(x):
+            return compiled.halves(x, compiled.GELU)
+    elif takes(x, other):
+        return compiled.multiply(x, other, compiled.GELU)
     gate, up = _pair("gelu_and_mul", x, other)
     return _times(F.gelu(gate), up)
 
@@ -112,19 +118,17 @@ def gelu_tanh_and_mul(x: Tensor, other: Tensor | None = None) -> Tensor:
 
     With `other`, of x's shape: `gelu_tanh(x) * other`.
     """
-    if (found := _compiled_product(x, other, compiled.GELU_TANH)) is not None:
-        return found
+    if other is None:
+        if _takes_halves(x):
+            return compiled.halves(x, compiled.GELU_TANH)
+    elif takes(x, other):
+        return compiled.multiply(x, other, compiled.GELU_TANH)
     gate, up = _pair("gelu_tanh_and_mul", x, other)
     return _times(F.gelu(gate, approximate="tanh"), up)
 
 
-def _compiled_product(x: Tensor, other: Tensor | None, function: int) -> Tensor | None:
-    """`f(a) * b` by the compiled ops; None where they do not take it."""
-    if other is not None:
-        return compiled.multiply(x, other, function) if takes(x, other) else None
-    if x.dim() > 0 and x.shape[-1] % 2 == 0 and takes(x):
-        return compiled.halves(x, function)
-    return None
+def _takes_halves(x: Tensor) -> bool:
+    return x.dim() > 0 and x.shape[-1] % 2 == 0 and takes(x)
 
 
 def _pair(name: str, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:

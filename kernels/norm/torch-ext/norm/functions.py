@@ -163,11 +163,11 @@ def layer_norm(
     x: (..., *normalized_shape), weight and bias: normalized_shape or None -> x's shape, in x's dtype. Without a
     `normalized_shape`, the weight's shape, and without a weight the last dimension.
     """
-    if normalized_shape is None:
-        normalized_shape = x.shape[-1:] if weight is None else weight.shape
+    if normalized_shape is None and weight is None:
+        normalized_shape = x.shape[-1:]
     if compiled.takes_layer(x, weight, bias, normalized_shape):
         return compiled.layer_norm(x, weight, bias, eps)
-    return F.layer_norm(x, normalized_shape, weight, bias, eps)
+    return F.layer_norm(x, weight.shape if normalized_shape is None else normalized_shape, weight, bias, eps)
 
 
 def layer_norm_cast_last(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -175,7 +175,7 @@ def layer_norm_cast_last(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor
 
     x: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype.
     """
-    if compiled.takes_layer(x, weight, None, weight.shape):
+    if compiled.takes_layer(x, weight, None, None):
         return compiled.layer_norm(x, weight, None, eps)
     row = _row("layer_norm_cast_last", weight)
     return _narrow(F.layer_norm(_wide(x), row, _wide(weight), None, eps), x.dtype)

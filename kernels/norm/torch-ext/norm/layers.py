@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
     has_backward = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return functions.rms_norm(hidden_states, self.weight, _epsilon(self))
+        return functions.rms_norm(hidden_states, _parameter(self, "weight"), _epsilon(self))
 
 
 class RMSNormCastLast(nn.Module):
@@ -36,7 +36,7 @@ class RMSNormCastLast(nn.Module):
     has_backward = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return functions.rms_norm_cast_last(hidden_states, self.weight, _epsilon(self))
+        return functions.rms_norm_cast_last(hidden_states, _parameter(self, "weight"), _epsilon(self))
 
 
 class RMSNormZeroCentered(nn.Module):
@@ -46,7 +46,7 @@ class RMSNormZeroCentered(nn.Module):
     has_backward = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return functions.rms_norm_zero_centered(hidden_states, self.weight, _epsilon(self))
+        return functions.rms_norm_zero_centered(hidden_states, _parameter(self, "weight"), _epsilon(self))
 
 
 class RMSNormWeightDtype(nn.Module):
@@ -56,7 +56,7 @@ class RMSNormWeightDtype(nn.Module):
     has_backward = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return functions.rms_norm_weight_dtype(hidden_states, self.weight, _epsilon(self))
+        return functions.rms_norm_weight_dtype(hidden_states, _parameter(self, "weight"), _epsilon(self))
 
 
 class RMSNormGated(nn.Module):
@@ -66,7 +66,9 @@ class RMSNormGated(nn.Module):
     has_backward = True
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        return functions.rms_norm_gated(hidden_states, self.weight, gate, _epsilon(self), self.activation)
+        return functions.rms_norm_gated(
+            hidden_states, _parameter(self, "weight"), gate, _epsilon(self), self.activation
+        )
 
 
 class RMSNormGatedCastLast(nn.Module):
@@ -76,7 +78,9 @@ class RMSNormGatedCastLast(nn.Module):
     has_backward = True
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        return functions.rms_norm_gated_cast_last(hidden_states, self.weight, gate, _epsilon(self), self.activation)
+        return functions.rms_norm_gated_cast_last(
+            hidden_states, _parameter(self, "weight"), gate, _epsilon(self), self.activation
+        )
 
 
 class RMSNormGateFirst(nn.Module):
@@ -86,7 +90,7 @@ class RMSNormGateFirst(nn.Module):
     has_backward = True
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        return functions.rms_norm_gate_first(hidden_states, self.weight, gate, _epsilon(self))
+        return functions.rms_norm_gate_first(hidden_states, _parameter(self, "weight"), gate, _epsilon(self))
 
 
 class LayerNorm(nn.Module):
@@ -96,7 +100,9 @@ class LayerNorm(nn.Module):
     has_backward = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return functions.layer_norm(input, self.weight, self.bias, self.eps, self.normalized_shape)
+        return functions.layer_norm(
+            input, _parameter(self, "weight"), _parameter(self, "bias"), self.eps, self.normalized_shape
+        )
 
 
 class LayerNormCastLast(nn.Module):
@@ -106,11 +112,16 @@ class LayerNormCastLast(nn.Module):
     has_backward = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return functions.layer_norm_cast_last(hidden_states, self.weight, _epsilon(self))
+        return functions.layer_norm_cast_last(hidden_states, _parameter(self, "weight"), _epsilon(self))
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    """A parameter; what is none (parametrized, a plain tensor, None) by the way of all attributes, 0.3 us longer."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def _epsilon(module: nn.Module) -> float:
     """The number added to the mean square. Looked up in the instance first: a missing attribute of a module is slow."""
-    if "variance_epsilon" in module.__dict__:
-        return module.variance_epsilon
-    return module.eps
+    found = module.__dict__.get("variance_epsilon")
+    return module.eps if found is None else found
