@@ -17,6 +17,7 @@ from torch import nn
 from kernelhub import KernelizeFallback, Mode, kernel_report, kernelize, kernelized, plan_kernels, unkernelize
 from kernelhub.errors import InvalidReference, KernelHubWarning, LayerContractError, NoKernelForLayer
 from kernelhub.hub.client import Hub
+from kernelhub.layers.fusion import find
 from kernelhub.layers.mapping import use_kernel_mapping
 from kernelhub.layers.repositories import LocalLayerRepository
 
@@ -578,6 +579,22 @@ def test_neighbours_in_a_sequential_hand_on_their_results(fuse: Callable[..., nn
 def test_keys_that_name_nothing_right(key: Any, said: str, fuse: Callable[..., nn.Module]) -> None:
     with pytest.raises(InvalidReference, match=said):
         fuse(Model().eval(), key=key)
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("*.norm", []),
+        ("*.*.norm", ["layers.0", "layers.1"]),
+        ("layers.1.norm", ["layers.1"]),
+        ("lay*.0.norm", ["layers.0"]),
+        ("**.0.norm", ["layers.0"]),
+        ("layers.**.norm", ["layers.0", "layers.1"]),
+        ("norm", [""]),
+    ],
+)
+def test_paths_of_parents(path: str, found: list[str]) -> None:
+    assert [group.path for group in find(Model(), (("Norm", path),)).groups] == found
 
 
 def test_a_key_for_other_models_says_nothing_of_this_one(fuse: Callable[..., nn.Module]) -> None:

@@ -155,12 +155,12 @@ def parent_pattern(text: str) -> str:
     """A parent's path as a regular expression: `*` is one segment or a part of one, `**` any number of segments."""
     if not text:
         return ""
-    parts = [
-        r"(?:[^.]+\.)*" if part == "**" else "[^.]*".join(map(re.escape, part.split("*"))) + r"\."
-        for part in text.split(".")
-    ]
-    whole = "".join(parts)
-    return whole[:-2] if not text.endswith("**") else "".join(parts[:-1]) + r"[^.]+(?:\.[^.]+)*"
+    parts = [r"(?:[^.]+\.)*" if part == "**" else rf"{_segment(part)}\." for part in text.split(".")]
+    return "".join(parts)[:-2] if not text.endswith("**") else "".join(parts[:-1]) + r"[^.]+(?:\.[^.]+)*"
+
+
+def _segment(text: str) -> str:
+    return "[^.]+" if text == "*" else "[^.]*".join(map(re.escape, text.split("*")))
 
 
 def _generalised(paths: Iterable[str]) -> list[str]:
