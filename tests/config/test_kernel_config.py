@@ -179,7 +179,24 @@ def test_a_model_without_marked_layers_is_told_how_to_mark_them() -> None:
     assert "transformers.mark(model)" in found[-1]
 
 
+def test_each_kernel_of_a_list_is_checked(model: nn.Module) -> None:
+    found = problems({"RMSNorm": [NORM, "norm:RMSNorm", 3], "SiLU": []}, model)
+    assert found[0].startswith("kernel_mapping['RMSNorm'][1]: ")
+    assert found[1].startswith("kernel_mapping['RMSNorm'][2]: expected ")
+    assert found[2].startswith("kernel_mapping['SiLU']: there is no kernel in the list")
+    assert len(found) == 3 or found[3].startswith("It has")
+
+
 # What is made of it
+
+
+def test_a_list_of_kernels_is_one_registration_in_its_order(model: nn.Module) -> None:
+    other = LayerRepository("org/norm", layer_name="RMSNorm", version=2)
+    made = KernelConfig({"RMSNorm": [NORM, "org/norm@v2:RMSNorm"]}).create_compatible_mapping(model)
+    assert made == {"RMSNorm": {"cpu": {Mode.TRAINING if model.training else Mode.INFERENCE: [V1, other]}}}
+    config = KernelConfig({"RMSNorm": [V1, other]})
+    config.create_compatible_mapping(model)
+    assert config == KernelConfig({"RMSNorm": [V1, other]}), "what was written is kept"
 
 
 @pytest.mark.parametrize(

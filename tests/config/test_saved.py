@@ -114,6 +114,22 @@ def test_a_config_is_saved_as_it_was_written_after_it_was_made() -> None:
     assert CONFIG.to_text() == text
 
 
+def test_a_list_of_kernels_is_saved_and_loaded(tmp_path: Path) -> None:
+    both = ["kernelhub/norm:RMSNorm", ("org/norm:RMSNorm", {"version": 2})]
+    config = KernelConfig({"RMSNorm": {"cpu": both, "cuda": both[0]}, "SiLU": ["org/a:SiLU", "org/b@v2:SiLU"]})
+    config.save_pretrained(tmp_path)
+    assert KernelConfig.from_pretrained(tmp_path) == config
+
+
+def test_each_kernel_of_a_list_is_granted_for_itself() -> None:
+    asking = {"RMSNorm": ["/kernels/norm:RMSNorm", ["org/norm:RMSNorm", {"version": 2, "trust_remote_code": True}]]}
+    with pytest.warns(KernelHubWarning) as said:
+        read = KernelConfig.from_dict({"schema_version": 1, "kernel_mapping": asking})
+    assert "trust in kernel_mapping['RMSNorm'][1]" in str(said[0].message)
+    assert "folders in kernel_mapping['RMSNorm'][0]" in str(said[0].message)
+    assert read.kernel_mapping == {"RMSNorm": [("org/norm:RMSNorm", {"version": 2})]}
+
+
 # What a file may not decide
 
 
@@ -158,8 +174,9 @@ def test_a_file_names_no_folders(tmp_path: Path) -> None:
         ({"kernel_maping": {}}, "did you mean 'kernel_mapping'"),
         ({"kernel_mapping": []}, "is an object from layer names"),
         ({"kernel_mapping": {"A": 1}}, r"kernel_mapping\['A'\]: expected"),
-        ({"kernel_mapping": {"A": ["org/a:A"]}}, r"kernel_mapping\['A'\]: expected"),
-        ({"kernel_mapping": {"A": ["org/a:A", 1]}}, r"kernel_mapping\['A'\]: expected"),
+        ({"kernel_mapping": {"A": []}}, r"kernel_mapping\['A'\]: there is no kernel in the list"),
+        ({"kernel_mapping": {"A": ["org/a:A", 1]}}, r"kernel_mapping\['A'\]\[1\]: expected"),
+        ({"kernel_mapping": {"A": ["org/a:A", ["org/a:A"]]}}, r"kernel_mapping\['A'\]\[1\]: expected"),
         ({"kernel_mapping": {"A": {"cpu": {"FAST": "org/a:A"}}}}, "'FAST' is not a mode"),
         ({"kernel_mapping": {"A": {"cpu": {"TRAINING|INFERENCE": "org/a:A"}}}}, "is not a mode"),
         ({"kernel_mapping": {"A": {"cpu": {"TRAINING": {"x": "org/a:A"}}}}}, "expected a kernel"),

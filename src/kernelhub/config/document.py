@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kernelhub.config.written import is_absolute, nearest
+from kernelhub.config.written import is_absolute, is_pair, nearest
 from kernelhub.errors import InvalidMetadata, InvalidReference
 from kernelhub.layers.keys import check_key
 from kernelhub.layers.mode import Mode
@@ -69,8 +69,10 @@ def _to_json(where: str, value: object) -> Any:
         return f"{value.repo_path}:{value.layer_name}"
     if isinstance(value, LayerRepository):
         return _repository_to_json(where, value)
-    if isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[1], Mapping):
+    if isinstance(value, (tuple, list)) and is_pair(value):
         return [value[0], dict(value[1])]
+    if isinstance(value, list) and value:
+        return [_to_json(f"{where}[{number}]", item) for number, item in enumerate(value)]
     if isinstance(value, Mapping):
         return {str(key): _to_json(f"{where}[{key!r}]", inner) for key, inner in value.items()}
     raise InvalidReference(f"{where}: {value!r} cannot be saved", hint='Expected such as "org/repo@v1:Layer".')
@@ -174,6 +176,11 @@ def _flag(value: Mapping[Any, Any], key: str, default: bool) -> bool:
 
 def _value(file: _File, where: str, value: object, *, depth: int = 0) -> Any:
     """A kernel, or a dict from devices (and in it from modes) to kernels; None where nothing of it is granted."""
+    if isinstance(value, list) and not is_pair(value):
+        if not value:
+            raise InvalidMetadata(f"{where}: there is no kernel in the list")
+        listed = [_kernel(file, f"{where}[{number}]", item) for number, item in enumerate(value)]
+        return [kernel for kernel in listed if kernel is not None] or None
     if not isinstance(value, Mapping):
         return _kernel(file, where, value)
     if depth > 1:
@@ -199,7 +206,7 @@ def _mode(where: str, text: object) -> Mode:
 
 
 def _kernel(file: _File, where: str, value: object) -> Any:
-    text, options = (value[0], value[1]) if isinstance(value, list) and len(value) == 2 else (value, None)
+    text, options = (value[0], value[1]) if isinstance(value, list) and is_pair(value) else (value, None)
     if not isinstance(text, str) or not (options is None or isinstance(options, Mapping)):
         raise InvalidMetadata(f'{where}: expected "org/repo:Layer" or a list of it and options, got {value!r:.100}')
     if is_absolute(text) and not file.grants.use_local_kernel:

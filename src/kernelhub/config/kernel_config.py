@@ -29,7 +29,7 @@ from kernelhub.errors import InvalidReference, KernelHubWarning, context
 from kernelhub.layers.device import Device
 from kernelhub.layers.mapping import use_kernel_mapping
 from kernelhub.layers.mode import Mode, serving
-from kernelhub.layers.repositories import LayerRepository, LocalLayerRepository
+from kernelhub.layers.repositories import LayerRepository
 from kernelhub.settings import Settings
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ def _devices(model: nn.Module) -> list[str]:
 
 
 def _nested(kernels: list[Kernel], devices: list[str], mode: Mode) -> dict[str, Any]:
-    nested: dict[Any, dict[str, dict[Mode, LayerRepository | LocalLayerRepository]]] = {}
+    nested: dict[Any, dict[str, dict[Mode, Any]]] = {}
     for kernel in kernels:
         if kernel.device is None and not devices:
             raise InvalidReference(
@@ -349,5 +349,6 @@ def _nested(kernels: list[Kernel], devices: list[str], mode: Mode) -> dict[str, 
         wanted = devices if kernel.device is None else [kernel.device]
         for device in wanted:
             if device in devices or not devices:
-                nested.setdefault(kernel.name, {}).setdefault(device, {})[kernel.mode or mode] = kernel.repository
+                named = kernel.repositories if kernel.others else kernel.repository
+                nested.setdefault(kernel.name, {}).setdefault(device, {})[kernel.mode or mode] = named
     return nested

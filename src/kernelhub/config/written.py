@@ -24,8 +24,8 @@ from kernelhub.layers.mode import Mode
 from kernelhub.layers.repositories import LayerRepository, LocalLayerRepository
 
 _OPTIONS = ("version", "revision", "trust_remote_code")
-_FORMS = '"org/repo:Layer", ("org/repo:Layer", {"version": 1}), or a dict from device types to those'
-_LOCAL_FORMS = '"/absolute/path:Layer", or a dict from device types to such'
+_FORMS = '"org/repo:Layer", ("org/repo:Layer", {"version": 1}), a list of those, or a dict from device types to those'
+_LOCAL_FORMS = '"/absolute/path:Layer", a list of such, or a dict from device types to such'
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,12 @@ class Kernel:
     mode: Mode | None
     repository: LayerRepository | LocalLayerRepository
     where: str
+    others: tuple[LayerRepository | LocalLayerRepository, ...] = ()
+
+    @property
+    def repositories(self) -> list[LayerRepository | LocalLayerRepository]:
+        """All that may be taken, in the order in which they were written."""
+        return [self.repository, *self.others]
 
 
 @dataclass
@@ -66,6 +72,11 @@ def split_local(text: str) -> tuple[str, str] | None:
     return (path, layer) if colon and path and layer.isidentifier() else None
 
 
+def is_pair(value: object) -> bool:
+    """Whether the value is a kernel with its options, and not a list of kernels."""
+    return isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[1], Mapping)
+
+
 def is_absolute(path: str) -> bool:
     """Whether the path is absolute, as this system or the other one writes it."""
     return PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
@@ -82,9 +93,9 @@ def missing_folders(kernels: Iterable[Kernel]) -> list[str]:
     """A line for each local kernel whose folder is not there."""
     problems = []
     for kernel in kernels:
-        if isinstance(kernel.repository, LocalLayerRepository):
-            path = kernel.repository.repo_path
-            if not path.is_dir():
+        for repository in kernel.repositories:
+            path = repository.repo_path if isinstance(repository, LocalLayerRepository) else None
+            if path is not None and not path.is_dir():
                 problems.append(f"{kernel.where}: {str(path)!r} is not a folder{nearest(path.name, _beside(path))}")
     return problems
 
@@ -136,9 +147,15 @@ class _Reader:
                 self._problem(where, f"{mode!r} is not a Mode{nearest(mode, names)}")
 
     def _kernel(self, where: str, name: Name, device: str | None, mode: Mode | None, value: object) -> None:
-        repository = self._repository(where, value)
-        if repository is not None:
-            self.reading.kernels.append(Kernel(name, device, mode, repository, where))
+        if isinstance(value, list) and not is_pair(value):
+            read = [self._repository(f"{where}[{number}]", item) for number, item in enumerate(value)]
+            if not read:
+                self._problem(where, "there is no kernel in the list")
+        else:
+            read = [self._repository(where, value)]
+        found = [repository for repository in read if repository is not None]
+        if found:
+            self.reading.kernels.append(Kernel(name, device, mode, found[0], where, tuple(found[1:])))
 
     def _repository(self, where: str, value: object) -> LayerRepository | LocalLayerRepository | None:
         kind = LocalLayerRepository if self.local else LayerRepository
