@@ -61,6 +61,7 @@ ACTIVATION_LAYERS = (
 # Those for single modules; `RMSNormGatedMLP` is for two.
 DECODER_LAYERS = ("DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP")
 ROTARY_LAYERS = ("rotary_pos_emb",)
+LOSS_LAYERS = ("ForCausalLMLoss",)
 
 
 # What a kernel reads of a module, and why it could not
@@ -362,7 +363,8 @@ def mark(model: nn.Module) -> Marks:
     A class of transformers' is named itself, as its decorator would do. A class of torch's is named too, but with a
     condition that holds only for the instances in models that `mark` was called on: those of other models keep their
     forward, whatever they are kernelized with. A subclass with a forward of its own is left alone, and so is a class
-    that is named already.
+    that is named already. The loss of a causal language model, which is a function, is named on the model; see
+    `kernelhub.integrations.losses`, also for the projection before it.
 
     Example: `mark(model)`, `with use_kernel_mapping(default_mapping()): kernelize(model, mode=Mode.INFERENCE)`.
     """
@@ -370,6 +372,8 @@ def mark(model: nn.Module) -> Marks:
     classes = set()
     for path, module in uncompiled(model).named_modules():
         classes.add(type(module))
+        if _marks_loss(module):
+            marks.layers[f"{path}.{LOSS_LAYERS[0]}" if path else LOSS_LAYERS[0]] = LOSS_LAYERS[0]
         found = _family(type(module))
         if found is None:
             continue
@@ -389,7 +393,7 @@ def mark(model: nn.Module) -> Marks:
         replace_kernel_forward_from_hub(cls, family.layer, family.condition)
         marks.layers[path] = family.layer
     marks.unreached.update(_unreached(classes))
-    note(model, tuple(f"not reached: {name}: {reason}" for name, reason in marks.unreached.items()))
+    note(model, _notes(marks))
     return marks
 
 
@@ -402,23 +406,47 @@ def default_mapping() -> KernelMapping:
             ("activation", ACTIVATION_LAYERS),
             ("decoder", DECODER_LAYERS),
             ("rotary", ROTARY_LAYERS),
+            ("loss", LOSS_LAYERS),
         )
         for layer in layers
     }
 
 
-def kernelize_pretrained(model: nn.Module, *, mode: Mode | None = None, **options: Any) -> nn.Module:
+def kernelize_pretrained(
+    model: nn.Module, *, mode: Mode | None = None, fuse_loss: bool = False, **options: Any
+) -> nn.Module:
     """Name the layers of a transformers model, and kernelize it with the kernels of this package; returns the same model.
 
-    `mode` None is the model's training state. The other options are those of `kernelize`. Kernels that are registered
-    count too; for a layer, device and mode that both have, this package's. Raises what `kernelize` raises.
+    `mode` None is the model's training state. With `fuse_loss` a causal language model computes its loss without all of
+    the logits, which its output then lacks in training with labels (see `kernelhub.integrations.losses`). The other
+    options are those of `kernelize`. Kernels that are registered count too; for a layer, device and mode that both have,
+    this package's. Raises what `kernelize` raises.
 
     Example: `kernelize_pretrained(AutoModelForCausalLM.from_pretrained(folder))`.
     """
-    mark(model)
+    marks = mark(model)
     wanted = mode or (Mode.TRAINING if model.training else Mode.INFERENCE)
-    with use_kernel_mapping(default_mapping()):
+    mapping = default_mapping()
+    if fuse_loss:
+        from kernelhub.integrations.losses import fused_loss_mapping, mark_fused_loss
+
+        kept = mark_fused_loss(model).values()
+        note(model, (*_notes(marks), *(f"the loss is not fused: {reason}" for reason in kept)))
+        mapping = {**mapping, **fused_loss_mapping()}
+    with use_kernel_mapping(mapping):
         return kernelize(model, mode=wanted, **options)
+
+
+def _notes(marks: Marks) -> tuple[str, ...]:
+    return tuple(f"not reached: {name}: {reason}" for name, reason in marks.unreached.items())
+
+
+def _marks_loss(module: nn.Module) -> bool:
+    if "transformers.modeling_utils" not in sys.modules:
+        return False
+    from kernelhub.integrations.losses import mark_loss  # which imports transformers
+
+    return mark_loss(module)
 
 
 def _family(cls: type) -> tuple[type[nn.Module], Family] | None:
