@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -51,9 +51,15 @@ def kernel(name: str, folder: Path) -> ModuleType:
         set_default_hub(None)
 
 
+@cache
+def stream() -> torch.cuda.Stream:
+    """Graphs are captured on this one."""
+    return torch.cuda.Stream()
+
+
 def graph_of(way: Way, calls: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream()):
         for _ in range(calls):
             way()
     return graph
@@ -61,12 +67,10 @@ def graph_of(way: Way, calls: int) -> torch.cuda.CUDAGraph:
 
 def device_us(way: Way) -> float:
     """Device time of a call: replays of a graph of calls, so that no launch waits for the processor."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream()):
         for _ in range(3):
             way()
-    torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     calls = 4
     found: list[float] = []
@@ -103,9 +107,10 @@ def uncaptured_us(way: Way) -> float:
     found = []
     for _ in range(REPLAYS):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        way()
-        stop.record()
+        with torch.cuda.stream(stream()):
+            start.record()
+            way()
+            stop.record()
         stop.synchronize()
         found.append(start.elapsed_time(stop) * 1e3)
     return statistics.median(found)
@@ -115,7 +120,7 @@ def copy_bandwidth() -> float:
     """Bytes read and written a second, of a copy that no cache holds, in GB/s."""
     source = torch.randn(1 << 31, device="cuda").to(DTYPE)
     target = torch.empty_like(source)
-    us = device_us(lambda: target.copy_(source))
+    us = uncaptured_us(lambda: target.copy_(source))  # in a graph another engine copies, at 2,700 GB/s
     return 2 * source.numel() * source.element_size() / us / 1e3
 
 
@@ -179,17 +184,11 @@ def rms_backward(peers: Peers, norm: ModuleType, rows: int, width: int) -> dict[
 
 
 def backward_of(way: Callable[[], Tensor], of: tuple[Tensor, ...], grad: Tensor) -> Way:
-    """The backward of a forward that is done here, once; on each stream anew, since autograd runs it on the forward's."""
-    outputs: dict[int, Tensor] = {}
-
-    def run() -> object:
-        stream = torch.cuda.current_stream().cuda_stream
-        if stream not in outputs:
-            with torch.enable_grad():
-                outputs[stream] = way()
-        return torch.autograd.grad(outputs[stream], of, grad, retain_graph=True)
-
-    return run
+    """The backward of a forward that is done here, once: on the stream of all that is measured, where autograd will run it."""
+    with torch.enable_grad(), torch.cuda.stream(stream()):
+        out = way()
+    torch.cuda.synchronize()
+    return lambda: torch.autograd.grad(out, of, grad, retain_graph=True)
 
 
 def product(peers: Peers, activation: ModuleType, function: str, rows: int, width: int) -> dict[str, Way]:

