@@ -79,6 +79,28 @@ def test_a_slow_kernel_is_not_faster(hub: Hub, tmp_path: Path, mode: Mode) -> No
     assert row.speedup is not None
 
 
+@pytest.mark.parametrize("mode", [I, T])
+def test_equality_is_looked_at_in_compiled_frames(hub: Hub, tmp_path: Path, mode: Mode) -> None:
+    right = f"can_torch_compile = True\n\n    {layers.RIGHT['Norm']}"
+    row = verified(tmp_path, "Norm", right, mode | Mode.TORCH_COMPILE, verify=True)
+    assert (row.outcome, row.reason, row.reference) == ("kernel", "", "float64")
+    wrong = right.replace("self.eps)", "self.eps) + (1 if torch.compiler.is_compiling() else 0)")
+    row = verified(tmp_path / "wrong", "Norm", wrong, mode | Mode.TORCH_COMPILE, verify=True)
+    assert "not equal: output" in row.reason
+
+
+def test_a_second_run_measures_nothing_and_another_device_of_the_name_neither(hub: Hub, tmp_path: Path) -> None:
+    options = {"verify": True, "only_if_faster": True}
+    assert verified(tmp_path, "Norm", layers.RIGHT["Norm"], I, **options).remembered is None
+    assert verified(tmp_path, "Norm", layers.RIGHT["Norm"], I, **options).remembered is not None
+    assert verified(tmp_path, "Norm", layers.RIGHT["Norm"], I, refresh=True, **options).remembered is None
+    names = {torch.cuda.get_device_properties(index).name for index in range(torch.cuda.device_count())}
+    if torch.cuda.device_count() > 1 and len(names) == 1:
+        with torch.cuda.device(1):
+            row = verified(tmp_path, "Norm", layers.RIGHT["Norm"], I, **options)
+        assert (row.device, row.remembered is not None) == ("cuda:1", True)
+
+
 def test_copies_wait_on_the_cpu_where_the_device_has_no_room(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
