@@ -19,6 +19,7 @@ from kernelhub.core.refs import KernelRef, RepoId
 from kernelhub.core.trust import TrustedIdentity
 from kernelhub.errors import IntegrityError, InvalidReference, MissingDependency, NoCompatibleVariant, UntrustedKernel
 from kernelhub.hub import identity as identity_module
+from kernelhub.hub.sources import base
 
 HOST = Host(python=(3, 11), torch=(2, 13), backend="cpu", cpu="x86_64", os="linux")
 SMALL = KernelRef.parse("org/small@v1")
@@ -232,18 +233,27 @@ def test_a_locked_kernel_and_a_dependency_are_checked_too(client, sigstore, tmp_
         client(both, TRUSTED).load(KernelRef.parse("org/top@v1"))
 
 
-def test_nothing_is_built_and_no_benchmark_run_for_a_signature_that_covers_builds_only(client, sigstore) -> None:
-    source = signed(sigstore)
-    source.kernels["org/small"]["torch-cuda"] = source.kernels["org/small"].pop("torch-cpu")
-    hub = client(source, TRUSTED)
-    with pytest.raises(NoCompatibleVariant):
-        Hub(
-            Settings(cache=hub.settings.cache, trusted_identities=hub.settings.trusted_identities),
-            sources=[source],
-            host=HOST,
-        ).load(SMALL)
-    with pytest.raises(UntrustedKernel, match="cover builds only"):
-        hub.benchmarks(SMALL)
+def test_nothing_is_built_and_no_benchmark_run_for_a_signature_that_covers_builds_only(
+    client, sigstore, tmp_path, root
+) -> None:
+    class WithSource(MemorySource):
+        def listing(self, repo: RepoId, commit: str) -> base.Listing:
+            return base.Listing(super().listing(repo, commit).variants, {base.SOURCE: {}, base.BENCHMARKS: {}})
+
+        def fetch_part(self, *arguments: Any) -> None:
+            self.asked.append("part")
+
+    files = signed(sigstore).kernels["org/small"]["torch-cpu"]
+    source = WithSource({"org/small": {"torch-cuda": files}}, trusted=False)
+    trusted = (TrustedIdentity.parse(TRUSTED),)
+    for build in ("auto", "always"):
+        settings = Settings(cache=tmp_path / "store", trusted_identities=trusted, build=build, sigstore_root=root)
+        hub = Hub(settings, sources=[source], host=HOST)
+        with pytest.raises(NoCompatibleVariant):
+            hub.load(SMALL)
+        with pytest.raises(UntrustedKernel, match="cover builds only"):
+            hub.benchmarks(SMALL)
+    assert "part" not in source.asked
 
 
 def test_metadata_that_is_exchanged_after_it_was_verified_is_refused(client, sigstore, monkeypatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 from kernelfiles import MemorySource, kernel_files, write_kernel
 from layout_fixtures import EPOCH, Web, agent, serving
 
+import kernelhub
 from kernelhub import Hub, Settings
 from kernelhub.cli.main import run
 from kernelhub.core.canonical import canonical_json
@@ -22,7 +23,7 @@ from kernelhub.core.host import Host
 from kernelhub.core.lockfile import LockedKernel, LockFile
 from kernelhub.core.manifest import ManifestDocument
 from kernelhub.core.refs import KernelRef, RepoId
-from kernelhub.core.revocations import RevocationsDocument
+from kernelhub.core.revocations import Revocations, RevocationsDocument
 from kernelhub.core.signatures import PublicKey, Signature
 from kernelhub.core.trust import Origin, TrustedKey
 from kernelhub.errors import (
@@ -43,7 +44,7 @@ from kernelhub.hub.sources.base import Moved
 from kernelhub.hub.sources.layout import LayoutSource
 from kernelhub.hub.sources.local import local_source
 from kernelhub.hub.sources.project import ProjectSource
-from kernelhub.hub.store import remove_tree
+from kernelhub.hub.store import Store, remove_tree
 
 HOST = Host(python=(3, 11), torch=(2, 13), backend="cpu", cpu="x86_64", os="linux")
 REPO = RepoId("org", "small")
@@ -240,6 +241,14 @@ def test_a_kernel_signed_by_a_trusted_key_runs_and_the_hub_is_asked_for_nothing_
     paths = [path.lstrip("/").split("/")[0] for path, _ in web.requests]
     # hub.json once a day, the key's revocation list once an hour, and then what every cold load takes
     assert sorted(paths) == ["blobs", "hub.json", "org", "org", "revocations"]
+
+
+def test_a_description_says_why_it_is_not_trusted(client, published, keys, root) -> None:
+    commit = published(keys["alice"])
+    assert "nothing vouches for" in client().describe(SMALL)["untrusted"]
+    revoke(str(root), keys["alice"], time="t", keys={}, commits={commit: "wrong"})
+    facts = client(keys["alice"], trust=("org/*",), store="two").describe(SMALL)
+    assert (facts["trusted"], "wrong" in facts["untrusted"], "stop trusting" in facts["hint"]) == (None, True, True)
 
 
 def test_the_reason_names_the_key(client, published, keys) -> None:
@@ -481,7 +490,7 @@ def test_no_way_in_is_open_to_what_is_revoked(client, published, keys, tmp_path,
         ways_in(client(keys["alice"], trust=("org/*",)), tmp_path, commit)[way]()
 
 
-def test_layers_and_configs_go_through_the_gate(client, published, keys, monkeypatch, tmp_path) -> None:
+def test_functions_layers_and_configs_go_through_the_gate(client, published, keys, monkeypatch, tmp_path) -> None:
     from torch import nn
 
     from kernelhub import LayerRepository, LockedLayerRepository, use_kernel_forward_from_hub
@@ -495,6 +504,17 @@ def test_layers_and_configs_go_through_the_gate(client, published, keys, monkeyp
     lock.write_text(LockFile((LockedKernel(REPO, commit),)).to_text())
     Model = use_kernel_forward_from_hub("Layer")(type("Model", (nn.Linear,), {"forward": lambda self, x: x}))
     try:
+        client(keys["eve"]).load(SMALL)  # it is in the store, from when somebody trusted it
+        for function, arguments in (
+            (kernelhub.get_kernel, {"version": 1}),
+            (kernelhub.has_kernel, {"version": 1}),
+            (kernelhub.install_kernel, {"version": 1}),
+            (kernelhub.install_kernel, {"version": 1, "local_files_only": True}),
+            (kernelhub.get_locked_kernel, {"lockfile": lock}),
+            (kernelhub.load_kernel, {"lockfile": lock}),
+        ):
+            with pytest.raises(UntrustedKernel):
+                function("org/small", **arguments)
         for repository in (
             LayerRepository("org/small", layer_name="Layer", version=1),
             LockedLayerRepository("org/small", layer_name="Layer", lockfile=lock),
@@ -668,8 +688,6 @@ def test_a_damaged_list_in_the_store_is_an_error(client, published, keys, root, 
 
 
 def test_the_newest_list_counts_though_the_store_cannot_be_written(client, published, keys, root, monkeypatch) -> None:
-    from kernelhub.hub.store import Store
-
     commit = published(keys["alice"])
     path = root / "revocations" / f"{keys['alice'].public.id}.json"
     revoke(str(root), keys["alice"], time="t", keys={}, commits={"0" * 40: ""})
@@ -680,6 +698,15 @@ def test_the_newest_list_counts_though_the_store_cannot_be_written(client, publi
     refused(hub, "wrong")
     path.write_bytes(older)
     refused(hub, "wrong")
+
+
+def test_of_two_processes_that_learn_a_list_the_newer_list_stays(tmp_path, keys) -> None:
+    store, alice = Store(tmp_path / "store"), keys["alice"].public.id
+    for number in (2, 1, 3, 2):
+        store.set_revocations(RevocationsDocument(Revocations(alice, number)))
+    kept = store.revocations(alice)
+    assert kept is not None
+    assert kept.number == 3
 
 
 def test_a_trusted_key_sends_no_more_requests_to_hubs_without_signatures(client, keys) -> None:

@@ -19,6 +19,4 @@ def info(kernel: Kernel, backend: Backend = None, trust: Trust = None, as_json: 
             (name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value)
             for name, value in facts.items()
         ]
-        if facts["trusted"] is None:
-            rows.append(("trusted", f"no; to fetch it and see more, add --trust {facts['kernel']}"))
         show_table(kernel, ("", ""), [row for row in rows if row[1] not in (None, "")])

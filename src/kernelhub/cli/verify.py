@@ -20,7 +20,9 @@ def verify(kernel: Kernel, backend: Backend = None, refresh: Refresh = False, as
     if as_json:
         show_json(facts)
     else:
-        rows = [(name, value) for name, value in facts.items() if value is not None and name != "signatures"]
+        shown = ("kernel", "hub", "commit", "published", "variant", "digest", "files", "path")
+        rows = [(name, facts[name]) for name in shown if facts[name] is not None]
+        rows.append(("signed by", facts["signed_by"] or f"no: {facts['unsigned']}"))
         rows += [(f"key {item['key']}", item["state"]) for item in facts["signatures"]]
         show_table(kernel, ("", ""), rows)
     if any(item["state"] == WRONG for item in facts["signatures"]):

@@ -191,7 +191,7 @@ class TrustPolicy:
         """The reason why the kernel may run. Raises `UntrustedKernel` where there is none."""
         reason = self.reason(published)
         if reason is None:
-            raise self._refusal(published)
+            raise self.refusal(published)
         return reason
 
     def reason(self, published: Published) -> str | None:
@@ -217,7 +217,8 @@ class TrustPolicy:
             return f"{published.hub} marks {published.repo.org} as a trusted publisher"
         return None
 
-    def _refusal(self, published: Published) -> UntrustedKernel:
+    def refusal(self, published: Published) -> UntrustedKernel:
+        """The error for a kernel that may not run: who published it, why not, and what would let it."""
         repo, hub = published.repo, published.hub
         if published.revoked:
             return UntrustedKernel(

@@ -178,7 +178,8 @@ class Hub:
     ) -> dict[str, Any]:
         """What the kernel is and what this machine would run of it, as plain values; none of its code is imported.
 
-        Of a kernel that is not trusted nothing is fetched: `trusted` is None then, and what only its files say is missing.
+        Of a kernel that is not trusted nothing is fetched: `trusted` is None then, `untrusted` says why, and what only its
+        files say is missing.
         """
         options = Options(self._policy(trust_remote_code), backend, offline=self.settings.offline)
         with context(f"while looking for {ref}"):
@@ -195,7 +196,8 @@ class Hub:
                 "trusted": trusted,
             }
             if trusted is None:
-                return facts
+                refusal = options.policy.refusal(published)
+                return {**facts, "untrusted": refusal.message, "hint": refusal.hint}
             verified = self._fetch(found, variant, options)
         metadata = verified.metadata
         return {
