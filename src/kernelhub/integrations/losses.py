@@ -28,16 +28,15 @@ _ASKED = "_kernelhub_fused_loss"  # in an instance's `__dict__`: `mark_fused_los
 
 # The classes whose forward is: the model, the projection `lm_head` without anything after it, the loss. A test compares
 # their sources.
-FUSED_CLASSES = frozenset(
-    """
-    ApertusForCausalLM ArceeForCausalLM BitNetForCausalLM CwmForCausalLM DiffLlamaForCausalLM Emu3ForCausalLM
-    Ernie4_5ForCausalLM Exaone4ForCausalLM GemmaForCausalLM Glm4ForCausalLM GlmForCausalLM HeliumForCausalLM
-    HunYuanDenseV1ForCausalLM Jais2ForCausalLM Lfm2ForCausalLM LlamaForCausalLM Ministral3ForCausalLM
-    MinistralForCausalLM MistralForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM OlmoHybridForCausalLM
-    Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM Qwen3_5ForCausalLM SeedOssForCausalLM
-    SmolLM3ForCausalLM Starcoder2ForCausalLM YoutuForCausalLM
-    """.split()
-)
+_NAMES = """
+ApertusForCausalLM ArceeForCausalLM BitNetForCausalLM CwmForCausalLM DiffLlamaForCausalLM Emu3ForCausalLM
+Ernie4_5ForCausalLM Exaone4ForCausalLM GemmaForCausalLM Glm4ForCausalLM GlmForCausalLM HeliumForCausalLM
+HunYuanDenseV1ForCausalLM Jais2ForCausalLM Lfm2ForCausalLM LlamaForCausalLM Ministral3ForCausalLM
+MinistralForCausalLM MistralForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM OlmoHybridForCausalLM
+Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM Qwen3_5ForCausalLM SeedOssForCausalLM
+SmolLM3ForCausalLM Starcoder2ForCausalLM YoutuForCausalLM
+"""
+FUSED_CLASSES = frozenset(_NAMES.split())
 
 
 @use_kernel_forward_from_hub(LAYER)
@@ -51,7 +50,8 @@ def causal_lm_loss(
     **kwargs: Any,
 ) -> Tensor:
     """transformers' `ForCausalLMLoss`, as a function that a kernel can stand in for."""
-    return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+    loss: Tensor = ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+    return loss
 
 
 def mark_loss(module: nn.Module) -> bool:
@@ -59,11 +59,12 @@ def mark_loss(module: nn.Module) -> bool:
 
     Whether it is named now. A loss that was set on the model stays, and so does one that its class defines.
     """
-    if not isinstance(module, PreTrainedModel) or type(module).loss_function is not PreTrainedModel.loss_function:
+    cls: Any = type(module)
+    if not isinstance(module, PreTrainedModel) or cls.loss_function is not PreTrainedModel.loss_function:
         return False
     if module.__dict__.get(_OWN) is causal_lm_loss:
         return True
-    if hasattr(module, _OWN) or "loss_function" not in _names(type(module).forward):
+    if hasattr(module, _OWN) or "loss_function" not in _names(cls.forward):
         return False
     # Without a loss type, or with one that it does not know, transformers takes this loss, too.
     if LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss) is not ForCausalLMLoss:
@@ -90,7 +91,7 @@ def mark_fused_loss(model: nn.Module) -> dict[str, str]:
             continue
         cls = next((base for base in type(module).__mro__ if _is_known(base)), None)
         reason = _unfit(module) if cls is not None else "its forward is not one that the kernel knows"
-        if cls is not None and type(module).forward is not cls.forward:
+        if cls is not None and getattr(type(module), "forward", None) is not getattr(cls, "forward", None):
             reason = f"{type(module).__name__} has a forward of its own"
         if cls is None or reason is not None:
             kept[path] = str(reason)
@@ -125,10 +126,7 @@ def _unfit(module: Any) -> str | None:
         return f"its lm_head is {type(head).__name__}; the kernel reads the weight of a Linear"
     if head.out_features != module.config.vocab_size:
         return f"its lm_head has {head.out_features} outputs for {module.config.vocab_size} classes"
-    own = module.__dict__.get(_OWN)
-    if own is None and hasattr(module, _OWN):
-        return "it has a loss of its own"
-    if own not in (None, causal_lm_loss, ForCausalLMLoss):
+    if module.__dict__.get(_OWN) not in (None, causal_lm_loss, ForCausalLMLoss):
         return "it has a loss of its own"
     if LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss) is not ForCausalLMLoss:
         return f"its loss is that of {module.loss_type}"
