@@ -244,9 +244,9 @@ def test_a_call_that_the_formula_does_not_cover_is_the_functions(compiled: Modul
     sum(x.sum() for x in forward(q, k, cos, sin)).backward()
     assert cos.grad is not None
     with pytest.raises(RuntimeError, match="must match"):
-        forward(
-            q, k, cos[..., :8], sin[..., :8]
-        )  # as wide as a part of the head: no more than the function itself takes
+        forward(q, torch.cat((k, k), dim=-1), cos, sin)
+    with pytest.raises(RuntimeError, match="must match"):
+        forward(q, k, cos[..., :8], sin[..., :8])  # half as wide, which the op would take, and the function does not
 
 
 class Module(nn.Module):

@@ -26,10 +26,8 @@ class rotary_pos_emb(nn.Module):
             if cos.dtype is not q.dtype and formula & formulas.CAST_BACK:
                 form |= compiled.ROUND_ONCE
             pairs = 2 if formula & formulas.PAIRED else 1
-            if (
-                cos.shape[-1] * pairs == width == k.shape[-1]
-                and compiled.takes(q, k, cos, sin, unsqueeze_dim, width, form & compiled.ROUND_ONCE != 0)
-            ):  # fmt: skip
+            whole = cos.shape[-1] * pairs == width == k.shape[-1]  # as the functions have it; the op turns parts, too
+            if whole and compiled.takes(q, k, cos, sin, unsqueeze_dim, width, form & compiled.ROUND_ONCE != 0):
                 heads_dim = unsqueeze_dim if unsqueeze_dim >= 0 else unsqueeze_dim + q.dim()
                 return compiled.rotate(q, k, cos, sin, heads_dim, width, form)
         if formulas.is_static(cls):
