@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -26,9 +27,20 @@ from transformers import (
 from transformers.activations import ACT2CLS
 
 from kernelhub.cli import demo as demo_module
-from kernelhub.cli.demo import Case, Comparison, Demo, built_in_cases, compare, demo, difference, model_case, run_demo
+from kernelhub.cli.demo import (
+    Case,
+    Comparison,
+    Demo,
+    Times,
+    built_in_cases,
+    compare,
+    demo,
+    difference,
+    model_case,
+    run_demo,
+)
 from kernelhub.cli.main import run
-from kernelhub.cli.render_demo import grouped
+from kernelhub.cli.render_demo import grouped, show_demo
 from kernelhub.errors import InvalidReference, MissingDependency, StoreError
 from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.integrations.transformers import default_mapping, mark
@@ -208,8 +220,8 @@ def comparison(**changes: object) -> Comparison:
         "max_error": 0.0,
         "tolerance": 1e-4,
         "restored": True,
-        "before": (2.0, 4.0, 9.0),
-        "after": (1.0, 2.0, 3.0),
+        "forward": Times((2.0, 4.0, 9.0), (1.0, 2.0, 3.0)),
+        "step": None,
     }
     return Comparison(**{**values, **changes})
 
@@ -224,10 +236,41 @@ def test_what_is_a_problem() -> None:
     assert not Demo((comparison(),)).ok
 
 
+def test_one_token_steps_are_checked_and_timed_beside_the_whole_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the keys and values of the input kept: the step sees one token, and the cache all the others."""
+    case = dataclasses.replace(tiny_case(), steps=True)
+    seen = []
+    case.model.model.layers[0].input_layernorm.register_forward_pre_hook(
+        lambda module, arguments: seen.append(tuple(arguments[0].shape[:2]))
+    )
+    monkeypatch.setattr(demo_module, "built_in_cases", lambda: [case])
+    assert demo(as_json=True) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert set(seen) == {(2, 10), (1, 10), (1, 1)}
+    assert model["step"]["before_ms"] > 0
+    assert model["step"]["after_ms"] > 0
+    assert model["max_error"] == 0
+    show_demo(Demo((comparison(step=Times((5e-3, 6e-3), (4e-3, 3e-3))),)))
+    text = capsys.readouterr().out
+    assert "prefill" in text
+    assert "one-token step" in text
+    assert "forward" not in text.partition("before and after")[2]
+
+
+def test_a_step_that_differs_is_found_out(tmp_path: Path) -> None:
+    """A kernel that is wrong for one token only."""
+    wrong = "y = hidden_states * (hidden_states.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt() * self.weight\n        return y if y.shape[1] > 1 else y * 2"
+    found = compare(dataclasses.replace(tiny_case(), steps=True), mapping_to(tmp_path, wrong), rounds=1)
+    assert found.max_error > found.tolerance
+
+
 def test_the_speed_is_the_median_of_rounds() -> None:
-    assert comparison().speedup == 2.0
-    assert comparison().speedup_range == (2.0, 2.5)
-    assert comparison(before=(3.0,), after=(2.0,)).speedup_range == (1.5, 1.5)
+    times = Times((2.0, 4.0, 9.0), (1.0, 2.0, 3.0))
+    assert times.speedup == 2.0
+    assert times.speedup_range == (2.0, 2.5)
+    assert Times((3.0,), (2.0,)).speedup_range == (1.5, 1.5)
 
 
 def test_how_far_outputs_are_apart() -> None:

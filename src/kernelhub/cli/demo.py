@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 WARMUP = 2
 ROUNDS = 15
+STEPS = 8  # one-token steps that are timed together
 
 Model = Annotated[
     str | None, typer.Option(metavar="NAME|FOLDER", help="A model that transformers can load, in place of the two.")
@@ -40,31 +41,18 @@ Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Write what --js
 
 @dataclass(frozen=True)
 class Case:
-    """A model in eval mode, and the inputs of one forward."""
+    """A model in eval mode, and the inputs of one forward; whether it goes on from there, a token at a time."""
 
     name: str
     model: nn.Module
     inputs: Mapping[str, Any]
+    steps: bool = False
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A model before and after: what was swapped, how far its outputs moved, how long a forward takes.
+class Times:
+    """Seconds before and after, a pair per round, in which both saw the same weather."""
 
-    `max_error` is the largest difference of an output over the largest output; `restored` says that the outputs after
-    `unkernelize` are those from before, bit for bit. `before` and `after` are seconds, a pair per round. `proof` is the report
-    of the same with each kernel measured beside the original, on what the model calls its layer with.
-    """
-
-    name: str
-    device: str
-    dtype: str
-    report: KernelReport
-    proof: KernelReport
-    unreached: Mapping[str, str]
-    max_error: float
-    tolerance: float
-    restored: bool
     before: tuple[float, ...]
     after: tuple[float, ...]
 
@@ -76,14 +64,42 @@ class Comparison:
     @property
     def speedup_range(self) -> tuple[float, float]:
         """What the middle half of the rounds' own ratios lies between; with 1 inside, no difference was measured."""
-        if len(self._ratios) < 2:
+        ratios = [before / after for before, after in zip(self.before, self.after, strict=True)]
+        if len(ratios) < 2:
             return self.speedup, self.speedup
-        low, _, high = quantiles(self._ratios, n=4, method="inclusive")
+        low, _, high = quantiles(ratios, n=4, method="inclusive")
         return low, high
 
-    @property
-    def _ratios(self) -> list[float]:
-        return [before / after for before, after in zip(self.before, self.after, strict=True)]
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "before_ms": median(self.before) * 1e3,
+            "after_ms": median(self.after) * 1e3,
+            "speedup": self.speedup,
+            "speedup_range": list(self.speedup_range),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model before and after: what was swapped, how far its outputs moved, how long a forward takes.
+
+    `max_error` is the largest difference of an output over the largest output; `restored` says that the outputs after
+    `unkernelize` are those from before, bit for bit. `forward` is the time of the whole input, `step` that of one more
+    token, with the input's keys and values kept; None where the model does not go on by tokens. `proof` is the report of
+    the same with each kernel measured beside the original, on what the model calls its layer with.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    report: KernelReport
+    proof: KernelReport
+    unreached: Mapping[str, str]
+    max_error: float
+    tolerance: float
+    restored: bool
+    forward: Times
+    step: Times | None
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -110,10 +126,8 @@ class Comparison:
             "kernels": len(self.report.kernels),
             "max_error": self.max_error,
             "tolerance": self.tolerance,
-            "before_ms": median(self.before) * 1e3,
-            "after_ms": median(self.after) * 1e3,
-            "speedup": self.speedup,
-            "speedup_range": list(self.speedup_range),
+            **self.forward.to_dict(),
+            "step": None if self.step is None else self.step.to_dict(),
             "restored": self.restored,
             "problems": list(self.problems),
             "unreached": dict(self.unreached),
@@ -173,14 +187,14 @@ def compare(case: Case, mapping: KernelMapping | None = None, *, rounds: int) ->
     model, device = case.model, next(case.model.parameters()).device
     unreached = mark(model).unreached
     with torch.no_grad():
-        expected = _outputs(model, case.inputs)
+        expected = _outputs(case)
         _kernelize(model, mapping)
-        max_error = difference(expected, _outputs(model, case.inputs))
+        max_error = difference(expected, _outputs(case))
         _kernelize(model, mapping, case.inputs)
         proof = kernel_report(model)
         unkernelize(model)
-        restored = _same(expected, _outputs(model, case.inputs))
-        times = [_round(model, case.inputs, mapping, index % 2 == 0) for index in range(WARMUP + rounds)]
+        restored = _same(expected, _outputs(case))
+        taken = [_round(case, mapping, index % 2 == 0) for index in range(WARMUP + rounds)][WARMUP:]
         _kernelize(model, mapping)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return Comparison(
@@ -193,8 +207,10 @@ def compare(case: Case, mapping: KernelMapping | None = None, *, rounds: int) ->
         max_error=max_error,
         tolerance=TOLERANCES.get(dtype, max(TOLERANCES.values())),
         restored=restored,
-        before=tuple(before for before, _ in times[WARMUP:]),
-        after=tuple(after for _, after in times[WARMUP:]),
+        forward=Times(tuple(before[0] for before, _ in taken), tuple(after[0] for _, after in taken)),
+        step=Times(tuple(before[1] for before, _ in taken), tuple(after[1] for _, after in taken))
+        if case.steps
+        else None,
     )
 
 
@@ -245,16 +261,16 @@ def built_in_cases() -> list[Case]:
         num_attention_heads=4 * scale,
         max_position_embeddings=tokens,
     )
-    cases: list[tuple[str, Callable[[], nn.Module], dict[str, Any]]] = [
-        ("LlamaForCausalLM", lambda: LlamaForCausalLM(llama), {"use_cache": False}),
-        ("BertModel", lambda: BertModel(bert), {}),
+    cases: list[tuple[str, Callable[[], nn.Module], dict[str, Any], bool]] = [
+        ("LlamaForCausalLM", lambda: LlamaForCausalLM(llama), {"use_cache": False}, True),
+        ("BertModel", lambda: BertModel(bert), {}, False),
     ]
     built = []
-    for name, build, extra in cases:
+    for name, build, extra, steps in cases:
         with _seeded():
             model = build().to(device, dtype).eval()
             ids = torch.randint(4096, (rows, tokens)).to(device)
-        built.append(Case(name, model, {"input_ids": ids, **extra}))
+        built.append(Case(name, model, {"input_ids": ids, **extra}, steps))
     return built
 
 
@@ -322,18 +338,18 @@ def default_device() -> torch.device:
 
 
 def _round(
-    model: nn.Module, inputs: Mapping[str, Any], mapping: KernelMapping | None, before_first: bool
-) -> tuple[float, float]:
-    """Seconds of a forward before and after; who is first takes turns, because the second finds warm caches."""
+    case: Case, mapping: KernelMapping | None, before_first: bool
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Seconds of a forward and of a step, before and after; who is first takes turns: the second finds warm caches."""
     from kernelhub.layers.kernelize import unkernelize
 
     seconds = {}
     for kernelized in (False, True) if before_first else (True, False):
         if kernelized:
-            _kernelize(model, mapping)
+            _kernelize(case.model, mapping)
         else:
-            unkernelize(model)
-        seconds[kernelized] = _time(model, inputs)
+            unkernelize(case.model)
+        seconds[kernelized] = _time(case), _step_time(case) if case.steps else 0.0
     return seconds[False], seconds[True]
 
 
@@ -371,8 +387,8 @@ def _no_warning_of_none() -> Iterator[None]:
         yield
 
 
-def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The floating-point tensors of one forward, wherever they lie in what it returns."""
+def _outputs(case: Case) -> list[torch.Tensor]:
+    """The floating-point tensors of one forward, wherever they lie in what it returns, and the logits of a step."""
     import torch
 
     def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -385,7 +401,8 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
         elif isinstance(value, Mapping):
             yield from tensors(list(value.values()))
 
-    return list(tensors(model(**inputs)))
+    found = list(tensors(case.model(**case.inputs)))
+    return [*found, _step(case, *_filled(case)).logits] if case.steps else found
 
 
 def _same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
@@ -394,14 +411,36 @@ def _same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     )
 
 
-def _time(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+def _time(case: Case) -> float:
     """Seconds of one forward."""
-    device = next(model.parameters()).device
+    device = next(case.model.parameters()).device
     _wait(device)
     start = time.perf_counter()
-    model(**inputs)
+    case.model(**case.inputs)
     _wait(device)
     return time.perf_counter() - start
+
+
+def _step_time(case: Case) -> float:
+    """Seconds of one more token after the input: the mean of a few, after one that is not counted."""
+    token, cache = _filled(case)
+    _step(case, token, cache)
+    _wait(token.device)
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        _step(case, token, cache)
+    _wait(token.device)
+    return (time.perf_counter() - start) / STEPS
+
+
+def _filled(case: Case) -> tuple[torch.Tensor, Any]:
+    """A token, and the keys and values of the input's first row."""
+    ids = case.inputs["input_ids"][:1]
+    return ids[:, :1], case.model(input_ids=ids, use_cache=True).past_key_values
+
+
+def _step(case: Case, token: torch.Tensor, cache: Any) -> Any:
+    return case.model(input_ids=token, past_key_values=cache, use_cache=True)
 
 
 def _wait(device: torch.device) -> None:

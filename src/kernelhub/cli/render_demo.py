@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kernelhub.cli.render import show_line, show_table
 
 if TYPE_CHECKING:
-    from kernelhub.cli.demo import Comparison, Demo
+    from kernelhub.cli.demo import Comparison, Demo, Times
     from kernelhub.layers.report import KernelReport, ReportRow
 
 
@@ -26,8 +26,8 @@ def show_demo(demo: Demo) -> None:
         show_line()
     show_table(
         "before and after",
-        ("model", "on", "kernels", "largest difference", "before", "after", "speed", "undone", ""),
-        [_compared(comparison) for comparison in demo.comparisons],
+        ("model", "on", "kernels", "largest difference", "timed", "before", "after", "speed", "undone", ""),
+        [row for comparison in demo.comparisons for row in _compared(comparison)],
     )
     for comparison in demo.comparisons:
         for problem in comparison.problems:
@@ -73,16 +73,29 @@ def _cells(row: ReportRow) -> tuple[str, ...]:
     )
 
 
-def _compared(comparison: Comparison) -> tuple[str, ...]:
-    low, high = comparison.speedup_range
+def _compared(comparison: Comparison) -> list[tuple[str, ...]]:
+    """A row for the whole input, and one for a token more where that was timed."""
+    rows: list[tuple[str, ...]] = [
+        (
+            comparison.name,
+            f"{comparison.device}, {comparison.dtype}",
+            f"{len(comparison.report.kernels)}/{len(comparison.report.rows)}",
+            f"{comparison.max_error:.2g} (allowed {comparison.tolerance:g})",
+            "forward" if comparison.step is None else "prefill",
+            *_timed(comparison.forward),
+            "exactly" if comparison.restored else "NOT",
+            "FAILED" if comparison.problems else "ok",
+        )
+    ]
+    if comparison.step is not None:
+        rows.append(("", "", "", "", "one-token step", *_timed(comparison.step), "", ""))
+    return rows
+
+
+def _timed(times: Times) -> tuple[str, str, str]:
+    low, high = times.speedup_range
     return (
-        comparison.name,
-        f"{comparison.device}, {comparison.dtype}",
-        f"{len(comparison.report.kernels)}/{len(comparison.report.rows)}",
-        f"{comparison.max_error:.2g} (allowed {comparison.tolerance:g})",
-        f"{median(comparison.before) * 1e3:.1f} ms",
-        f"{median(comparison.after) * 1e3:.1f} ms",
-        f"{comparison.speedup:.2f}x ({low:.2f} to {high:.2f})",
-        "exactly" if comparison.restored else "NOT",
-        "FAILED" if comparison.problems else "ok",
+        f"{median(times.before) * 1e3:.2f} ms",
+        f"{median(times.after) * 1e3:.2f} ms",
+        f"{times.speedup:.2f}x ({low:.2f} to {high:.2f})",
     )
