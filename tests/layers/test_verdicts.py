@@ -238,6 +238,14 @@ def test_anything_of_the_layer_or_the_call_that_changed_is_measured_again(what: 
 
 
 @pytest.mark.usefixtures("counted")
+def test_a_mode_that_changes_nothing_but_how_it_is_run_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    prove()
+    assert prove(mode=I | Mode.TORCH_COMPILE)[0] > 0
+    assert prove(mode=I | Mode.TORCH_COMPILE)[0] == 0
+
+
+@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("name", ["torch", "triton", "python", "threads", "devices"])
 def test_a_change_of_the_machine_is_measured_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prove()
@@ -430,6 +438,31 @@ def test_keys_are_the_same_in_every_process(hub: Hub, counted: None, tmp_path: P
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "7"}
     made = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(made.stdout) == here
+
+
+def test_code_from_source_and_from_bytecode_is_the_same() -> None:
+    import marshal
+
+    text = """
+def one(x): return x.sum((0, 1)), {"a", "b"} == x
+def two(x): return x.sum((0, 1)), {"b", "a"} == x
+class Layer(nn.Module):
+    def forward(self, x, dims=(0, 1)): return one(x), two(x), x.sum((0, 1))
+"""
+    code = compile(text, "some_module", "exec")
+    found = set()
+    for one in (code, marshal.loads(marshal.dumps(code)), marshal.loads(marshal.dumps(code, 2))):
+        space: dict[str, Any] = {"nn": nn, "__name__": "some_module"}
+        exec(one, space)
+        found.add(describe.digest(describe.code(space["Layer"]())))
+    assert len(found) == 1
+
+
+def test_sets_have_no_order() -> None:
+    module, other = nn.Identity(), nn.Identity()
+    one, two = Config(size=1), Config(size=2)
+    module.setting, other.setting = [{one, two}, "x"], [{two, one}, "x"]
+    assert describe.settings(module) == describe.settings(other)
 
 
 def test_of_a_layer_that_holds_what_cannot_be_told_nothing_is_remembered(

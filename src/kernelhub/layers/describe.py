@@ -94,6 +94,8 @@ class _Walk:
             return ["tensor", kind(value)]
         if isinstance(value, enum.Enum):
             return ["enum", _name_of(type(value)), value.name]
+        if isinstance(value, tuple):  # equal ones may be one object or two, as they come from source or from bytecode
+            return [_name_of(type(value)), [self.value(item) for item in value]]
         if id(value) in self._met:
             return ["again", self._met[id(value)]]
         if len(self._met) >= _MOST:
@@ -127,8 +129,9 @@ class _Walk:
         if isinstance(value, Mapping):
             return [_name_of(type(value)), [[self.value(key), self.value(item)] for key, item in value.items()]]
         if isinstance(value, (set, frozenset)):
-            return [_name_of(type(value)), sorted((self.value(item) for item in value), key=repr)]
-        if isinstance(value, (list, tuple)):
+            # Each by itself: what was met before is named by a number, and sets have no order.
+            return [_name_of(type(value)), sorted((_Walk(self._home).value(item) for item in value), key=repr)]
+        if isinstance(value, list):
             return [_name_of(type(value)), [self.value(item) for item in value]]
         return self._object(value)
 
