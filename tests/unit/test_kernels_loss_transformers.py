@@ -267,6 +267,24 @@ def test_frozen_models_and_frozen_heads_train_what_is_left() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_verify_finds_that_the_logits_are_missing() -> None:
+    model = llama()
+    mark_fused_loss(model)
+    mark(model)
+    mapping = {"ForCausalLMLoss": default_mapping()["ForCausalLMLoss"], **fused_loss_mapping()}
+    with use_kernel_mapping(mapping, inherit_mapping=False):
+        sample = {"input_ids": IDS, "labels": LABELS}
+        kernelize(model, mode=Mode.TRAINING, sample_inputs=sample, verify=True)
+    rows = {row.layer_name: row for row in kernel_report(model).rows if row.layer_name in mapping}
+    assert {name: row.outcome for name, row in rows.items()} == {
+        "ForCausalLMLoss": "kernel",
+        "FusedForCausalLM": "original",
+    }
+    assert rows["ForCausalLMLoss"].max_error < 1e-6
+    assert model(IDS, labels=LABELS).logits is not None
+    unkernelize(model)
+
+
 def test_only_models_that_asked_are_fused() -> None:
     fused_only(llama())
     other = llama()
