@@ -2,7 +2,7 @@
 # make test    every test
 # make lint    ruff, mypy, import-linter
 # make faults  hubs that misbehave and clients that are killed, all of them (a minute or two)
-# make fuzz    ten minutes of malformed input for each parser
+# make fuzz    ten minutes of malformed input for each of four parsers
 # make bench   the library beside its peer, in one run
 #
 # Each makes .venv and installs what it needs. PYTHON chooses the interpreter.
@@ -32,6 +32,7 @@ faults: .venv/installed
 	KERNELHUB_TEST_FAULTS=all KERNELHUB_TEST_KILLS=200 $(BIN)/python -m pytest tests/hub/test_faults.py tests/hub/test_kills.py
 
 fuzz: .venv/installed
+	-$(BIN)/python -m pip install --quiet --group fuzz
 	$(BIN)/python tests/fuzz/run.py
 
 bench: .venv/installed .peers/installed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import threading
 import traceback
 import warnings
@@ -246,6 +247,7 @@ def worker(rank: int, size: int, scratch: Path, address: str, names: list[str]) 
     else:
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
     torch.set_num_threads(1)
+    os.environ["KERNELHUB_RANKS_TIMEOUT"] = "20"  # what hangs ends soon, as an error
     Group.scratch, Group.rank = scratch, rank
     found = {}
     for name in names:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -462,7 +462,8 @@ def _read_row(number: int, value: Any) -> ReportRow:
 
 
 def _texts(values: Any) -> bool:
-    return not isinstance(values, str) and all(isinstance(value, str) for value in values)
+    listed = isinstance(values, Collection) and not isinstance(values, (str, bytes, Mapping))
+    return listed and all(isinstance(value, str) for value in values)
 
 
 # How rows look
