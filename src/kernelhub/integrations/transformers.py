@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kernelhub.layers.kernelize import kernelize
 from kernelhub.layers.mapping import KernelMapping, use_kernel_mapping
-from kernelhub.layers.markers import replace_kernel_forward_from_hub
+from kernelhub.layers.markers import FUNCS, replace_kernel_forward_from_hub, use_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.report import note
 from kernelhub.layers.repositories import LayerRepository
@@ -372,6 +372,8 @@ def mark(model: nn.Module) -> Marks:
     classes = set()
     for path, module in uncompiled(model).named_modules():
         classes.add(type(module))
+        if _marks_rotary(module):
+            marks.layers[f"{path}.{ROTARY_LAYERS[0]}"] = ROTARY_LAYERS[0]
         if _marks_loss(module):
             marks.layers[f"{path}.{LOSS_LAYERS[0]}" if path else LOSS_LAYERS[0]] = LOSS_LAYERS[0]
         found = _family(type(module))
@@ -463,6 +465,36 @@ def _named_by_others(cls: type[nn.Module], family: Family) -> bool:
     """Whether a decorator, or the user, has named the class."""
     condition = getattr(cls, "kernel_condition", None)
     return "kernel_layer_name" in vars(cls) and getattr(condition, "__self__", None) is not family
+
+
+def _marks_rotary(module: nn.Module) -> bool:
+    """Do for a rotary embedding what transformers' decorators do for most, where they are live: some models lack them.
+
+    The function becomes kernel-aware for the process, as decorated ones are, and the modules that call it say so.
+    """
+    cls = type(module)
+    if not cls.__module__.startswith("transformers.models.") or not _decorators_are_live():
+        return False
+    code = getattr(cls.forward, "__code__", None)
+    scope = getattr(cls.forward, "__globals__", {})
+    function = scope.get(_ROTARY)
+    if code is None or _ROTARY not in code.co_names or ROTARY_LAYERS[0] in module.__dict__.get(FUNCS, {}):
+        return False
+    if isinstance(function, FunctionType):
+        function = scope[_ROTARY] = use_kernel_forward_from_hub(ROTARY_LAYERS[0])(function)
+    if not isinstance(function, nn.Module):
+        return False
+    module.__dict__.setdefault(FUNCS, {})[ROTARY_LAYERS[0]] = function
+    return True
+
+
+_ROTARY = "apply_rotary_pos_emb"
+
+
+def _decorators_are_live() -> bool:
+    """Whether transformers found a package named `kernels`."""
+    available = getattr(sys.modules.get("transformers.utils"), "is_kernels_available", None)
+    return bool(available and available())
 
 
 def _unreached(classes: set[type]) -> Iterator[tuple[str, str]]:
