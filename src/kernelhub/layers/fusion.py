@@ -291,11 +291,9 @@ def entering(forward: Any, cls: Any) -> Any:
     return entered
 
 
-def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def forward(self: Any, value: Any) -> Any:
     """The forward of the modules after the first: what it is given is their result already."""
-    if self._kernelhub_swap.fusion is None:
-        return type(self).forward(self, *args, **kwargs)
-    return args[0]
+    return type(self).forward(self, value) if self._kernelhub_swap.fusion is None else value
 
 
 forward.fused = True  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,23 +54,25 @@ def rms_norm_gated_mlp(
     `formula` names the norm, `product` the class of f.
     """
     normalize, multiply = FORMULAS[formula], PRODUCTS[product]
-    if not _in_blocks(x, gate, down):
+    gate, up, down = gate._parameters, up._parameters, down._parameters
+    if x.numel() < _FROM_ROWS * x.shape[-1] or not _in_blocks(x, gate, down):
         n = normalize(x, weight, eps)
-        inner = multiply(F.linear(n, gate.weight, gate.bias), F.linear(n, up.weight, up.bias))
-        return F.linear(inner, down.weight, down.bias)
+        inner = multiply(F.linear(n, gate["weight"], gate["bias"]), F.linear(n, up["weight"], up["bias"]))
+        return F.linear(inner, down["weight"], down["bias"])
+    down_weight, down_bias = down["weight"], down["bias"]
     rows = x.reshape(-1, x.shape[-1])
-    made = rows.new_empty(rows.shape[0], down.weight.shape[0])
+    made = rows.new_empty(rows.shape[0], down_weight.shape[0])
     for block, out in zip(rows.split(_ROWS), made.split(_ROWS), strict=True):
         n = normalize(block, weight, eps)
-        inner = multiply(F.linear(n, gate.weight, gate.bias), F.linear(n, up.weight, up.bias))
-        if down.bias is None:
-            torch.mm(inner, down.weight.t(), out=out)
+        inner = multiply(F.linear(n, gate["weight"], gate["bias"]), F.linear(n, up["weight"], up["bias"]))
+        if down_bias is None:
+            torch.mm(inner, down_weight.t(), out=out)
         else:
-            torch.addmm(down.bias, inner, down.weight.t(), out=out)
+            torch.addmm(down_bias, inner, down_weight.t(), out=out)
     return made.view(*x.shape[:-1], -1)
 
 
-def _in_blocks(x: Tensor, gate: nn.Linear, down: nn.Linear) -> bool:
+def _in_blocks(x: Tensor, gate: dict[str, Any], down: dict[str, Any]) -> bool:
     """Whether to compute block by block: where it is faster, and nothing records or transforms what is done."""
     return (
         x.device.type == "cpu"
@@ -77,7 +81,6 @@ def _in_blocks(x: Tensor, gate: nn.Linear, down: nn.Linear) -> bool:
         and not _transforms_active()
         and type(x) is Tensor
         and x.dtype is torch.float32
-        and gate.weight.dtype is down.weight.dtype is torch.float32
-        and x.numel() >= _FROM_ROWS * x.shape[-1]
+        and gate["weight"].dtype is down["weight"].dtype is torch.float32
         and not torch.is_autocast_enabled("cpu")
     )
