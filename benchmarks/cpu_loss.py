@@ -24,7 +24,7 @@ from cpu_kernels import kernel
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-ROWS, FEATURES = 512, 1024
+ROWS, FEATURES = 512, 512
 VOCABULARIES = (32000, 128256)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUNDS, SECONDS = 5, 2.0
@@ -72,15 +72,15 @@ def cases(loss: object) -> Iterator[tuple[str, dict[str, Way]]]:
                 )
             del logits
     for name, dtype in DTYPES.items():
-        labels = torch.randint(0, VOCABULARIES[0], (4 * ROWS,))
-        hidden = torch.randn(4 * ROWS, FEATURES).to(dtype).requires_grad_()
+        labels = torch.randint(0, VOCABULARIES[0], (2 * ROWS,))
+        hidden = torch.randn(2 * ROWS, FEATURES).to(dtype).requires_grad_()
         weight = (torch.randn(VOCABULARIES[0], FEATURES) / FEATURES**0.5).to(dtype).requires_grad_()
 
         def separate(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
             return eager(F.linear(hidden, weight), labels)
 
         yield (
-            f"linear_cross_entropy, {4 * ROWS} x {FEATURES} to {VOCABULARIES[0]} {name}",
+            f"linear_cross_entropy, {2 * ROWS} x {FEATURES} to {VOCABULARIES[0]} {name}",
             {
                 "kernel": trained(loss.linear_cross_entropy, hidden, weight, labels),
                 "eager": trained(separate, hidden, weight, labels),
