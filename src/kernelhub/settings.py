@@ -15,7 +15,6 @@ from typing import Any
 
 from kernelhub.core.paths import user_path
 from kernelhub.core.refs import RepoId
-from kernelhub.core.signatures import ALGORITHM
 from kernelhub.core.trust import TrustedIdentity, TrustedKey, TrustPolicy
 from kernelhub.errors import InvalidReference, context
 
@@ -160,6 +159,10 @@ def _trust(env: Mapping[str, str]) -> tuple[str, ...]:
 
 def _keys(texts: Sequence[str], where: str, folder: Path | None = None) -> tuple[TrustedKey, ...]:
     """Trusted keys: each a key's text or the path of a file with one key a line, after `<pattern>=` perhaps."""
+    if not texts:
+        return ()
+    from kernelhub.core.signatures import ALGORITHM
+
     found: list[TrustedKey] = []
     with context(where):
         for text in texts:

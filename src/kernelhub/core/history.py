@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from kernelhub.core.manifest import Manifest
+if TYPE_CHECKING:
+    from kernelhub.core.manifest import Manifest
 
 # How many commits may lie between two looks at a ref; each is a small file to ask for.
 MAX_STEPS = 200

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from kernelhub.core.refs import RepoId
-from kernelhub.core.revocations import Revocations
-from kernelhub.core.signatures import ALGORITHM, PublicKey
 from kernelhub.errors import InvalidReference, UntrustedKernel
+
+if TYPE_CHECKING:  # most deployments have no keys, and each of these takes a millisecond or two to import
+    from kernelhub.core.revocations import Revocations
+    from kernelhub.core.signatures import PublicKey
 
 
 class Origin(Enum):
@@ -105,6 +108,8 @@ class TrustedKey:
     @classmethod
     def parse(cls, text: str) -> TrustedKey:
         """Read `ed25519:<base64>` or `<pattern>=ed25519:<base64>`. Raises `InvalidReference`."""
+        from kernelhub.core.signatures import ALGORITHM, PublicKey
+
         before, algorithm, value = text.strip().partition(f"{ALGORITHM}:")
         key = PublicKey.parse(algorithm + value)
         if before and not before.endswith("="):

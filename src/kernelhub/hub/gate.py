@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kernelhub.core.manifest import ManifestDocument
 from kernelhub.core.metadata import Metadata
 from kernelhub.core.refs import Version
 from kernelhub.core.trust import Origin, Published
@@ -17,9 +17,11 @@ from kernelhub.core.variants import BuildVariant
 from kernelhub.errors import HubUnavailable, IntegrityError, KernelHubWarning, Violation
 from kernelhub.hub.request import Found, Options
 from kernelhub.hub.resolve import Resolver
-from kernelhub.hub.signing import right_signers
 from kernelhub.hub.sources.base import LOCAL, Listing
 from kernelhub.hub.verify import METADATA, Verified
+
+if TYPE_CHECKING:
+    from kernelhub.core.manifest import ManifestDocument
 
 # What a signature by a key that is trusted is worth.
 SIGNED, REVOKED, WRONG = "right", "right, but the key is revoked", "WRONG: it is not over this commit"
@@ -93,6 +95,8 @@ class Gate:
         document = found.listing.document or self._stored(found)
         if document is None:
             return found, published, []
+        from kernelhub.hub.signing import right_signers
+
         keys = policy.keys_for(published)
         right = {key.id for key in right_signers(document.payload, document.signatures, keys)}
         counting = set(replace(published, signers=tuple(right)).counting_signers)
@@ -152,6 +156,8 @@ class Gate:
 def _signers(document: ManifestDocument | None, options: Options, published: Published) -> list[str]:
     if document is None or not document.signatures:
         return []
+    from kernelhub.hub.signing import right_signers
+
     keys = options.policy.keys_for(published)
     return [key.id for key in right_signers(document.payload, document.signatures, keys)]
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kernelhub.core.history import goes_back, remembered
-from kernelhub.core.manifest import Manifest
 from kernelhub.core.refs import Pin, RepoId, Revision
 from kernelhub.core.trust import Origin, Published
 from kernelhub.core.variants import BuildVariant
@@ -28,6 +27,9 @@ from kernelhub.hub.revocations import RevocationLists, Warn
 from kernelhub.hub.sources.base import LOCAL, UNAVAILABLE, Listing, Source
 from kernelhub.hub.sources.project import ProjectSource
 from kernelhub.hub.store import RefRecord, Store
+
+if TYPE_CHECKING:
+    from kernelhub.core.manifest import Manifest
 
 _Answer = TypeVar("_Answer")
 

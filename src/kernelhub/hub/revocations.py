@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from kernelhub.core.revocations import MAX_BYTES, Revocations, RevocationsDocument, path_of
-from kernelhub.core.signatures import PublicKey
 from kernelhub.core.trust import Origin
 from kernelhub.errors import HubUnavailable, IntegrityError, InvalidReference, KernelHubWarning, context
 from kernelhub.hub.addresses import shown
-from kernelhub.hub.files import WritableFiles
-from kernelhub.hub.signing import Signer, right_signers
 from kernelhub.hub.sources.base import Source
 from kernelhub.hub.store import Store
+
+if TYPE_CHECKING:
+    from kernelhub.core.revocations import Revocations, RevocationsDocument
+    from kernelhub.core.signatures import PublicKey
+    from kernelhub.hub.files import WritableFiles
+    from kernelhub.hub.signing import Signer
 
 # How often to write a list again where somebody else writes it at the same time.
 _TRIES = 5
@@ -43,6 +46,10 @@ class RevocationLists:
 
         Raises `InvalidMetadata` or `IntegrityError` for a list that is malformed or not signed by its key.
         """
+        if not keys:
+            return
+        from kernelhub.core.revocations import path_of
+
         for key in keys:
             seen = self.store.revocations_seen(source.key, key.id)
             now = self.clock()
@@ -75,6 +82,9 @@ class RevocationLists:
 
 
 def _checked(data: bytes, key: PublicKey) -> RevocationsDocument:
+    from kernelhub.core.revocations import RevocationsDocument
+    from kernelhub.hub.signing import right_signers
+
     document = RevocationsDocument.parse(data, key.id)
     if not right_signers(document.revocations.payload, document.signatures, [key]):
         raise IntegrityError(f"the revocation list is not signed by its key {key.id}")
@@ -88,6 +98,7 @@ def revoke(
 
     Raises `InvalidReference` where there is nothing to add, and as `publish` does.
     """
+    from kernelhub.core.revocations import RevocationsDocument, path_of
     from kernelhub.hub.publish import writable_hub
 
     if not keys and not commits:
@@ -107,5 +118,7 @@ def revoke(
 
 
 def _read(files: WritableFiles, path: str, key: PublicKey) -> Revocations:
+    from kernelhub.core.revocations import MAX_BYTES, Revocations
+
     data = files.read(path, MAX_BYTES)
     return Revocations(key.id) if data is None else _checked(data, key).revocations

@@ -30,14 +30,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
-from kernelhub.core import revocations
 from kernelhub.core.canonical import canonical_json
-from kernelhub.core.manifest import ManifestDocument
 from kernelhub.core.refs import RepoId, is_commit
-from kernelhub.core.revocations import Revocations, RevocationsDocument
 from kernelhub.core.variants import BuildVariant, parse_variant
 from kernelhub.errors import IntegrityError, InvalidMetadata, KernelHubError, StoreError
 from kernelhub.hub.verify import Known, Verified, learn, scan, verify, verify_tree
@@ -46,6 +43,10 @@ _log = logging.getLogger("kernelhub")
 
 # The most bytes of a verdict that are read.
 MAX_VERDICT = 1 << 20
+
+if TYPE_CHECKING:
+    from kernelhub.core.manifest import ManifestDocument
+    from kernelhub.core.revocations import Revocations, RevocationsDocument
 
 # A commit's manifest with its signatures, beside its variants; no variant is called so.
 MANIFEST = "manifest.json"
@@ -151,6 +152,8 @@ class Store:
         """The commit's manifest with its signatures, where the hub had one; it is what the commit names."""
         try:
             data = (self._commit(hub, repo, commit) / MANIFEST).read_bytes()
+            from kernelhub.core.manifest import ManifestDocument
+
             return ManifestDocument.parse(data).checked(repo, commit)
         except (OSError, InvalidMetadata, IntegrityError):
             return None
@@ -163,7 +166,9 @@ class Store:
 
     def revocations(self, key_id: str) -> Revocations | None:
         """The newest list of a key that was seen; None where none was. Raises `IntegrityError` for a damaged one."""
-        path = self.root / revocations.path_of(key_id)
+        from kernelhub.core.revocations import RevocationsDocument
+
+        path = self.root / _list_path(key_id)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -179,7 +184,7 @@ class Store:
 
     def set_revocations(self, document: RevocationsDocument) -> None:
         """Keep a list, unless another process kept a newer one. A store that cannot be written keeps none."""
-        found, path = document.revocations, self.root / revocations.path_of(document.revocations.key)
+        found, path = document.revocations, self.root / _list_path(document.revocations.key)
         with suppress(StoreError), self._writing(path):
             known = self.revocations(found.key)
             if known is None or known.number < found.number:
@@ -187,12 +192,12 @@ class Store:
 
     def revocations_seen(self, hub: str, key_id: str) -> SeenList | None:
         """Which list of a key the hub had when it was last asked."""
-        raw = self._read_json(self.root / "kernels" / hub / revocations.path_of(key_id))
+        raw = self._read_json(self.root / "kernels" / hub / _list_path(key_id))
         number, time = raw.get("number"), _seconds(raw.get("time"))
         return SeenList(number, time) if isinstance(number, int) and time is not None else None
 
     def set_revocations_seen(self, hub: str, key_id: str, number: int, time: float) -> None:
-        self._write_json(self.root / "kernels" / hub / revocations.path_of(key_id), {"number": number, "time": time})
+        self._write_json(self.root / "kernels" / hub / _list_path(key_id), {"number": number, "time": time})
 
     # Variants
 
@@ -464,6 +469,12 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError("it is no object")
     return raw
+
+
+def _list_path(key_id: str) -> str:
+    from kernelhub.core.revocations import path_of
+
+    return path_of(key_id)
 
 
 def _lists(values: Iterable[object]) -> bool:

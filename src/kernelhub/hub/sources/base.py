@@ -17,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from kernelhub.core.manifest import ManifestDocument
 from kernelhub.core.refs import KernelRef, Pin, RepoId
 from kernelhub.core.trust import Origin
+
+if TYPE_CHECKING:
+    from kernelhub.core.manifest import ManifestDocument
 
 # The commit of what lies in the user's own folder now: it names no content, so nothing of it is kept in the store.
 LOCAL = "0" * 40
