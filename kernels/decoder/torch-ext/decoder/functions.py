@@ -13,7 +13,7 @@ from kernelhub import get_kernel_dep
 norm = get_kernel_dep("kernelhub/norm")
 activation = get_kernel_dep("kernelhub/activation")
 
-__all__ = ["FORMULAS", "PRODUCTS", "activation", "norm", "rms_norm_gated_mlp"]
+__all__ = ["FORMULAS", "PRODUCTS", "activation", "add_gated_mlp", "norm", "rms_norm_gated_mlp"]
 
 # By the names that layers are marked with, and by those of the classes that transformers has.
 FORMULAS = {
@@ -55,7 +55,7 @@ def rms_norm_gated_mlp(
     """
     normalize, multiply = FORMULAS[formula], PRODUCTS[product]
     gate, up, down = gate._parameters, up._parameters, down._parameters
-    if x.numel() < _FROM_ROWS * x.shape[-1] or not _in_blocks(x, gate, down):
+    if x.numel() < _FROM_ROWS * x.shape[-1] or not _free(x, gate, down):
         n = normalize(x, weight, eps)
         inner = multiply(F.linear(n, gate["weight"], gate["bias"]), F.linear(n, up["weight"], up["bias"]))
         return F.linear(inner, down["weight"], down["bias"])
@@ -72,8 +72,21 @@ def rms_norm_gated_mlp(
     return made.view(*x.shape[:-1], -1)
 
 
-def _in_blocks(x: Tensor, gate: dict[str, Any], down: dict[str, Any]) -> bool:
-    """Whether to compute block by block: where it is faster, and nothing records or transforms what is done."""
+def add_gated_mlp(
+    x: Tensor, residual: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, product: str = "SiLUActivation"
+) -> Tensor:
+    """`residual + down(f(gate(x)) * up(x))`; without gradients, in float32 on a CPU, the sum is the product's beginning."""
+    gate, up, down = gate._parameters, up._parameters, down._parameters
+    inner = PRODUCTS[product](F.linear(x, gate["weight"], gate["bias"]), F.linear(x, up["weight"], up["bias"]))
+    weight = down["weight"]
+    if down["bias"] is not None or residual.dtype is not inner.dtype or not _free(x, gate, down):
+        return residual + F.linear(inner, weight, down["bias"])
+    rows = torch.addmm(residual.reshape(-1, weight.shape[0]), inner.reshape(-1, weight.shape[1]), weight.t())
+    return rows.view(residual.shape)
+
+
+def _free(x: Tensor, gate: dict[str, Any], down: dict[str, Any]) -> bool:
+    """Whether products may go where they are wanted: float32 on a CPU, and nothing records or transforms what is done."""
     return (
         x.device.type == "cpu"
         and not torch.is_grad_enabled()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functions import FORMULAS, PRODUCTS, norm, rms_norm_gated_mlp
+from .functions import FORMULAS, PRODUCTS, add_gated_mlp, norm, rms_norm_gated_mlp
 
 __all__ = ["DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP", "RMSNormGatedMLP"]
 
@@ -96,7 +96,8 @@ class RMSNormGatedMLPLayout(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each after an RMS norm and with a residual add; the add after the attention is one with the norm.
 
-    Reads `post_attention_layernorm` (an RMS norm as Llama has it), and calls `input_layernorm`, `self_attn` and `mlp`.
+    Reads `post_attention_layernorm` (an RMS norm as Llama has it) and the projections of a gated `mlp`, and calls
+    `input_layernorm`, `self_attn` and any other `mlp`.
     """
 
     can_torch_compile = True
@@ -124,7 +125,23 @@ class DecoderLayer(nn.Module):
         )
         between = parts["post_attention_layernorm"]
         normed, residual = norm.add_rms_norm(attended, hidden_states, between.weight, _epsilon(between))
-        return residual + parts["mlp"](normed)
+        mlp = parts["mlp"]
+        if _plain_gated(mlp):
+            inner = mlp._modules
+            product = type(inner["act_fn"]).__name__
+            return add_gated_mlp(normed, residual, inner["gate_proj"], inner["up_proj"], inner["down_proj"], product)
+        return residual + mlp(normed)
+
+
+def _plain_gated(mlp: nn.Module) -> bool:
+    """Whether the MLP is a gated one, by its mark, of plain linear layers, and nobody listens to it."""
+    if getattr(type(mlp), "kernel_layer_name", None) != "GatedMLP" or mlp._forward_hooks or mlp._forward_pre_hooks:
+        return False
+    parts = mlp._modules
+    return (
+        type(parts["gate_proj"]) is type(parts["up_proj"]) is type(parts["down_proj"]) is nn.Linear
+        and type(parts["act_fn"]).__name__ in PRODUCTS
+    )
 
 
 def _epsilon(module: nn.Module) -> float:
