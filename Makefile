@@ -3,7 +3,7 @@
 # make lint    ruff, mypy, import-linter
 # make faults  hubs that misbehave and clients that are killed, all of them (a minute or two)
 # make fuzz    ten minutes of malformed input for each of four parsers
-# make bench   the library beside its peer, in one run
+# make bench   the library beside its peer, and the CPU kernels beside PyTorch, each in one run
 #
 # Each makes .venv and installs what it needs. PYTHON chooses the interpreter.
 
@@ -38,6 +38,7 @@ fuzz: .venv/installed
 bench: .venv/installed .peers/installed
 	$(BIN)/python benchmarks/library.py
 	$(BIN)/python benchmarks/kernelize.py
+	$(BIN)/python benchmarks/cpu_kernels.py
 	$(BIN)/python benchmarks/fusion.py
 	$(BIN)/python benchmarks/proof.py
 
