@@ -228,11 +228,12 @@ def test_each_activation_runs_its_kernel_and_agrees(layer: str) -> None:
 def test_the_default_mapping_has_every_layer_of_the_embedded_kernels_on_every_device() -> None:
     mapping = default_mapping()
     layers = set()
-    for name in ("norm", "activation", "decoder", "rotary"):
+    for name in ("norm", "activation", "decoder", "rotary", "loss"):
         from kernelhub.core.refs import KernelRef
 
         loaded = default_hub().load(KernelRef.of(f"kernelhub/{name}", version=1))
-        single = set(loaded.module.layers.__all__) - {"RMSNormGatedMLP"}  # that one stands for two modules
+        # The first stands for two modules, the second is for those who ask for it (kernelhub.integrations.losses).
+        single = set(loaded.module.layers.__all__) - {"RMSNormGatedMLP", "FusedForCausalLM"}
         layers |= single
         for layer in single:
             assert {str(repository) for repository in mapping[layer].values()} == {f"kernelhub/{name}@v1:{layer}"}
@@ -253,6 +254,7 @@ def test_marks_every_norm_and_activation_of_llama_and_bert() -> None:
         **{f"model.layers.{i}.mlp": "GatedMLP" for i in (0, 1)},
         **{f"model.layers.{i}.mlp.act_fn": "SiLU" for i in (0, 1)},
         "model.norm": "RMSNorm",
+        "ForCausalLMLoss": "ForCausalLMLoss",
     }
     marks = mark(bert())
     assert marks.kept == {}
@@ -428,7 +430,7 @@ def test_trains_with_the_gradients_of_the_original() -> None:
     mark(model)
     with use_kernel_mapping(default_mapping(), inherit_mapping=False):
         kernelize(model, mode=Mode.TRAINING)
-    assert len(kernel_report(model).kernels) == 7
+    assert len(kernel_report(model).kernels) == 12
     for name, value in gradients().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
