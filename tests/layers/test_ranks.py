@@ -67,6 +67,7 @@ class Group:
     scratch: Path
     rank: int
     count = 0
+    device = "cpu"  # of the group's collectives
 
 
 def kernels(layers: str) -> dict[str, dict[str, dict[str, bytes]]]:
@@ -79,7 +80,7 @@ def hub(layers: str = LAYERS, *, own: bool = True, has: bool = True) -> kernelfi
     Group.count += 1
     source = kernelfiles.MemorySource(kernels(layers) if has else {})
     cache = Group.scratch / f"cache{Group.count}{f'-{Group.rank}' if own else ''}"
-    set_default_hub(Hub(Settings(cache=cache), sources=[source]))
+    set_default_hub(Hub(Settings(cache=cache, ref_ttl=0.0), sources=[source]))  # each would ask again
     return source
 
 
@@ -207,7 +208,7 @@ def one_does_not_come(rank: int, size: int) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERNELHUB_RANKS_TIMEOUT", "0.3")
         error = told(run) if rank != 1 else None
-    value = torch.ones(1)
+    value = torch.ones(1, device=Group.device)
     dist.all_reduce(value)
     return {"error": error, "sum": value.item(), "rows": reported(run())}
 
@@ -240,12 +241,15 @@ def check(name: str, rank: int, size: int) -> Any:
         return {"broken": traceback.format_exc()}
 
 
-def worker(rank: int, size: int, scratch: Path, address: str, names: list[str]) -> None:
+def worker(rank: int, size: int, scratch: Path, address: str, names: list[str], backend: str) -> None:
+    if backend == "nccl":
+        Group.device = f"cuda:{rank}"
+        torch.cuda.set_device(rank)
     if address.isdigit():
         there = dist.TCPStore("127.0.0.1", int(address), is_master=False)
-        dist.init_process_group("gloo", store=there, rank=rank, world_size=size)
+        dist.init_process_group(backend, store=there, rank=rank, world_size=size)
     else:
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size)
     torch.set_num_threads(1)
     os.environ["KERNELHUB_RANKS_TIMEOUT"] = "20"  # what hangs ends soon, as an error
     Group.scratch, Group.rank = scratch, rank
@@ -257,13 +261,14 @@ def worker(rank: int, size: int, scratch: Path, address: str, names: list[str]) 
     dist.destroy_process_group()
 
 
-def start(scratch: Path, size: int, address: str, names: list[str]) -> list[dict[str, Any]]:
+def start(scratch: Path, size: int, address: str, names: list[str], backend: str = "gloo") -> list[dict[str, Any]]:
     """Run the cases in `size` processes; what each of them found. They are forked from one that has torch already."""
     scratch.mkdir()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "kernelhub.layers.kernelize", "kernelhub.layers.proof"])
     processes = [
-        context.Process(target=worker, args=(rank, size, scratch, address, names), daemon=True) for rank in range(size)
+        context.Process(target=worker, args=(rank, size, scratch, address, names, backend), daemon=True)
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -419,6 +424,16 @@ def test_a_group_decides_for_its_own_ranks(four: list[Any]) -> None:
             assert "not in the group" in one["error"][1]
         else:
             assert [row[1] for row in norms(one["rows"])] == ["kernel", "kernel"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_it_is_the_same_with_nccl(tmp_path: Path) -> None:
+    names = ["agreed", "one_cannot_load", "one_does_not_come"]
+    found = start(tmp_path / "nccl", 2, f"file://{tmp_path}/rendezvous", names, "nccl")
+    assert all(norms(one["rows"]) == KERNELS for one in _of(found, "agreed"))
+    assert [one["error"][0] for one in _of(found, "one_cannot_load")] == ["RankFailed", "KernelNotFound"]
+    assert [one["sum"] for one in _of(found, "one_does_not_come")] == [2.0, 2.0]
 
 
 # The protocol, in threads: one store, a session for each rank
