@@ -124,7 +124,7 @@ def kernelize(
         decisions = decide(found, request)
 
         def load(first: bool) -> list[Outcome]:
-            source = hub if first else hub.without_network()
+            source = hub if first else hub.without_network()  # what the first of this machine fetched
             resolver = _Resolver(source, request, fallback, compared=demand is not None, restore=restore)
             return resolver.outcomes(found.sites, decisions)
 
