@@ -31,55 +31,71 @@ __device__ __forceinline__ void finish(
   store<T, V>(args.y, at, y);
 }
 
-template <typename T, int V, int EACH, int MOST = (EACH <= 2 ? 1024 : 512)>
-__global__ void __launch_bounds__(MOST) layer_rows(const __grid_constant__ LayerArgs args) {
+// Rows of up to EACH packs to a thread, which are read once and held in registers. FULL: of exactly so many, by whole warps.
+template <typename T, int V, int EACH, bool FULL>
+__global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) layer_rows(const __grid_constant__ LayerArgs args) {
+  constexpr bool WIDENED = EACH <= 2; // kept in float32
   __shared__ float shared[2][SHARED<1>];
   wait_for_input();
   const Team team;
-  const int count = static_cast<int>(args.n) / V;
+  const int count = FULL ? EACH * team.across : static_cast<int>(args.n) / V;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int here = row < args.rows ? count : 0;
+  if (FULL && row >= args.rows) {
+    return;
+  }
+  const int here = FULL || row < args.rows ? count : 0;
+  const auto within = [&](int i) { return FULL || i < here; };
   Pack<T, V> x[EACH];
+  float wide[WIDENED ? EACH : 1][V];
   const char* from = row_at(args.x, args.x_leading, row);
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int i = team.lane + k * team.across;
-    x[k] = i < here ? load<T, V>(from, i) : zeros<T, V>();
+    x[k] = within(i) ? load<T, V>(from, i) : zeros<T, V>();
   }
   float total[1] = {}, squares[1] = {};
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
-    float of[V];
+    float(&of)[V] = wide[WIDENED ? k : 0];
     unpack(x[k], of);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       total[0] += of[v];
     }
-    forget(x[k]);
+    if constexpr (!WIDENED) {
+      forget(x[k]);
+    }
   }
   team.sum(total, shared[0]);
   const float mean = total[0] * args.inverse;
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
-    if (team.lane + k * team.across < here) {
-      float of[V];
-      unpack(x[k], of);
+    if (within(team.lane + k * team.across)) {
+      float(&of)[V] = wide[WIDENED ? k : 0];
+      if constexpr (!WIDENED) {
+        unpack(x[k], of);
+      }
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        squares[0] += (of[v] - mean) * (of[v] - mean);
+        of[v] -= mean;
+        squares[0] += of[v] * of[v];
       }
     }
-    forget(x[k]);
+    if constexpr (!WIDENED) {
+      forget(x[k]);
+    }
   }
   team.sum(squares, shared[1]);
   const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int i = team.lane + k * team.across;
-    if (i < here) {
-      float of[V];
-      unpack(x[k], of);
-      finish<T, V>(args, row * count + i, i, mean, scale, of);
+    if (within(i)) {
+      float(&of)[V] = wide[WIDENED ? k : 0];
+      if constexpr (!WIDENED) {
+        unpack(x[k], of);
+      }
+      finish<T, V>(args, row * count + i, i, WIDENED ? 0.0f : mean, scale, of);
     }
   }
 }
@@ -125,19 +141,27 @@ __global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ 
   }
 }
 
+template <typename T, int EACH>
+cudaError_t run_rows(const LayerArgs& args, dim3 grid, dim3 block, const Device& device) {
+  constexpr int V = WIDE<T>;
+  return block.x >= 32 && args.n == int64_t{EACH} * V * block.x
+      ? launch(layer_rows<T, V, EACH, true>, grid, block, 0, device, args)
+      : launch(layer_rows<T, V, EACH, false>, grid, block, 0, device, args);
+}
+
 template <typename T>
 cudaError_t run(const LayerArgs& args, bool wide, const Device& device) {
   constexpr int V = WIDE<T>;
   return cover_rows(args.rows, args.n, V, wide, 8, device, [&](int each, dim3 grid, dim3 block) {
     switch (each) {
       case 1:
-        return launch(layer_rows<T, V, 1>, grid, block, 0, device, args);
+        return run_rows<T, 1>(args, grid, block, device);
       case 2:
-        return launch(layer_rows<T, V, 2>, grid, block, 0, device, args);
+        return run_rows<T, 2>(args, grid, block, device);
       case 4:
-        return launch(layer_rows<T, V, 4>, grid, block, 0, device, args);
+        return run_rows<T, 4>(args, grid, block, device);
       case 8:
-        return launch(layer_rows<T, V, 8>, grid, block, 0, device, args);
+        return run_rows<T, 8>(args, grid, block, device);
       default:
         return wide ? launch(layer_long_rows<T, V>, grid, block, 0, device, args)
                     : launch(layer_long_rows<T, 1>, grid, block, 0, device, args);

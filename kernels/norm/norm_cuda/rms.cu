@@ -68,38 +68,43 @@ __device__ __forceinline__ Pack<T, V> added(const Pack<T, V>& a, const Pack<T, V
   return pack<T, V>(x);
 }
 
-// Rows of up to EACH packs to a thread, which are read once and held in registers.
-template <typename T, int V, int EACH, Kind KIND, bool EARLY = (EACH <= 2), int MOST = (EACH <= 2 ? 1024 : 512), int BLOCKS = (EACH == 4 ? 2 : 1)>
-__global__ void __launch_bounds__(MOST, BLOCKS) rms_rows(const __grid_constant__ RmsArgs args) {
+// Rows of up to EACH packs to a thread, which are read once and held in registers. FULL: of exactly so many, by whole warps;
+// on H200 what there is to ask and to compute, not memory, is the limit otherwise.
+template <typename T, int V, int EACH, Kind KIND, bool FULL>
+__global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) rms_rows(const __grid_constant__ RmsArgs args) {
+  constexpr bool EARLY = EACH <= 2; // the weight, where few registers wait for it
   __shared__ float shared[SHARED<1>];
   wait_for_input();
   const Team team;
-  const int count = static_cast<int>(args.n) / V;
+  const int count = FULL ? EACH * team.across : static_cast<int>(args.n) / V;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int here = row < args.rows ? count : 0;
+  if (FULL && row >= args.rows) {
+    return;
+  }
+  const int here = FULL || row < args.rows ? count : 0;
   const int64_t start = row * count;
+  const auto within = [&](int i) { return FULL || i < here; };
   const Pack<T, V> none = zeros<T, V>();
   Pack<T, V> x[EACH], other[EACH], weight[EACH];
   const char* from = row_at(args.x, args.x_leading, row);
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int i = team.lane + k * team.across;
-    x[k] = i < here ? load<T, V>(from, i) : none;
+    x[k] = within(i) ? load<T, V>(from, i) : none;
   }
   if constexpr (KIND != PLAIN) {
     const char* others = row_at(args.other, args.other_leading, row);
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
       const int i = team.lane + k * team.across;
-      other[k] = i < here ? load<T, V>(others, i) : none;
+      other[k] = within(i) ? load<T, V>(others, i) : none;
     }
   }
-  // Early where few registers wait for it.
   const auto load_weight = [&]() {
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
       const int i = team.lane + k * team.across;
-      weight[k] = i < here ? load<T, V>(args.weight, i) : none;
+      weight[k] = within(i) ? load<T, V>(args.weight, i) : none;
     }
   };
   if constexpr (EARLY) {
@@ -111,7 +116,7 @@ __global__ void __launch_bounds__(MOST, BLOCKS) rms_rows(const __grid_constant__
     if constexpr (KIND == ADD) {
       x[k] = added(x[k], other[k]);
       const int i = team.lane + k * team.across;
-      if (i < here) {
+      if (within(i)) {
         store<T, V>(args.sum, start + i, x[k]);
       }
     }
@@ -121,7 +126,9 @@ __global__ void __launch_bounds__(MOST, BLOCKS) rms_rows(const __grid_constant__
     for (int v = 0; v < V; ++v) {
       squares[0] += of[v] * of[v];
     }
-    forget(x[k]);
+    if constexpr (!EARLY) {
+      forget(x[k]);
+    }
   }
   team.sum(squares, shared);
   const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
@@ -131,7 +138,7 @@ __global__ void __launch_bounds__(MOST, BLOCKS) rms_rows(const __grid_constant__
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int i = team.lane + k * team.across;
-    if (i < here) {
+    if (within(i)) {
       float of[V];
       input<T, V, KIND>(args, x[k], other[k], of);
       finish<T, V, KIND>(args, start + i, scale, of, other[k], weight[k]);
@@ -188,20 +195,29 @@ __global__ void __launch_bounds__(1024) rms_long_rows(const __grid_constant__ Rm
   }
 }
 
+template <typename T, int EACH, Kind KIND>
+cudaError_t run_rows(const RmsArgs& args, dim3 grid, dim3 block, const Device& device) {
+  constexpr int V = WIDE<T>;
+  if (KIND != GATED && block.x >= 32 && args.n == int64_t{EACH} * V * block.x) {
+    return launch(rms_rows<T, V, EACH, KIND, KIND != GATED>, grid, block, 0, device, args);
+  }
+  return launch(rms_rows<T, V, EACH, KIND, false>, grid, block, 0, device, args);
+}
+
 template <typename T, Kind KIND>
 cudaError_t run(const RmsArgs& args, bool wide, const Device& device) {
   constexpr int V = WIDE<T>;
   return cover_rows(args.rows, args.n, V, wide, KIND == PLAIN ? 8 : 4, device, [&](int each, dim3 grid, dim3 block) {
     switch (each) {
       case 1:
-        return launch(rms_rows<T, V, 1, KIND>, grid, block, 0, device, args);
+        return run_rows<T, 1, KIND>(args, grid, block, device);
       case 2:
-        return launch(rms_rows<T, V, 2, KIND>, grid, block, 0, device, args);
+        return run_rows<T, 2, KIND>(args, grid, block, device);
       case 4:
-        return launch(rms_rows<T, V, 4, KIND>, grid, block, 0, device, args);
+        return run_rows<T, 4, KIND>(args, grid, block, device);
       case 8:
         if constexpr (KIND == PLAIN) {
-          return launch(rms_rows<T, V, 8, KIND>, grid, block, 0, device, args);
+          return run_rows<T, 8, KIND>(args, grid, block, device);
         }
       default:
         return wide ? launch(rms_long_rows<T, V, KIND>, grid, block, 0, device, args)

@@ -305,17 +305,17 @@ cudaError_t cover_rows(
   const int64_t parts = wide ? n / V : n;
   int each = 0;
   if (wide && parts <= 512 * most && rows < 0x7fffffff) {
-    if (rows <= 4 * device.multiprocessors || parts <= 32) { // to be done soon
-      each = parts <= 32 && rows <= 4 * device.multiprocessors ? 1 : parts <= 2048 ? 2 : most;
+    if (rows <= 4 * device.multiprocessors) { // to be done soon
+      each = parts <= 32 ? 1 : parts <= 2048 ? 2 : most;
     } else { // to keep memory busy: many loads to a thread
-      each = parts % 256 == 0 && (parts == 256 || parts >= 1024) ? std::min(8, most) : 4;
+      each = parts % 256 == 0 && parts >= 1024 ? std::min(8, most) : 4;
       each = parts > 512 * each ? most : each;
     }
   }
-  const int across = each > 0         ? threads_for(static_cast<int>(parts), each)
+  const int across = each > 0       ? threads_for(static_cast<int>(parts), each)
                      : parts < 4096 ? threads_for(static_cast<int>(parts), 4)
                                     : 1024;
-  const Cover to = cover(rows, across, rows <= device.multiprocessors ? 32 : each == 8 ? 256 : 128);
+  const Cover to = cover(rows, across, rows <= 4 * device.multiprocessors ? 32 : each == 4 && across > 128 ? 512 : 256);
   return start(each, dim3(to.blocks), dim3(to.across, to.together));
 }
 

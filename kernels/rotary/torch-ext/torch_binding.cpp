@@ -7,14 +7,21 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, int heads_dim, int rotary_dim, int form) "
       "-> (Tensor, Tensor)");
+#if defined(CPU_KERNEL)
   ops.def("use_level(int level) -> int");
+#endif
 }
 
-#if defined(CPU_KERNEL)
+// A build is for one of them, and its sources define the functions.
+#if defined(CUDA_KERNEL)
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
+#else
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
+#endif
   ops.impl("rotate", TORCH_BOX(&kernelhub::rotate));
 }
 
+#if defined(CPU_KERNEL)
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
   ops.impl("use_level", TORCH_BOX(&kernelhub::use_level));
 }

@@ -16,8 +16,10 @@ from ._ops import add_op_namespace_prefix, ops
 __all__ = ["HERE", "INTERLEAVED", "INVERSE", "ROUND_ONCE", "TRANSPOSED", "rotate", "takes"]
 
 HERE = hasattr(ops, "rotate")
+# A build has the op for the CPU or for CUDA.
+_CUDA = HERE and torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("rotate"), "CUDA")
 
-# As in rotary_cpu/parts.h.
+# As in rotary_cpu/parts.h and rotary_cuda/launch.h.
 INTERLEAVED, INVERSE, TRANSPOSED, ROUND_ONCE = 1, 2, 4, 8
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -41,10 +43,11 @@ def takes(
         and k.dtype is dtype
         and (cos.dtype is dtype or (round_once and cos.dtype is torch.float32))
         and sin.dtype is cos.dtype
-        and q.is_cpu
-        and k.is_cpu
-        and cos.is_cpu
-        and sin.is_cpu
+        and (
+            q.is_cuda and k.is_cuda and cos.is_cuda and sin.is_cuda and rotary_dim <= 1024
+            if _CUDA
+            else q.is_cpu and k.is_cpu and cos.is_cpu and sin.is_cpu
+        )
         and type(q) in _PLAIN
         and type(k) in _PLAIN
         and type(cos) in _PLAIN
