@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from kernelfiles import MemorySource, kernel_files, write_kernel
-from layout_fixtures import EPOCH, Web, agent, serving
+from layout_fixtures import EPOCH, Web, agent, s3_bucket, serving
 
 import kernelhub
 from kernelhub import Hub, Settings
@@ -784,6 +784,18 @@ def test_what_is_not_there_is_not_signed(root, tmp_path, keys, web) -> None:
     put(root, tmp_path / "k")
     with pytest.raises(KernelNotFound, match="signing org/small at 0000"):
         sign(str(root), REPO, "0" * 40, keys["alice"])
+
+
+def test_a_bucket_holds_signatures_and_lists_too(client, keys, tmp_path, monkeypatch) -> None:
+    with s3_bucket(monkeypatch) as bucket:
+        write_kernel(tmp_path / "k", code="VALUE = 's3'\n")
+        commit = publish(tmp_path / "k", bucket.url, REPO, epoch=EPOCH, signer=keys["alice"]).commit
+        sign(bucket.url, REPO, commit, keys["bob"])
+        for name in ("alice", "bob"):
+            hub = client(keys[name], source=LayoutSource(bucket.url, agent), store=name)
+            assert hub.load(SMALL).module.VALUE == "s3"
+        revoke(bucket.url, keys["bob"], time="t", keys={}, commits={commit: "wrong"})
+        refused(client(keys["bob"], source=LayoutSource(bucket.url, agent), store="three"), "wrong")
 
 
 # The commands
