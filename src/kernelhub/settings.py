@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernelhub.core.paths import user_path
 from kernelhub.core.refs import RepoId
 from kernelhub.core.trust import TrustedIdentity, TrustedKey, TrustPolicy
 from kernelhub.errors import InvalidReference, context
@@ -276,3 +275,14 @@ def _local_kernels(text: str) -> tuple[tuple[str, Path], ...]:
             raise InvalidReference(f"LOCAL_KERNELS: {entry!r}: {path} is not a folder")
         found.append((str(repo), path))
     return tuple(found)
+
+
+def user_path(written: str | os.PathLike[str], where: str = "") -> Path:
+    """A path that the user wrote, `~` and all. Absolute: a later change of the working directory does not move it."""
+    label = f"{where}: " if where else ""
+    try:
+        return Path(written).expanduser().absolute()
+    except TypeError:
+        raise InvalidReference(f"{label}{written!r} is not a path", hint="Expected text or a pathlib.Path.") from None
+    except RuntimeError as error:  # "~name" of nobody's
+        raise InvalidReference(f"{label}{str(written)!r}: {error}", hint="Write the path without `~`.") from error

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from kernelhub.core.paths import is_bytecode, safe_path, user_path
+from kernelhub.core.paths import is_bytecode, safe_path
 from kernelhub.errors import InvalidMetadata, InvalidReference
+from kernelhub.settings import user_path
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
-"""Paths: relative ones as hubs, archives and digests give them, which may be hostile, and those that users write."""
+"""Relative paths as hubs, archives and digests give them, which may be hostile."""
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 
-from kernelhub.errors import InvalidMetadata, InvalidReference
+from kernelhub.errors import InvalidMetadata
 
 # Lone surrogates are among them: JSON can hold them, no file's name and no UTF-8 can.
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|\ud800-\udfff]')
@@ -30,17 +28,6 @@ def safe_path(path: str) -> str:
     ):
         raise InvalidMetadata(f"{path!r} is not a path inside a kernel")
     return path
-
-
-def user_path(written: str | os.PathLike[str], where: str = "") -> Path:
-    """A path that the user wrote, `~` and all. Absolute: a later change of the working directory does not move it."""
-    label = f"{where}: " if where else ""
-    try:
-        return Path(written).expanduser().absolute()
-    except TypeError:
-        raise InvalidReference(f"{label}{written!r} is not a path", hint="Expected text or a pathlib.Path.") from None
-    except RuntimeError as error:  # "~name" of nobody's
-        raise InvalidReference(f"{label}{str(written)!r}: {error}", hint="Write the path without `~`.") from error
 
 
 def is_bytecode(path: str) -> bool:

@@ -13,9 +13,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from kernelhub.core.canonical import sha256_hex
-from kernelhub.core.paths import user_path
 from kernelhub.core.trust import Origin
 from kernelhub.errors import InvalidReference
+from kernelhub.settings import user_path
 
 HUGGING_FACE = "https://huggingface.co"
 

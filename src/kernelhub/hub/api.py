@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from kernelhub.core.paths import user_path
 from kernelhub.core.refs import KernelRef, RepoId
 from kernelhub.core.variants import VariantAccepted, VariantRejected
 from kernelhub.errors import InvalidReference
 from kernelhub.hub.client import default_hub
 from kernelhub.hub.client import loaded_kernels as get_loaded_kernels
 from kernelhub.hub.importer import LoadedKernel, get_kernel_dep
+from kernelhub.settings import user_path
 
 __all__ = [
     "LoadedKernel",

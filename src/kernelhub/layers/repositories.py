@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernelhub.core.paths import user_path
 from kernelhub.core.refs import KernelRef, RepoId
 from kernelhub.core.trust import TrustPolicy
 from kernelhub.errors import InvalidReference, LayerContractError, NoKernelForLayer
+from kernelhub.settings import user_path
 
 if TYPE_CHECKING:
     from torch import nn

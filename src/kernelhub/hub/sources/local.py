@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from kernelhub.core.metadata import Metadata
-from kernelhub.core.paths import user_path
 from kernelhub.core.refs import Pin, RepoId
 from kernelhub.core.trust import Origin
 from kernelhub.core.variants import BuildVariant, parse_variant
 from kernelhub.errors import InvalidMetadata, InvalidReference, KernelNotFound, RepositoryNotFound
 from kernelhub.hub.sources.base import LOCAL, Listing, Progress, Source
 from kernelhub.hub.sources.project import Building, ProjectSource
+from kernelhub.settings import user_path
 
 
 @dataclass(frozen=True)
