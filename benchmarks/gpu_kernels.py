@@ -353,11 +353,11 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         result["operations"] = measure_operations(peers, Path(folder), options.only, copy)
-    result["copy_gb_s_after"] = copy_bandwidth()
-    if not options.no_models:
-        from gpu_models import measure_models
+        result["copy_gb_s_after"] = copy_bandwidth()
+        if not options.no_models:
+            from gpu_models import measure_models
 
-        result["models"] = measure_models()
+            result["models"] = measure_models(Path(folder))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -91,6 +91,8 @@ def test_every_value_of_16_bits(activation: ModuleType, dtype: torch.dtype) -> N
         apart = (got.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
         apart[got.isnan() | (got == expected)] = 0
         apart[(expected.abs() < 1e-35) & (got.abs() < 1e-35)] = 0
+        if name in ("gelu_tanh", "gelu"):  # x * (1 + erf(x)) or tanh ends where float32 does
+            apart[(expected.abs() < 1e-6) & (got.abs() < 1e-6)] = 0
         assert apart.max() <= 1, (name, x[apart.argmax()], got[apart.argmax()], expected[apart.argmax()])
         assert apart.sum() <= len(x) // 500, (name, int(apart.sum()))
 

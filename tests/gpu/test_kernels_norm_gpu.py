@@ -204,7 +204,7 @@ def test_add_rms_norm_is_the_two_steps(norm: ModuleType, dtype: torch.dtype) -> 
         expected = kernelized(expected_sum)
         got, got_sum = norm.add_rms_norm(*leaves, kernelized.weight, kernelized.variance_epsilon)
         assert torch.equal(got_sum, expected_sum)
-        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-5)
         assert (got != expected).float().mean() < (0.5 if dtype == torch.float32 else 0.005)  # the order of the sum
         tensors = [*leaves, kernelized.weight]
         tolerance = 1e-4 if dtype == torch.float32 else 5e-2

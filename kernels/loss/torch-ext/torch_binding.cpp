@@ -13,16 +13,23 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "cross_entropy_gradient_(Tensor(a!) logits, Tensor labels, Tensor scale, int ignore_index, "
       "float label_smoothing, float z_loss) -> Tensor");
+#if defined(CPU_KERNEL)
   ops.def("use_level(int level) -> int");
+#endif
 }
 
-#if defined(CPU_KERNEL)
+// A build is for one of them, and its sources define the functions.
+#if defined(CUDA_KERNEL)
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
+#else
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
+#endif
   ops.impl("cross_entropy", TORCH_BOX(&kernelhub::cross_entropy));
   ops.impl("cross_entropy_backward", TORCH_BOX(&kernelhub::cross_entropy_backward));
   ops.impl("cross_entropy_gradient_", TORCH_BOX(&kernelhub::cross_entropy_gradient_));
 }
 
+#if defined(CPU_KERNEL)
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
   ops.impl("use_level", TORCH_BOX(&kernelhub::use_level));
 }

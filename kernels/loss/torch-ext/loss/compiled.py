@@ -17,6 +17,8 @@ from ._ops import add_op_namespace_prefix, ops
 __all__ = ["HERE", "PLAIN", "backward", "gradient_", "losses", "takes"]
 
 HERE = hasattr(ops, "cross_entropy")
+# A build has ops for the CPU or for CUDA.
+_CUDA = HERE and torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("cross_entropy"), "CUDA")
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 PLAIN = frozenset((Tensor, nn.Parameter))
@@ -28,8 +30,7 @@ def takes(logits: Tensor, labels: Tensor) -> bool:
         HERE
         and logits.dtype in _DTYPES
         and labels.dtype is torch.int64
-        and logits.is_cpu
-        and labels.is_cpu
+        and (logits.is_cuda and labels.is_cuda if _CUDA else logits.is_cpu and labels.is_cpu)
         and type(logits) in PLAIN
         and type(labels) in PLAIN
         and logits.shape[-1] > 0

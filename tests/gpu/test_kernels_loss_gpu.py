@@ -1,0 +1,115 @@
+"""The compiled CUDA ops of kernelhub/loss: against float64 and PyTorch's own."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernelprojects import load_compiled
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or bool(torch.version.hip), reason="needs CUDA"),
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((5, 1), (7, 33), (300, 1000), (67, 1001), (40, 32000), (9, 128256))
+OPTIONS = ({}, {"label_smoothing": 0.1}, {"z_loss": 1e-3}, {"label_smoothing": 0.2, "z_loss": 1e-2})
+
+
+@pytest.fixture(scope="session")
+def loss(request: pytest.FixtureRequest) -> ModuleType:
+    return load_compiled("loss", request.config)
+
+
+def operands(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(rows)
+    logits = (torch.randn(rows, classes, generator=generator, device="cuda") * 4).to(dtype)
+    labels = torch.randint(0, classes, (rows,), generator=generator, device="cuda")
+    labels[rows // 2] = -100
+    return logits, labels
+
+
+def formula(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    return losses + z_loss * torch.logsumexp(logits, -1) ** 2 * (labels != -100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_losses_and_gradients_against_float64(loss: ModuleType, options: dict[str, float], dtype: torch.dtype) -> None:
+    for rows, classes in SHAPES:
+        logits, labels = operands(rows, classes, dtype)
+        wide, narrow = logits.double().requires_grad_(), logits.clone().requires_grad_()
+        seed = torch.rand(rows, device="cuda")
+        expected = formula(wide, labels, **options)
+        got = loss.cross_entropy(narrow, labels, reduction="none", **options)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-5)
+        (expected_grad,) = torch.autograd.grad(expected, wide, seed.double())
+        (got_grad,) = torch.autograd.grad(got, narrow, seed)
+        tolerance = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 2e-3}[dtype]
+        torch.testing.assert_close(got_grad.double(), expected_grad, rtol=tolerance, atol=tolerance / 10)
+        assert not got_grad[rows // 2].any()
+        # the same in place
+        scratch = logits.clone()
+        again = loss.functions.compiled.gradient_(
+            scratch, labels, seed, -100, options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+        )
+        assert torch.equal(again, got)
+        torch.testing.assert_close(scratch, got_grad, rtol=tolerance, atol=tolerance / 10)
+
+
+def test_rows_without_a_finite_logit_and_with_nan(loss: ModuleType) -> None:
+    logits = torch.randn(5, 4096, device="cuda")
+    logits[0] = float("-inf")
+    logits[1, 7] = float("nan")
+    logits[2, 7] = float("inf")
+    logits[3, :4000] = float("-inf")
+    labels = torch.full((5,), 4050, device="cuda")
+    got, expected = (
+        loss.cross_entropy(logits, labels, reduction="none"),
+        F.cross_entropy(logits, labels, reduction="none"),
+    )
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+def test_two_runs_give_the_same_bits_and_strides_do_not_matter(loss: ModuleType) -> None:
+    logits, labels = operands(64, 32000, torch.bfloat16)
+    apart = torch.cat([logits, logits], -1)[:, :32000]
+    found = []
+    for some in (logits, logits, apart):
+        leaf = some.detach().requires_grad_()
+        total = loss.cross_entropy(leaf, labels)
+        found.append([total, *torch.autograd.grad(total, leaf)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_with_the_projection_no_logits_are_kept(loss: ModuleType) -> None:
+    hidden = torch.randn(4096, 512, device="cuda").to(torch.bfloat16).requires_grad_()
+    weight = (torch.randn(32000, 512, device="cuda") / 20).to(torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, 32000, (4096,), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = loss.linear_cross_entropy(hidden, weight, labels)
+    gradients = torch.autograd.grad(got, (hidden, weight))
+    assert torch.cuda.max_memory_allocated() - before < 4096 * 32000 * 2, "as much as all logits in bfloat16"
+    expected = F.cross_entropy((hidden.double() @ weight.double().T), labels)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
+    for found, reference in zip(gradients, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        scale = float(reference.abs().max())
+        torch.testing.assert_close(found.double() / scale, reference.double() / scale, rtol=0.05, atol=0.02)
+
+
+def test_ops_are_what_their_schemas_say(loss: ModuleType) -> None:
+    logits, labels = operands(6, 40, torch.float32)
+    ops = loss.functions.compiled.ops
+    torch.library.opcheck(ops.cross_entropy.default, (logits, labels, -100, 0.1, 0.0))
+    losses, sums = ops.cross_entropy(logits, labels, -100, 0.1, 0.0)
+    torch.library.opcheck(ops.cross_entropy_backward.default, (losses, logits, labels, sums, -100, 0.1, 0.0))
+    torch.library.opcheck(ops.cross_entropy_gradient_.default, (logits, labels, losses, -100, 0.1, 0.0))
