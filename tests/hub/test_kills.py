@@ -33,7 +33,7 @@ from kernelhub.hub.publish import publish
 from kernelhub.hub.server import app
 from kernelhub.hub.sources.huggingface import HuggingFaceSource
 from kernelhub.hub.sources.layout import LayoutSource
-from kernelhub.hub.store import Store
+from kernelhub.hub.store import RefRecord, Store
 from kernelhub.settings import Settings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the signals and limits of Linux")
@@ -129,6 +129,29 @@ def test_a_client_that_is_killed_leaves_a_store_that_is_whole(hubs: Any, tmp_pat
         assert files_in(install(protocol, hub.url, cache)) == files, f"killed at {point} of {events}"
         list(store.prune(lambda repo: False))
         assert left_in(cache) == expected, f"killed at {point} of {events}"
+
+
+def test_small_files_that_were_being_written_are_pruned_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    store = Store(tmp_path / "cache")
+    writes = [
+        lambda: store.set_checked("hub", 1.0),
+        lambda: store.set_ref("hub", REPO, "v1", RefRecord("a" * 40, 1.0)),
+        lambda: store.set_listing("hub", REPO, "a" * 40, {}),
+        lambda: store.set_revocations_seen("hub", "a" * 32, 1, 1.0),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die)
+        for write in writes:
+            with pytest.raises(KeyboardInterrupt):
+                write()
+    assert len(left_in(store.root)) == len(writes)
+    assert len(list(store.prune(lambda repo: False))) == len(writes)
+    assert left_in(store.root) == set()
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
