@@ -193,7 +193,8 @@ def _looks_swappable(module: nn.Module) -> bool:
 def test_a_training_step_gives_the_same_gradients(family: Family, model: nn.Module) -> None:
     expected = step(model.train(), family)
     kernelize_pretrained(model)
-    assert {row.mode for row in kernel_report(model).kernels} == {str(Mode.TRAINING)}
+    own = [row for row in kernel_report(model).kernels if not row.shared]  # a function may still serve an earlier model
+    assert {row.mode for row in own} == {str(Mode.TRAINING)}
     assert counts(model) == family.kernels
     found = step(model, family)
     assert found.keys() == expected.keys()
