@@ -118,22 +118,27 @@ def norms_and_activations(model: nn.Module) -> set[str]:
     }
 
 
-def test_every_norm_and_every_activation_of_both_models_is_swapped() -> None:
+def test_every_norm_and_every_activation_of_the_models_is_swapped() -> None:
     cases = built_in_cases()
     result = run_demo(cases, rounds=1)
-    assert [comparison.name for comparison in result.comparisons] == ["LlamaForCausalLM", "BertModel"]
-    for case, comparison, count in zip(cases, result.comparisons, (2 * 4 + 1 + 4, 1 + 2 * 4 + 4 + 1), strict=True):
+    assert [comparison.name for comparison in result.comparisons] == [
+        "LlamaForCausalLM",
+        "Gemma3ForCausalLM",
+        "BertModel",
+    ]
+    counts = (2 * 4 + 1 + 4, 6 * 4 + 1 + 4, 1 + 2 * 4 + 4 + 1)
+    for case, comparison, count in zip(cases, result.comparisons, counts, strict=True):
         expected = norms_and_activations(case.model)
-        assert {row.path for row in comparison.report.kernels} == expected
+        assert expected <= {row.path for row in comparison.report.kernels}
         assert len(expected) == count
         assert comparison.problems == ()
         assert comparison.restored
         assert comparison.max_error <= comparison.tolerance
     assert result.ok
     if demo_module.default_device().type == "cpu":
-        llama, bert = (comparison.max_error for comparison in result.comparisons)
+        llama, gemma, bert = (comparison.max_error for comparison in result.comparisons)
         assert llama == 0.0  # RMSNorm and SiLU give the same bits
-        assert bert < 1e-5
+        assert max(gemma, bert) < 1e-5
 
 
 def test_the_models_are_the_same_every_time_and_leave_the_random_numbers_alone() -> None:
@@ -161,15 +166,15 @@ def test_ends_with_0_and_says_the_same_in_every_form(
     assert printed == json.loads(saved.read_text())
     assert printed["ok"] is True
     (model,) = printed["models"]
-    assert (model["layers"], model["kernels"], model["max_error"], model["restored"]) == (4, 4, 0.0, True)
+    assert (model["layers"], model["kernels"], model["max_error"], model["restored"]) == (7, 7, 0.0, True)
     assert model["before_ms"] > 0
     assert model["after_ms"] > 0
-    assert len(KernelReport.from_dict(model["report"]).kernels) == 4
+    assert len(KernelReport.from_dict(model["report"]).kernels) == 7
     assert "apply_rotary_pos_emb" in str(model["unreached"])
 
     assert demo() == 0
     text = capsys.readouterr().out
-    for expected in ("kernelhub/norm:RMSNorm", "model.layers.*.input_layernorm", "exactly", "not reached: ", "4/4"):
+    for expected in ("kernelhub/norm:RMSNorm", "model.layers.*.input_layernorm", "exactly", "not reached: ", "7/7"):
         assert expected in text
     assert "FAILED" not in text
 
