@@ -1,4 +1,4 @@
-# make demo    kernelize two real models with the embedded kernels; prints the report and the comparison
+# make demo    kernelize three real models with the embedded kernels; prints the report and the comparison
 # make test    every test
 # make lint    ruff, mypy, import-linter
 # make faults  hubs that misbehave and clients that are killed, all of them (a minute or two)
