@@ -70,6 +70,7 @@ def child(what: str, layers: int, hidden: int, tokens: int) -> dict[str, Any]:
         "rows": len(rows),
         "kernels": sum(row.outcome == "kernel" for row in rows),
         "remembered": sum(row.remembered is not None for row in rows),
+        "not remembered": sorted({f"{row.class_name}: {row.reason}" for row in rows if row.remembered is None}),
     }
 
 
@@ -96,12 +97,15 @@ def measure(layers: int, hidden: int, tokens: int) -> dict[str, Any]:
         "rows": first["rows"],
         "kernels": first["kernels"],
         "remembered": second["remembered"],
+        "not remembered": second["not remembered"],
     }
 
 
 def show(found: dict[str, Any]) -> None:
     print(f"a Llama of {found['layers']} layers, hidden {found['hidden']}, {found['tokens']} tokens")
     print(f"{found['rows']} kernel-aware layers, {found['kernels']} run a kernel, {found['remembered']} remembered")
+    for reason in found["not remembered"]:
+        print(f"    not remembered: {reason}")
     print(f"first  {found['first']:6.2f} s   (goal {GOALS['first']:g})")
     print(f"second {found['second']:6.2f} s   (goal {GOALS['second']:g})")
     print(

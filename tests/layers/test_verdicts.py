@@ -458,6 +458,13 @@ class Layer(nn.Module):
     assert len(found) == 1
 
 
+def test_tables_that_were_filled_in_another_order_are_the_same() -> None:
+    module, other = nn.Identity(), nn.Identity()
+    module.table, module.config = {"a": [1], "b": [2]}, Config(one=[1], two=[2])
+    other.config, other.table = Config(two=[2], one=[1]), {"b": [2], "a": [1]}
+    assert describe.settings(module) == describe.settings(other)
+
+
 def test_sets_have_no_order() -> None:
     module, other = nn.Identity(), nn.Identity()
     one, two = Config(size=1), Config(size=2)

@@ -48,7 +48,7 @@ def settings(module: nn.Module) -> list[Any]:
     found: list[Any] = []
     for path, child in module.named_modules():
         walk = _Walk()
-        for name, value in child.__dict__.items():
+        for name, value in _sorted(child.__dict__):
             if name not in _NOT_SETTINGS and not isinstance(value, (torch.Tensor, nn.Module)):
                 found.append([f"{path}.{name}", walk.value(value)])
         hooks = [list(child.__dict__.get(name, {}).values()) for name in _HOOKS] if path else []
@@ -127,7 +127,7 @@ class _Walk:
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, Mapping):
-            return [_name_of(type(value)), [[self.value(key), self.value(item)] for key, item in value.items()]]
+            return [_name_of(type(value)), [[self.value(key), self.value(item)] for key, item in _sorted(value)]]
         if isinstance(value, (set, frozenset)):
             # Each by itself: what was met before is named by a number, and sets have no order.
             return [_name_of(type(value)), sorted((_Walk(self._home).value(item) for item in value), key=repr)]
@@ -146,7 +146,7 @@ class _Walk:
             return ["object", _name_of(type(value)), text]  # patterns, paths, times: they say what they are
         if not state and not hasattr(value, "__dict__"):
             raise Opaque(f"{_name_of(type(value))} does not show what it holds")
-        return ["object", _name_of(type(value)), [[name, self.value(item)] for name, item in state.items()]]
+        return ["object", _name_of(type(value)), [[name, self.value(item)] for name, item in _sorted(state)]]
 
     def cls(self, cls: type) -> Any:
         """A class: its name, and the functions that are not torch's."""
@@ -209,6 +209,12 @@ class _Walk:
 def _names(found: CodeType) -> set[str]:
     inner = (item for item in found.co_consts if isinstance(item, CodeType))
     return {*found.co_names, *(name for item in inner for name in _names(item))}
+
+
+def _sorted(table: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """The items by key: tables are also filled from sets, whose order is another in each process."""
+    items = list(table.items())
+    return sorted(items, key=lambda item: item[0]) if all(isinstance(key, str) for key, _ in items) else items
 
 
 def _name_of(cls: type) -> str:
