@@ -18,10 +18,10 @@ from layout_fixtures import EPOCH, Web, agent, s3_bucket, serving
 import kernelhub
 from kernelhub import Hub, Settings
 from kernelhub.cli.main import run
-from kernelhub.core.canonical import canonical_json
+from kernelhub.core.canonical import canonical_json, sha256_hex
 from kernelhub.core.host import Host
 from kernelhub.core.lockfile import LockedKernel, LockFile
-from kernelhub.core.manifest import ManifestDocument
+from kernelhub.core.manifest import Manifest, ManifestDocument
 from kernelhub.core.refs import KernelRef, RepoId
 from kernelhub.core.revocations import Revocations, RevocationsDocument
 from kernelhub.core.signatures import PublicKey, Signature
@@ -37,14 +37,16 @@ from kernelhub.errors import (
     UntrustedKernel,
 )
 from kernelhub.hub import signing
+from kernelhub.hub.archive import pack
 from kernelhub.hub.publish import publish, sign
 from kernelhub.hub.revocations import revoke
 from kernelhub.hub.signing import Signer, generate, load_signer, right_signers
 from kernelhub.hub.sources.base import Moved
-from kernelhub.hub.sources.layout import LayoutSource
+from kernelhub.hub.sources.layout import LayoutSource, blob_path
 from kernelhub.hub.sources.local import local_source
 from kernelhub.hub.sources.project import ProjectSource
 from kernelhub.hub.store import Store, remove_tree
+from kernelhub.hub.verify import LARGE, scan, stamps
 
 HOST = Host(python=(3, 11), torch=(2, 13), backend="cpu", cpu="x86_64", os="linux")
 REPO = RepoId("org", "small")
@@ -364,6 +366,58 @@ def test_whoever_writes_the_store_cannot_pass_for_the_signer(client, published, 
     record.write_bytes(canonical_json({"files": known.files, "stamps": known.stamps}))
     with pytest.raises(IntegrityError, match="is not what the commit"):
         client(keys["alice"], offline=True).load(SMALL)
+
+
+def alter_large_file(variant: Path) -> None:
+    """As somebody does who can write to the store and knows how it remembers what was hashed."""
+    variant.chmod(0o755)
+    large = variant / "large.py"
+    large.chmod(0o644)
+    large.write_bytes(b"VALUE = 666" + large.read_bytes()[11:])
+    record = variant.with_name(f"{variant.name}.json")
+    noted = json.loads(record.read_bytes())
+    record.write_bytes(canonical_json({**noted, "stamps": stamps(scan(variant))}))
+
+
+@pytest.mark.parametrize("way", ["load", "install", "verify", "digest of a kernel that nobody signed"])
+def test_the_stores_note_of_when_a_large_file_was_hashed_stands_in_for_no_hash(
+    client, root, keys, tmp_path, web, way
+) -> None:
+    large = "VALUE = 1  #" + "x" * LARGE
+    write_kernel(tmp_path / "kernel", code={"__init__.py": "from .large import VALUE\n", "large.py": large})
+    publish(tmp_path / "kernel", str(root), REPO, epoch=EPOCH, signer=keys["alice"])
+    alter_large_file(client(keys["alice"]).install(SMALL))
+    hub = client(keys["alice"], offline=True)
+    steps: dict[str, Callable[[], object]] = {
+        "load": lambda: hub.load(SMALL).module.VALUE,
+        "install": lambda: hub.install(SMALL),
+        "verify": lambda: hub.verify(SMALL),
+        "digest of a kernel that nobody signed": lambda: client(offline=True).digest_of(SMALL, "torch-cpu"),
+    }
+    with pytest.raises(IntegrityError, match="is not what was published"):
+        steps[way]()
+
+
+def test_a_signature_over_metadata_without_a_digest_is_none(client, published, keys, root) -> None:
+    """Its archive is named by the manifest, and the files in the store by nothing that is signed."""
+    commit = published()
+    files = kernel_files("VALUE = 1\n", digest=False)
+    archive = pack(files)
+    blob = root / blob_path(sha256_hex(archive))
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(archive)
+    raw = json.loads(manifest_path(root, commit).read_bytes())["manifest"]
+    raw["variants"]["torch-cpu"] |= {
+        "archive": sha256_hex(archive),
+        "size": len(archive),
+        "metadata": files["metadata.json"].decode(),
+    }
+    document = ManifestDocument(Manifest.from_raw(raw))
+    commit = document.manifest.commit
+    manifest_path(root, commit).write_bytes(document.signed(keys["alice"].sign(document.payload)).to_bytes())
+    (root / "org/small/refs/v1").write_text(f"{commit}\n")
+    assert client(trust=("org/*",), store="two").load(SMALL).module.VALUE == 1
+    refused(client(keys["alice"]), "is signed, and its metadata.json has no digest")
 
 
 def test_the_stores_note_of_what_to_fetch_does_not_stand_in_for_the_manifest(

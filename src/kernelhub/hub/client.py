@@ -227,7 +227,7 @@ class Hub:
             if published.revoked:
                 options.policy.decide(published)
             variant = self._select(found, options)[0]
-            verified = self._fetch(found, variant, options)
+            verified = self._fetch(found, variant, options, rehash=True)
             signed_by = next((f"key {key}" for key, state in signatures if state == SIGNED), None)
             unsigned = None if signed_by else "nobody who is trusted for it signed it"
             if signed_by is None and options.policy.identities_for(published):
@@ -263,12 +263,12 @@ class Hub:
                 options.policy.decide(published)
             built_here = isinstance(found.source, ProjectSource) and wanted.framework.kind != "noarch"
             if built_here or (variant not in found.listing.variants and SOURCE in found.listing.parts):
-                there = self.store.find(Place(found.source.key, found.repo, found.commit, wanted))
+                there = self.store.find(Place(found.source.key, found.repo, found.commit, wanted), rehash=True)
                 return there.digest.text if there else None
             if variant not in found.listing.variants:
                 names = ", ".join(sorted(found.listing.variants)) or "none"
                 raise KernelNotFound(f"{found.source.name} has no {variant} of {found.repo} (there: {names})")
-            return self._fetch(found, wanted, options).digest.text
+            return self._fetch(found, wanted, options, rehash=True).digest.text
 
     def benchmarks(self, ref: KernelRef, *, trust_remote_code: Trust = False) -> Path:
         """The folder of the repository's benchmark scripts, as they were published.
@@ -426,14 +426,17 @@ class Hub:
         except KernelNotFound:
             return None
 
-    def _fetch(self, found: Found, variant: BuildVariant, options: Options) -> Verified:
-        """The variant's folder, verified now: where the user has it, from the store, or from the hub into the store."""
+    def _fetch(self, found: Found, variant: BuildVariant, options: Options, *, rehash: bool = False) -> Verified:
+        """The variant's folder, verified now: where the user has it, from the store, or from the hub into the store.
+
+        Every byte is hashed with `rehash`, and where a signature is why it may run: the store's notes are not signed.
+        """
         name = str(variant)
         if (folder := found.source.locate(found.repo, name)) is not None:
             return self._expected(verify(folder), found, variant, options)
         place = Place(found.source.key, found.repo, found.commit, variant)
         try:
-            verified = self.store.find(place)
+            verified = self.store.find(place, rehash=rehash or found.signed or found.by_identity)
         except (IntegrityError, InvalidMetadata) as error:
             if options.offline and found.source.origin is Origin.REMOTE:
                 error.hint = "It cannot be fetched again offline."

@@ -14,7 +14,7 @@ from kernelhub.core.metadata import Metadata
 from kernelhub.core.refs import Version
 from kernelhub.core.trust import Origin, Published
 from kernelhub.core.variants import BuildVariant
-from kernelhub.errors import HubUnavailable, IntegrityError, KernelHubWarning, Violation
+from kernelhub.errors import HubUnavailable, IntegrityError, KernelHubWarning, UntrustedKernel, Violation
 from kernelhub.hub.request import Found, Options
 from kernelhub.hub.resolve import Resolver
 from kernelhub.hub.sources.base import LOCAL, Listing
@@ -59,7 +59,7 @@ class Gate:
                 raise IntegrityError(
                     f"{found.source.name} says that {found.ref} is {found.commit}: a version {version}"
                 )
-            return replace(found, listing=Listing.of(document)), published
+            return replace(found, listing=Listing.of(document), signed=True), published
         if policy.require_signature:
             return found, published
         return found, replace(published, publisher_trusted=self.resolver.publisher_trusted(found, options))
@@ -119,6 +119,11 @@ class Gate:
     def check_variant(self, found: Found, variant: BuildVariant, verified: Verified, options: Options) -> None:
         """That the variant is what was signed. Raises `IntegrityError`, or `UntrustedKernel` where nobody signed it."""
         document = found.listing.document
+        if found.signed and verified.metadata.digest is None:
+            raise UntrustedKernel(
+                f"{found.ref} is signed, and its {METADATA} has no digest: in the store nothing that is signed covers its files",
+                hint="Ask its publisher to publish it again: `kernelhub publish` adds the digest.",
+            )
         if document is not None:
             signed = document.manifest.variants.get(str(variant))
             # What was read when it was verified, not the file again: that may be another one by now.

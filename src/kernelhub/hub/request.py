@@ -14,7 +14,7 @@ from kernelhub.hub.sources.base import LOCAL, Listing, Source
 class Found:
     """A repository at a commit, in the source that has it, with its variants.
 
-    `by_identity` says that nothing but a Sigstore signature may let it run: those lie in the variants, so it is fetched,
+    `signed` says that it may run because a key signed it, so that nothing but what was signed counts for it. `by_identity` says that nothing but a Sigstore signature may let it run: those lie in the variants, so it is fetched,
     and each variant is checked before it is used. Nothing is built from such a repository's source.
     """
 
@@ -23,6 +23,7 @@ class Found:
     commit: str
     listing: Listing
     by_identity: bool = False
+    signed: bool = False
 
     @property
     def repo(self) -> RepoId:

@@ -201,13 +201,16 @@ class Store:
 
     # Variants
 
-    def find(self, place: Place) -> Verified | None:
-        """The verified folder of a variant, or None where it is not here. Raises `IntegrityError` where it is altered."""
+    def find(self, place: Place, *, rehash: bool = False) -> Verified | None:
+        """The verified folder of a variant, or None where it is not here. Raises `IntegrityError` where it is altered.
+
+        `rehash` hashes large files too, whatever the store's notes of them say.
+        """
         folder = self.path(place)
         if not folder.is_dir():
             return None
         self._check_owner(folder)
-        return verify(folder, self._known(self.path(place)), rehash=self.verify_always)
+        return verify(folder, self._known(self.path(place)), rehash=rehash or self.verify_always)
 
     def add(self, place: Place, write: Callable[[Path], None]) -> Verified:
         """The variant's folder, written by `write` into an empty folder unless another process was first.
