@@ -108,6 +108,24 @@ def test_a_remote_hub_is_not_believed_either_and_asking_again_is_no_consent(clie
         assert value_of(client(source, offline=True)) == "new"
 
 
+@pytest.mark.parametrize("answers", [[(404, {})], [(403, {})], [(404, {}), (404, {})]])
+def test_a_hub_that_withholds_the_older_manifest_at_first_does_not_pass_for_one_without(
+    client, root, clock, answers
+) -> None:
+    old, new = put(root, "old"), put(root, "new")
+    with serving(root) as web:
+        source = LayoutSource(web.url, agent)
+        assert value_of(client(source)) == "new"
+        point(root, old)
+        clock.now += 4000
+        web.answers[f"{old}.json"] = list(answers)
+        with pytest.warns(KernelHubWarning, match="as it was known before"):
+            assert value_of(client(source)) == "new"
+        web.answers.clear()
+        with pytest.warns(KernelHubWarning, match=f"it was {new}"):
+            assert value_of(client(source)) == "new"
+
+
 def test_who_accepts_it_gets_the_older_one_and_keeps_it(client, root) -> None:
     old, new = put(root, "old"), put(root, "new")
     assert value_of(client()) == "new"

@@ -754,13 +754,67 @@ def test_the_newest_list_counts_though_the_store_cannot_be_written(client, publi
     refused(hub, "wrong")
 
 
-def test_of_two_processes_that_learn_a_list_the_newer_list_stays(tmp_path, keys) -> None:
+def test_of_processes_that_learn_lists_of_a_key_all_that_they_say_stays(tmp_path, keys) -> None:
     store, alice = Store(tmp_path / "store"), keys["alice"].public.id
     for number in (2, 1, 3, 2):
-        store.set_revocations(RevocationsDocument(Revocations(alice, number)))
+        store.set_revocations(Revocations(alice, number, commits={str(number) * 40: f"of {number}"}))
     kept = store.revocations(alice)
     assert kept is not None
     assert kept.number == 3
+    assert kept.commits == {"1" * 40: "of 1", "2" * 40: "of 2", "3" * 40: "of 3"}
+
+
+def write_list(root: Path, signer: Signer, listed: Revocations) -> None:
+    path = root / "revocations" / f"{signer.public.id}.json"
+    path.write_bytes(RevocationsDocument(listed, (signer.sign(listed.payload),)).to_bytes())
+
+
+def test_lists_of_one_key_in_two_hubs_both_count(client, published, keys, root, tmp_path) -> None:
+    """Revoked in each by itself, so that both have the number 1."""
+    commit = published(keys["alice"])
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    revoke(str(root), keys["alice"], time="t", keys={}, commits={"0" * 40: "another"})
+    revoke(str(copy), keys["alice"], time="t", keys={}, commits={commit: "wrong"})
+    assert client(keys["alice"]).load(SMALL)
+    refused(client(keys["alice"], source=LayoutSource(str(copy), agent)), "wrong")
+    refused(client(keys["alice"], offline=True), "wrong")
+
+
+def test_a_later_list_takes_back_no_revocation(client, published, keys, root, clock) -> None:
+    """As one that somebody signed who stole the key, whose signatures no longer count: see the docs."""
+    commit = published(keys["bob"])
+    revoke(str(root), keys["alice"], time="t", keys={}, commits={commit: "wrong"})
+    refused(client(keys["alice"], keys["bob"]), "wrong")
+    write_list(root, keys["alice"], Revocations(keys["alice"].public.id, 99, "t"))
+    clock.now += 4000
+    refused(client(keys["alice"], keys["bob"]), "wrong")
+
+
+def test_what_is_revoked_after_the_hub_lost_its_list_counts(client, published, keys, root, clock) -> None:
+    """Then the key's owner begins again with number 1, and clients that know a higher one must not pass over it."""
+    commit = published(keys["alice"])
+    for digit in "123":
+        revoke(str(root), keys["alice"], time="t", keys={}, commits={digit * 40: ""})
+    assert client(keys["alice"]).load(SMALL)
+    (root / "revocations" / f"{keys['alice'].public.id}.json").unlink()
+    revoke(str(root), keys["alice"], time="t", keys={}, commits={commit: "wrong"})
+    clock.now += 4000
+    with pytest.warns(KernelHubWarning, match="had revocation list 3 .* and has number 1 now"):
+        refused(client(keys["alice"]), "wrong")
+
+
+def test_lists_that_are_too_large_together_are_an_error(client, published, keys, root, tmp_path, monkeypatch) -> None:
+    published(keys["alice"])
+    monkeypatch.setattr("kernelhub.core.revocations.MAX_BYTES", 1000)
+    lists = [Revocations(keys["alice"].public.id, 1, "t", commits={digit * 40: "x" * 500}) for digit in "12"]
+    (root / "revocations").mkdir()
+    write_list(root, keys["alice"], lists[0])
+    hub = client(keys["alice"])
+    assert hub.load(SMALL)
+    write_list(root, keys["alice"], lists[1])
+    with pytest.raises(IntegrityError, match="do not know of each other"):
+        hub.load(SMALL, refresh=True)
 
 
 def test_a_trusted_key_sends_no_more_requests_to_hubs_without_signatures(client, keys) -> None:

@@ -8,7 +8,8 @@ Each key has a list of its own in a hub, `revocations/<key id>.json`, so that tw
  "signatures": [{"key": "<key id>", "ed25519": "<base64, over the canonical JSON of revocations>"}]}
 ```
 
-A list is only ever added to, and its number counts up, so that a client knows which of two is the older.
+A list is only ever added to, and its number counts up, so that a client knows which of two is the older. It keeps what
+either says: the same key may have revoked something else in another hub.
 """
 
 from __future__ import annotations
@@ -94,6 +95,15 @@ class Revocations:
     def payload(self) -> bytes:
         """What the signature is over."""
         return canonical_json(self.to_json())
+
+    def merged(self, other: Revocations) -> Revocations:
+        """All that two lists of the key take back; the rest is that of the later one.
+
+        A list is only ever added to. So one that lacks what another has was written by somebody who did not know that one:
+        for another hub, where a hub had lost it, or with a key that is not only its owner's. Nothing is taken back by that.
+        """
+        earlier, later = sorted((self, other), key=lambda item: item.number)
+        return replace(later, keys={**later.keys, **earlier.keys}, commits={**later.commits, **earlier.commits})
 
     def added(self, time: str, *, keys: Mapping[str, str], commits: Mapping[str, str]) -> Revocations:
         """The next list: this one, and these. What it has already keeps its first reason."""

@@ -81,6 +81,9 @@ class Resolver:
             return record.commit
         try:
             named = self.ask(source, options, resolve)
+            if named == LOCAL:
+                return named
+            kept = self._believed(source, repo, pin, record, named, options)
         except Yanked as error:
             if record is None or record.commit != error.commit:
                 raise
@@ -92,17 +95,7 @@ class Resolver:
                 raise
             self.warn(f"{error}\n  Using {repo}@{pin} as it was known before ({record.commit[:12]}).", KernelHubWarning)
             return record.commit
-        if named == LOCAL:
-            return named
-        if record is None:
-            kept = RefRecord(named, self.clock())
-        else:
-            kept = replace(self._forward(source, repo, pin, record, named, options), time=self.clock())
         assert kept.commit is not None
-        if not self.store.listing(source.key, repo, kept.commit):
-            self.listing(
-                source, repo, kept.commit, options
-            )  # first: a ref that names nothing is not believed for an hour
         self.store.set_ref(source.key, repo, str(pin), kept)
         return kept.commit
 
@@ -170,6 +163,18 @@ class Resolver:
         keys = options.policy.keys_for(Published(repo, source.origin, source.name))
         self.lists.learn(source, keys, within=0.0 if options.refresh else self.ref_ttl)
 
+    def _believed(
+        self, source: Source, repo: RepoId, pin: Pin, record: RefRecord | None, named: str, options: Options
+    ) -> RefRecord:
+        """What to remember of what the hub named, now; the commit that it says is there."""
+        kept = RefRecord(named, 0.0) if record is None else self._forward(source, repo, pin, record, named, options)
+        assert kept.commit is not None
+        if not self.store.listing(
+            source.key, repo, kept.commit
+        ):  # a ref that names nothing is not believed for an hour
+            self.listing(source, repo, kept.commit, options)
+        return replace(kept, time=self.clock())
+
     def _forward(
         self, source: Source, repo: RepoId, pin: Pin, record: RefRecord, named: str, options: Options
     ) -> RefRecord:
@@ -179,7 +184,9 @@ class Resolver:
         if known is None or isinstance(source, ProjectSource) or source.origin is Origin.CACHE:
             return RefRecord(named, record.time)
         why = (
-            goes_back(known, named, record.before, lambda commit: self._manifest(source, repo, commit, options))
+            goes_back(
+                known, named, record.before, lambda commit: self._manifest(source, repo, commit, options, named=named)
+            )
             if known != named
             else None
         )
@@ -192,13 +199,19 @@ class Resolver:
         )
         return record
 
-    def _manifest(self, source: Source, repo: RepoId, commit: str, options: Options) -> Manifest | None:
-        """A commit's manifest; None where the hub has no manifests, or not this one."""
+    def _manifest(self, source: Source, repo: RepoId, commit: str, options: Options, *, named: str) -> Manifest | None:
+        """A commit's manifest; None where the hub has no manifests, or not this one.
+
+        That of the commit which the hub `named` has to be there: a hub that has manifests, and now not this one, has not
+        answered. Otherwise one that gives it on the second try only would pass for one without.
+        """
         document = self.store.document(source.key, repo, commit)
         if document is None:
             try:
                 document = self.ask(source, options, lambda: source.listing(repo, commit)).document
             except (HubUnavailable, KernelNotFound, InvalidMetadata):
+                if commit == named:
+                    raise
                 return None
         return document.manifest if document else None
 

@@ -1,7 +1,7 @@
 """Revocation lists: learnt from hubs and kept, so that they count offline too; and written into hubs.
 
 What a key revoked counts wherever it came from: a commit's name is a hash of what it is, so it is the same on each hub.
-The newest list that was seen is kept, and one with a lower number is refused.
+What any list of the key said is kept, whatever another list, newer, older or of another hub, does not say.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RevocationLists:
     _learnt: dict[str, Revocations] = field(default_factory=dict)
 
     def known(self, keys: Sequence[PublicKey]) -> tuple[Revocations, ...]:
-        """The newest list of each key that was ever seen here. Raises `IntegrityError` where the store's is damaged."""
+        """All that each key took back in lists that were seen here. Raises `IntegrityError` for what is damaged."""
         return tuple(item for key in keys if (item := self._known(key)) is not None)
 
     def learn(self, source: Source, keys: Sequence[PublicKey], *, within: float) -> None:
@@ -62,7 +62,7 @@ class RevocationLists:
             if seen is not None and number < seen.number:
                 self.warn(
                     f"{source.name} had revocation list {seen.number} of key {key.id}, and has "
-                    f"{f'number {number}' if found else 'none'} now\n  The newest that was seen still counts.",
+                    f"{f'number {number}' if found else 'none'} now\n  What the key ever took back still counts.",
                     KernelHubWarning,
                 )
                 number = seen.number
@@ -72,13 +72,22 @@ class RevocationLists:
 
     def _known(self, key: PublicKey) -> Revocations | None:
         learnt, stored = self._learnt.get(key.id), self.store.revocations(key.id)
-        return max((item for item in (learnt, stored) if item), key=lambda item: item.number, default=None)
+        return learnt.merged(stored) if learnt and stored else learnt or stored
 
     def _keep(self, key: PublicKey, found: RevocationsDocument) -> None:
+        from kernelhub.core.revocations import MAX_BYTES, RevocationsDocument
+
         known = self._known(key)
-        if known is None or known.number < found.revocations.number:
-            self._learnt[key.id] = found.revocations
-            self.store.set_revocations(found)
+        whole = found.revocations if known is None else known.merged(found.revocations)
+        if whole == known:
+            return
+        if len(RevocationsDocument(whole).to_bytes()) > MAX_BYTES:
+            raise IntegrityError(
+                f"key {key.id} revoked more than fits {MAX_BYTES:,} bytes, in lists that do not know of each other",
+                hint="Stop trusting the key, or ask whoever has it.",
+            )
+        self._learnt[key.id] = whole
+        self.store.set_revocations(whole)
 
 
 def _checked(data: bytes, key: PublicKey) -> RevocationsDocument:

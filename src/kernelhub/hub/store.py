@@ -8,7 +8,7 @@
                                            /<variant>.json       what was learnt of them when they arrived
 <root>/verdicts/<kernel>/<key>.json                              what was found of a kernel, measured beside the original
 <root>/kernels/<hub>/revocations/<key id>.json                   which list of the key the hub had, and when
-<root>/revocations/<key id>.json                                 the newest list of the key that was seen anywhere
+<root>/revocations/<key id>.json                                 all that the key took back, in lists seen anywhere
 <root>/locks/                                                    one lock per folder being written
 ```
 
@@ -46,7 +46,7 @@ MAX_VERDICT = 1 << 20
 
 if TYPE_CHECKING:
     from kernelhub.core.manifest import ManifestDocument
-    from kernelhub.core.revocations import Revocations, RevocationsDocument
+    from kernelhub.core.revocations import Revocations
 
 # A commit's manifest with its signatures, beside its variants; no variant is called so.
 MANIFEST = "manifest.json"
@@ -165,7 +165,7 @@ class Store:
     # Revocation lists, whichever hub they came from
 
     def revocations(self, key_id: str) -> Revocations | None:
-        """The newest list of a key that was seen; None where none was. Raises `IntegrityError` for a damaged one."""
+        """What was kept of a key's lists; None where nothing was. Raises `IntegrityError` for what is damaged."""
         from kernelhub.core.revocations import RevocationsDocument
 
         path = self.root / _list_path(key_id)
@@ -182,13 +182,16 @@ class Store:
                 f"{path} is damaged: {error}", hint="Delete it and load again with the network: the hub has it."
             ) from error
 
-    def set_revocations(self, document: RevocationsDocument) -> None:
-        """Keep a list, unless another process kept a newer one. A store that cannot be written keeps none."""
-        found, path = document.revocations, self.root / _list_path(document.revocations.key)
+    def set_revocations(self, found: Revocations) -> None:
+        """Keep what a key took back, with what other processes kept of it. A store that cannot be written keeps nothing."""
+        from kernelhub.core.revocations import RevocationsDocument
+
+        path = self.root / _list_path(found.key)
         with suppress(StoreError), self._writing(path):
             known = self.revocations(found.key)
-            if known is None or known.number < found.number:
-                self._write(path, document.to_bytes())
+            whole = found if known is None else known.merged(found)
+            if whole != known:
+                self._write(path, RevocationsDocument(whole).to_bytes())
 
     def revocations_seen(self, hub: str, key_id: str) -> SeenList | None:
         """Which list of a key the hub had when it was last asked."""
