@@ -96,6 +96,10 @@ class MemorySource:
         self._refs(repo)
         return Listing({name: {"files": len(files)} for name, files in self.kernels[str(repo)].items()})
 
+    def metadata(self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any]) -> bytes | None:
+        self._asked("metadata")
+        return self.kernels[str(repo)][variant]["metadata.json"]
+
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         self._asked("publisher_trusted")
         return self.trusted

@@ -71,7 +71,7 @@ def test_a_kernel_is_found_by_its_repository() -> None:
 
 
 def test_a_kernel_that_is_not_there_is_an_error_that_names_those_that_are() -> None:
-    with pytest.raises(KernelNotFound, match=r"org/x is not in the lock file \(there: org/name, org/other\)"):
+    with pytest.raises(KernelNotFound, match=r"org/x is not in the lock file \(there: org/name@v1, org/other\)"):
         LockFile((ONE, TWO)).find(RepoId("org", "x"))
     with pytest.raises(FileNotFoundError, match=r"\(there: none\)"):
         LockFile().find(RepoId("org", "x"))

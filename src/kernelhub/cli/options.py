@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,4 +14,8 @@ Refresh = Annotated[bool, typer.Option("--refresh", help="Ask the hub now whethe
 Trust = Annotated[
     list[str] | None,
     typer.Option("--trust", metavar="ORG/NAME", help='Trust this repository, or "org/*" a publisher; may be repeated.'),
+]
+TrustAll = Annotated[bool, typer.Option("--trust-remote-code", help="Trust every repository.")]
+Project = Annotated[
+    Path, typer.Argument(metavar="[PROJECT]", help="The folder of the project: where its pyproject.toml is.")
 ]

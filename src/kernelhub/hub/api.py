@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from kernelhub.core.refs import KernelRef, RepoId
+from kernelhub.core.lockfile import LockFile
+from kernelhub.core.refs import KernelRef
 from kernelhub.core.variants import VariantAccepted, VariantRejected
 from kernelhub.errors import InvalidReference
 from kernelhub.hub.client import default_hub
@@ -130,16 +131,24 @@ def get_locked_kernel(
     repo_id: str,
     *,
     lockfile: str | Path | None = None,
+    package: str | ModuleType | None = None,
     backend: str | None = None,
     trust_remote_code: bool | Sequence[str] = False,
     user_agent: str | Mapping[str, str] | None = None,
 ) -> ModuleType:
-    """The kernel at the commit, and with the digest, that the lock file names; it is downloaded where it is not here."""
+    """The kernel at the commit, and with the digest, that a lock names; it is downloaded where it is not here.
+
+    The lock is the file `lockfile`, or that in the metadata of the installed project that `package` names: its
+    distribution's name, or a module of it (`package=__name__`). What the kernel depends on is taken from the lock too.
+    Raises as `get_kernel` does; `KernelNotFound` for what the lock does not name.
+    """
+    ref = KernelRef.parse(repo_id)
     return (
         default_hub()
         .load_locked(
-            RepoId.parse(repo_id),
-            lockfile=_lockfile(lockfile),
+            ref.repo,
+            lockfile=_lock(lockfile, package),
+            pin=ref.pin,
             backend=backend,
             trust_remote_code=trust_remote_code,
             user_agent=user_agent,
@@ -152,24 +161,38 @@ def load_kernel(
     repo_id: str,
     *,
     lockfile: str | Path | None = None,
+    package: str | ModuleType | None = None,
     backend: str | None = None,
     trust_remote_code: bool | Sequence[str] = False,
 ) -> ModuleType:
-    """The kernel that the lock file names, from the store; nothing is ever downloaded.
+    """The kernel that a lock names, from the store; nothing is ever downloaded. The lock is as for `get_locked_kernel`.
 
     A lock file says which bytes, not whose code may run: that is decided as for `get_kernel`.
     """
+    ref = KernelRef.parse(repo_id)
     return (
         default_hub()
         .load_locked(
-            RepoId.parse(repo_id), lockfile=_lockfile(lockfile), backend=backend, trust_remote_code=trust_remote_code,
+            ref.repo,
+            lockfile=_lock(lockfile, package),
+            pin=ref.pin,
+            backend=backend,
+            trust_remote_code=trust_remote_code,
             local_files_only=True,
         )
         .module
-    )  # fmt: skip
+    )
 
 
-def _lockfile(path: str | Path | None) -> Path:
-    if path is None:
-        raise InvalidReference("no lock file was given", hint='Pass lockfile="kernels.lock".')
-    return user_path(path)
+def _lock(path: str | Path | None, package: str | ModuleType | None) -> Path | LockFile:
+    if (path is None) == (package is None):
+        raise InvalidReference(
+            "expected one of lockfile and package" if path else "no lock file was given",
+            hint='Pass lockfile="kernels.lock", or package=__name__ in a project that was installed with its lock.',
+        )
+    if path is not None:
+        return user_path(path)
+    from kernelhub.hub.locks import package_lock
+
+    assert package is not None
+    return package_lock(package)

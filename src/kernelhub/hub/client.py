@@ -24,12 +24,12 @@ from typing import Any
 
 from kernelhub.core.backends import BY_NAME
 from kernelhub.core.host import Host
-from kernelhub.core.lockfile import LockedKernel, LockFile
+from kernelhub.core.lockfile import DIGEST, MAX_BYTES, LockedKernel, LockFile
 from kernelhub.core.metadata import Metadata
-from kernelhub.core.refs import KernelRef, RepoId, Revision
+from kernelhub.core.refs import KernelRef, Pin, RepoId, Revision, Version
 from kernelhub.core.select import rank
 from kernelhub.core.trust import Origin, TrustPolicy
-from kernelhub.core.variants import BuildVariant, VariantAccepted, VariantRejected
+from kernelhub.core.variants import BuildVariant, VariantAccepted, VariantRejected, parse_variant
 from kernelhub.errors import (
     BuildFailed,
     CompatibilityWarning,
@@ -56,7 +56,7 @@ from kernelhub.hub.revocations import RevocationLists
 from kernelhub.hub.sources.base import BENCHMARKS, LOCAL, SOURCE, UNAVAILABLE, Moved, Progress, Source
 from kernelhub.hub.sources.defaults import building_of, default_sources
 from kernelhub.hub.sources.local import LocalSource, local_source
-from kernelhub.hub.sources.project import EMBEDDED_ORG, ProjectSource
+from kernelhub.hub.sources.project import EMBEDDED_ORG, ProjectSource, portable_commit
 from kernelhub.hub.store import Place, Store
 from kernelhub.hub.telemetry import UserAgent
 from kernelhub.hub.verify import Verified, verify
@@ -317,17 +317,61 @@ class Hub:
         self,
         repo: RepoId,
         *,
-        lockfile: Path,
+        lockfile: Path | LockFile,
+        pin: Pin | None = None,
         backend: str | None = None,
         trust_remote_code: Trust = False,
         user_agent: UserAgent = None,
+        check_arch: bool = True,
         local_files_only: bool = False,
     ) -> LoadedKernel:
-        """The kernel at the commit, and with the digest, that a lock file names."""
-        locked = read_lock(lockfile).find(repo)
+        """The kernel, and those that it depends on, at the commits and with the digests that a lock names.
+
+        `pin` tells two entries of one repository apart.
+        """
+        lock = lockfile if isinstance(lockfile, LockFile) else read_lock(lockfile)
         offline = self.settings.offline or local_files_only
-        options = Options(self._policy(trust_remote_code), backend, offline=offline, expected=_own_digests(locked))
-        return self._load(KernelRef(repo, Revision(locked.commit)), self.sources(user_agent), options)
+        options = Options(self._policy(trust_remote_code), backend, check_arch, offline=offline, lock=lock)
+        return self._load(KernelRef(repo, pin), self.sources(user_agent), options)
+
+    def lock(self, ref: KernelRef, *, trust_remote_code: Trust = False) -> tuple[LockedKernel, tuple[KernelRef, ...]]:
+        """The kernel as a lock names it, and the kernels that any of its variants depends on.
+
+        The hub is asked now. Of a variant no more than its metadata is fetched, unless that has no digest. What would be
+        compiled here has none that others could compare, and is left out.
+        """
+        offline = self.settings.offline
+        options = Options(self._policy(trust_remote_code), refresh=not offline, offline=offline)
+        with context(f"while locking {ref}"):
+            found = self._gate.admit(self.find(ref, _shared(self.sources()), options), options)
+            digests, depends = self._lockable(found, options)
+        kernel = LockedKernel(
+            repo=found.repo,
+            commit=portable_commit(found.commit) if isinstance(found.source, ProjectSource) else found.commit,
+            version=ref.pin if isinstance(ref.pin, Version) else None,
+            hub=found.source.name,
+            variants=digests,
+            depends=tuple(sorted({item.repo for item in depends})),
+            revision=ref.pin.ref if isinstance(ref.pin, Revision) else None,
+            asked=ref.repo if ref.repo != found.repo else None,
+        )
+        return kernel, depends
+
+    def download(
+        self, kernel: LockedKernel, lock: LockFile, *, all_variants: bool = False, trust_remote_code: Trust = False
+    ) -> list[Verified]:
+        """Fetch a kernel of a lock: the variant for this machine and what that depends on, or every variant it names."""
+        options = Options(self._policy(trust_remote_code), None, False, offline=self.settings.offline, lock=lock)
+        if not all_variants:
+            return [self._install(kernel.ref, self.sources(), options)]
+        with context(f"while fetching {kernel}"):
+            ref, sources, options = _locked(kernel.ref, self.sources(), options)
+            found = self._gate.admit(self.find(ref, sources, options), options)
+            names = sorted(options.expected or found.listing.variants)
+            if missing := [name for name in names if name not in found.listing.variants]:
+                raise KernelNotFound(f"{found.source.name} has no {', '.join(missing)} of {found.repo}")
+            variants = [item for name in names if (item := _shareable(found, name)) is not None]
+            return [self._fetch(found, variant, options) for variant in variants]
 
     def sources(self, agent: UserAgent = None) -> tuple[Source, ...]:
         """Where kernels come from, in the order in which they are asked."""
@@ -390,7 +434,7 @@ class Hub:
 
     def _select_or_build(self, found: Found, options: Options) -> tuple[Found, list[BuildVariant]]:
         """Where to fetch from, and what runs here: the repository's builds, else what can be built from its source."""
-        if self.settings.build == "always" and (tree := self._source_tree(found, options)):
+        if self.settings.build == "always" and not options.expected and (tree := self._source_tree(found, options)):
             return tree, self._select(tree, options)
         try:
             return found, self._select(found, options)
@@ -466,12 +510,49 @@ class Hub:
             raise InvalidMetadata(f"{variant}: its metadata.json says that it is for {BY_NAME[backend].title}")
         expected = options.expected.get(str(variant))
         if expected is not None and expected != verified.digest.text:
-            raise IntegrityError(f"{variant} has the digest {verified.digest.text}, the lock file says {expected}")
+            if expected.startswith(DIGEST):
+                raise IntegrityError(f"{variant} has the digest {verified.digest.text}, the lock file says {expected}")
+            from kernelhub.hub.locks import check_hash
+
+            check_hash(verified.path, str(variant), expected)
         return verified
 
+    def _lockable(self, found: Found, options: Options) -> tuple[dict[str, str], tuple[KernelRef, ...]]:
+        """The digest of each variant that others can have too, and the kernels that they depend on."""
+        digests: dict[str, str] = {}
+        depends: dict[KernelRef, None] = {}
+        for name in sorted(found.listing.variants):
+            if (variant := _shareable(found, name)) is None:
+                continue
+            try:
+                with context(name):
+                    metadata, digests[name] = self._declared(found, variant, options)
+            except InvalidMetadata as error:
+                self._warn(f"{error}\n  This variant of {found.repo} is left out of the lock.", KernelHubWarning)
+                continue
+            depends.update(dict.fromkeys(KernelRef(item.repo, item.pin) for item in metadata.kernel_depends))
+        tree = found if isinstance(found.source, ProjectSource) or digests else self._source_tree(found, options)
+        if tree and isinstance(tree.source, ProjectSource):
+            items = tree.source.kernel_depends(found.repo)
+            depends.update(dict.fromkeys(KernelRef(item.repo, item.pin) for item in items))
+        return digests, tuple(depends)
+
+    def _declared(self, found: Found, variant: BuildVariant, options: Options) -> tuple[Metadata, str]:
+        """A variant's metadata, and the digest that it declares; one that declares none is fetched whole."""
+        name = str(variant)
+        if not (options.offline and found.source.origin is Origin.REMOTE):
+            question = partial(found.source.metadata, found.repo, found.commit, name, found.listing.variants[name])
+            text = self._resolver.ask(found.source, options, question)
+            metadata = None if text is None else Metadata.parse(text)
+            if metadata is not None and metadata.digest is not None:
+                return metadata, metadata.digest.text
+        verified = self._fetch(found, variant, options)
+        return verified.metadata, verified.digest.text
+
     def _install(self, ref: KernelRef, sources: Sequence[Source], options: Options) -> Verified:
+        ref, own, options = _locked(ref, sources, options)
         with context(f"while fetching {ref}"):
-            verified = self._obtain(ref, sources, options)[2]
+            verified = self._obtain(ref, own, options)[2]
         for item in verified.metadata.kernel_depends:
             self._install(KernelRef(item.repo, item.pin), sources, _below(options, str(ref.repo), item.repo))
         return verified
@@ -479,7 +560,7 @@ class Hub:
     def _obtain(
         self, ref: KernelRef, sources: Sequence[Source], options: Options
     ) -> tuple[Found, BuildVariant, Verified]:
-        found = self._gate.admit(self.find(ref, sources, options), options)
+        found = _named(self._gate.admit(self.find(ref, sources, options), options), options)
         place, variants = self._select_or_build(found, options)
         for variant, other in zip(variants, [*variants[1:], None], strict=True):
             try:
@@ -497,8 +578,9 @@ class Hub:
         raise AssertionError("there is at least one variant")
 
     def _load(self, ref: KernelRef, sources: Sequence[Source], options: Options) -> LoadedKernel:
+        ref, own, options = _locked(ref, sources, options)
         with context(f"while loading {ref}"):
-            found, variant, verified = self._obtain(ref, sources, options)
+            found, variant, verified = self._obtain(ref, own, options)
             self._check(verified.metadata, options)
         needed: dict[RepoId, LoadedKernel] = {}
         for item in verified.metadata.kernel_depends:
@@ -573,7 +655,8 @@ class Hub:
 def read_lock(lockfile: Path) -> LockFile:
     """A lock file's value. Raises `InvalidReference` where there is none, `InvalidMetadata` where it is malformed."""
     try:
-        data = lockfile.read_bytes()
+        with lockfile.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InvalidReference(f"cannot read the lock file {lockfile}: {error.strerror}") from error
     with context(str(lockfile)):
@@ -591,9 +674,45 @@ def loaded_kernels() -> list[LoadedKernel]:
     return _importer.loaded()
 
 
-def _own_digests(locked: LockedKernel) -> dict[str, str]:
-    """The digests that can be compared here; other packages' locks name hashes of other things."""
-    return {name: digest for name, digest in locked.variants.items() if digest.startswith("sha256-")}
+def _shared(sources: Sequence[Source]) -> list[Source]:
+    """The sources that others can have too: not what the user put over them on this machine."""
+    return [
+        source
+        for source in sources
+        if not isinstance(source, LocalSource)
+        and not (isinstance(source, ProjectSource) and source.origin is Origin.FOLDER)
+    ]
+
+
+def _locked(ref: KernelRef, sources: Sequence[Source], options: Options) -> tuple[KernelRef, Sequence[Source], Options]:
+    """The kernel at the commit that the lock names, where there is one, and the hub that it came from first.
+
+    The hub is no more than a place to look: only those that the user has are asked, and the bytes are compared.
+    """
+    if options.lock is None:
+        return ref, sources, options
+    kernel = options.lock.find(ref.repo, ref.pin)
+    order = sorted(_shared(sources), key=lambda source: source.name != kernel.hub)
+    return kernel.ref, order, replace(options, expected=kernel.variants)
+
+
+def _named(found: Found, options: Options) -> Found:
+    """What was found, without the variants that a lock does not name. What is built here has no digest in a lock."""
+    if not options.expected or isinstance(found.source, ProjectSource):
+        return found
+    variants = {
+        name: details if name in options.expected else {**details, UNAVAILABLE: "the lock file does not name it"}
+        for name, details in found.listing.variants.items()
+    }
+    return replace(found, listing=replace(found.listing, variants=variants))
+
+
+def _shareable(found: Found, name: str) -> BuildVariant | None:
+    """The variant, where it is the same on each machine: not one that is compiled here."""
+    variant = parse_variant(name)
+    if not isinstance(variant, BuildVariant):
+        return None
+    return None if isinstance(found.source, ProjectSource) and variant.framework.kind != "noarch" else variant
 
 
 def _below(options: Options, repo: str, dependency: RepoId) -> Options:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from kernelhub.core.lockfile import LockFile
 from kernelhub.core.refs import KernelRef, RepoId, Revision
 from kernelhub.core.trust import TrustPolicy
 from kernelhub.hub.sources.base import LOCAL, Listing, Source
@@ -39,7 +40,8 @@ class Found:
 class Options:
     """How one call wants it: what it trusts, for which backend, and what it expects.
 
-    `expected` maps variants to the digest that a lock names for them. `above` are the kernels that led here, for cycles.
+    With a `lock` each kernel, also those that it depends on, is taken at the commit that this names; `expected` maps the
+    kernel's variants to the digests that it names for them. `above` are the kernels that led here, for cycles.
     With `accept_older` a version may become what it was before.
     """
 
@@ -48,6 +50,7 @@ class Options:
     check_arch: bool = True
     refresh: bool = False
     offline: bool = False
+    lock: LockFile | None = None
     expected: Mapping[str, str] = field(default_factory=dict)
     above: tuple[str, ...] = ()
     accept_older: bool = False

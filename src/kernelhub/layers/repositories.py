@@ -11,9 +11,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from kernelhub.core.refs import KernelRef, RepoId
+from kernelhub.core.lockfile import NAME, LockFile
+from kernelhub.core.refs import KernelRef
 from kernelhub.core.trust import TrustPolicy
 from kernelhub.errors import InvalidReference, LayerContractError, NoKernelForLayer
 from kernelhub.settings import user_path
@@ -145,24 +147,40 @@ class LocalRepository(Repository):
 
 @dataclass(frozen=True)
 class LockedRepository(Repository):
-    """A kernel at the commit that a lock file names; None is `kernels.lock` in the current folder when it is loaded."""
+    """A kernel at the commit that a lock names: that of the installed project that `package` names (its distribution, or
+    a module of it: `package=__name__`), else the file; None is `kernels.lock` in the current folder when it is loaded.
+    """
 
     repo_id: str
     lockfile: Path | None = field(default=None, kw_only=True)
+    package: str | ModuleType | None = field(default=None, kw_only=True)
     trust_remote_code: Trust = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trust_remote_code", _trust(self.trust_remote_code))
         if self.lockfile is not None:
             object.__setattr__(self, "lockfile", user_path(self.lockfile, type(self).__name__))
-        RepoId.parse(self.repo_id)
+        if isinstance(self.package, ModuleType):
+            object.__setattr__(self, "package", self.package.__name__)
+        if self.lockfile is not None and self.package is not None:
+            raise InvalidReference(f"{self.repo_id}: expected one of lockfile and package")
+        if KernelRef.parse(self.repo_id).layer is not None:
+            raise InvalidReference(f"{self.repo_id!r} names a layer; here a kernel is wanted")
 
     def kernel(self, hub: Hub, *, backend: str | None = None) -> LoadedKernel:
+        ref = KernelRef.parse(self.repo_id)
+        lock: Path | LockFile = self.lockfile or Path(NAME)
+        if self.package is not None:
+            from kernelhub.hub.locks import package_lock  # 10 ms, and only installed projects need it
+
+            lock = package_lock(self.package)
         return hub.load_locked(
-            RepoId.parse(self.repo_id),
-            lockfile=self.lockfile or Path("kernels.lock"),
+            ref.repo,
+            lockfile=lock,
+            pin=ref.pin,
             backend=backend,
             trust_remote_code=_untuple(self.trust_remote_code),
+            check_arch=False,
         )
 
     def __str__(self) -> str:

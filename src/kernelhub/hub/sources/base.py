@@ -121,6 +121,12 @@ class Source(Protocol):
     def listing(self, repo: RepoId, commit: str) -> Listing:
         """The variants at a commit."""
 
+    def metadata(self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any]) -> bytes | None:
+        """The variant's metadata.json without its other files; None where only the whole variant can be had.
+
+        `details` is `Listing.variants[variant]`.
+        """
+
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         """Whether the hub marks the publisher as trusted; None where it has no such marks."""
 

@@ -49,6 +49,9 @@ class Deferred:
     def listing(self, repo: RepoId, commit: str) -> Listing:
         return self.source.listing(repo, commit)
 
+    def metadata(self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any]) -> bytes | None:
+        return self.source.metadata(repo, commit, variant, details)
+
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         return self.source.publisher_trusted(repo)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from kernelhub.core.metadata import MAX_BYTES as MAX_METADATA
 from kernelhub.core.paths import is_bytecode, safe_path
 from kernelhub.core.refs import KernelRef, Pin, RepoId, Revision, Version, is_commit, parse_pin
 from kernelhub.core.trust import Origin
@@ -30,7 +32,7 @@ from kernelhub.errors import (
 )
 from kernelhub.hub.addresses import Address, endpoint_address
 from kernelhub.hub.http import EntryNotFound, HttpClient, Patience
-from kernelhub.hub.sources.base import BENCHMARKS, SOURCE, Listing, Moved, Progress
+from kernelhub.hub.sources.base import BENCHMARKS, SOURCE, Listing, Moved, NoProgress, Progress
 from kernelhub.hub.transfer import Download, RemoteFile, writing
 
 if sys.version_info >= (3, 11):
@@ -157,6 +159,19 @@ class HuggingFaceSource:
         if not variants and (destination := self._redirect(repo, commit)):
             raise Moved(destination)
         return Listing(variants, {SOURCE: {}, BENCHMARKS: {}})  # whether it has them is asked when they are wanted
+
+    def metadata(self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any]) -> bytes | None:
+        """The file, checked against the hash that the tree has for it."""
+        prefix, name = f"build/{variant}/", "metadata.json"
+        tree = f"{_api(repo)}/tree/{quote(commit, safe='')}/{quote(prefix[:-1], safe='')}?recursive=false&expand=false"
+        file = next((entry.file for entry in self._tree(tree) if entry.path == prefix + name), None)
+        if file is None:
+            raise InvalidMetadata(f"{variant} has no {name}", hint="Every build variant of a kernel needs one.")
+        if file.size > MAX_METADATA:
+            raise InvalidMetadata(f"{name} has {file.size:,} bytes; the most is {MAX_METADATA:,}")
+        with tempfile.TemporaryDirectory(prefix="kernelhub-metadata-") as folder:
+            self._download(repo, commit, prefix, [replace(file, path=name)], Path(folder), NoProgress())
+            return Path(folder, name).read_bytes()
 
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         """The hub's mark for the organisation; False for a user's account, which hubs do not mark."""

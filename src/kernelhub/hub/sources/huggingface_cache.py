@@ -105,6 +105,9 @@ class HuggingFaceCacheSource:
         names = [path.name for path in build.iterdir() if path.is_dir()] if build.is_dir() else []
         return Listing({name: {} for name in sorted(names)})
 
+    def metadata(self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any]) -> bytes | None:
+        return None
+
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         return None
 

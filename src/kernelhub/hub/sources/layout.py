@@ -141,6 +141,9 @@ class LayoutSource:
             )
         return document
 
+    def metadata(self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any]) -> bytes | None:
+        return ManifestVariant.parse(details, f"{repo} at {commit}: {variant}").metadata.encode()
+
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         return None
 

@@ -46,6 +46,9 @@ class LocalSource:
         self._check(repo)
         return Listing({name: {} for name in self.variants})
 
+    def metadata(self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any]) -> bytes | None:
+        return None
+
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         return None
 

@@ -23,12 +23,18 @@ if TYPE_CHECKING:
     from kernelhub.build.recipe import Recipe
     from kernelhub.build.targets import Target
     from kernelhub.build.toolchain import Toolchain
+    from kernelhub.core.metadata import KernelDepend
 
 # The organisation whose repositories come from this package, whatever others serve under that name.
 EMBEDDED_ORG = "kernelhub"
 
 _SOURCES = 28  # hex digits of a commit that stand for the sources
 _NOTHING_COMPILED = "0" * (40 - _SOURCES)
+
+
+def portable_commit(commit: str) -> str:
+    """The commit of a project as it is named for other machines: by the sources alone."""
+    return commit[:_SOURCES] + _NOTHING_COMPILED
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,9 @@ class ProjectSource:
             found[str(target.variant)] = _details(target.backend, reason)
         return Listing(found)
 
+    def metadata(self, repo: RepoId, commit: str, variant: str, details: Mapping[str, Any]) -> bytes | None:
+        return None
+
     def publisher_trusted(self, repo: RepoId) -> bool | None:
         return None
 
@@ -151,6 +160,13 @@ class ProjectSource:
 
     def locate(self, repo: RepoId, variant: str) -> Path | None:
         return None
+
+    def kernel_depends(self, repo: RepoId) -> tuple[KernelDepend, ...]:
+        """The kernels that a repository's project depends on, for whatever backend."""
+        from kernelhub.build.recipe import Recipe
+
+        tables = Recipe.load(self.project(repo)).kernel_depends.values()
+        return tuple(dict.fromkeys(item for table in tables for item in table))
 
     @property
     def _never(self) -> bool:
