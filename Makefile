@@ -4,13 +4,16 @@
 # make faults  hubs that misbehave and clients that are killed, all of them (a minute or two)
 # make fuzz    ten minutes of malformed input for each of four parsers
 # make bench   the library beside its peer, and the CPU kernels beside PyTorch, each in one run
+# make bench-gpu   the CUDA kernels beside eager, torch.compile, Liger and quack, in one run on this machine's GPU; GPU_PYTHON
+#              is a Python with torch for CUDA, and liger-kernel==0.8.5
 #
 # Each makes .venv and installs what it needs. PYTHON chooses the interpreter.
 
 PYTHON ?= python3
+GPU_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 
-.PHONY: demo test lint format faults fuzz bench clean
+.PHONY: demo test lint format faults fuzz bench bench-gpu clean
 
 demo: .venv/installed
 	$(BIN)/kernelhub demo
@@ -41,6 +44,9 @@ bench: .venv/installed .peers/installed
 	$(BIN)/python benchmarks/cpu_kernels.py
 	$(BIN)/python benchmarks/fusion.py
 	$(BIN)/python benchmarks/proof.py
+
+bench-gpu:
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu_kernels.py --json benchmarks/results/gpu.json --plot benchmarks/results/gpu.png
 
 clean:
 	rm -rf .venv .peers dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

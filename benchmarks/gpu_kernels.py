@@ -311,13 +311,15 @@ def versions() -> dict[str, str]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """A bar per way for each row: times as fast as the slowest."""
+    """A bar per way for each row: its share of a copy's bandwidth."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    ways = ["eager", "F", "compile", "liger", "quack", "ours"]
+    ways = [
+        way for way in ("eager", "F", "compile", "liger", "quack", "ours") if any(way in row["share"] for row in rows)
+    ]
     figure, axis = plt.subplots(figsize=(11, 0.62 * len(rows) + 1.5))
     height = 0.8 / len(ways)
     for number, way in enumerate(ways):

@@ -11,3 +11,10 @@ def test_copies_of_headers_are_alike(name: str) -> None:
     found = {path.parent.name: path.read_bytes() for path in sorted(ROOT.glob(f"*/*_cpu/{name}"))}
     assert len(found) >= 2
     assert len(set(found.values())) == 1, f"{name} differs between {', '.join(found)}: copy one over the others"
+
+
+@pytest.mark.parametrize("name", ["device.h", "operands.h", "rows.cuh"])
+def test_copies_of_cuda_headers_are_alike(name: str) -> None:
+    found = {path.parent.name: path.read_bytes() for path in sorted(ROOT.glob(f"*/*_cuda/{name}"))}
+    assert len(found) >= 2
+    assert len(set(found.values())) == 1, f"{name} differs between {', '.join(found)}: copy one over the others"

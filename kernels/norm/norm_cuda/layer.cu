@@ -152,7 +152,8 @@ cudaError_t run_rows(const LayerArgs& args, dim3 grid, dim3 block, const Device&
 template <typename T>
 cudaError_t run(const LayerArgs& args, bool wide, const Device& device) {
   constexpr int V = WIDE<T>;
-  return cover_rows(args.rows, args.n, V, wide, 8, device, [&](int each, dim3 grid, dim3 block) {
+  constexpr Habit HABIT{4, 4, 4, 256};
+  return cover_rows(args.rows, args.n, V, wide, 8, HABIT, device, [&](int each, dim3 grid, dim3 block) {
     switch (each) {
       case 1:
         return run_rows<T, 1>(args, grid, block, device);

@@ -207,7 +207,8 @@ cudaError_t run_rows(const RmsArgs& args, dim3 grid, dim3 block, const Device& d
 template <typename T, Kind KIND>
 cudaError_t run(const RmsArgs& args, bool wide, const Device& device) {
   constexpr int V = WIDE<T>;
-  return cover_rows(args.rows, args.n, V, wide, KIND == PLAIN ? 8 : 4, device, [&](int each, dim3 grid, dim3 block) {
+  constexpr Habit HABIT{KIND == PLAIN ? 2 : 4, 8, 4, 512};
+  return cover_rows(args.rows, args.n, V, wide, KIND == PLAIN ? 8 : 4, HABIT, device, [&](int each, dim3 grid, dim3 block) {
     switch (each) {
       case 1:
         return run_rows<T, 1, KIND>(args, grid, block, device);

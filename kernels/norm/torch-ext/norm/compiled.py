@@ -1,6 +1,7 @@
 """The compiled ops: when they take a call, and their gradients.
 
-Where a build has none for the input's device (every noarch one), or the case is not theirs, PyTorch's own code runs.
+Where a build has none (every noarch one), Triton's take their place on a GPU; where there is no Triton, or the case is not
+theirs, PyTorch's own code runs.
 """
 
 # ruff: noqa: ARG001, ARG004  (what the ops are given and what decides on the shapes is not the same)
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
+from . import triton_here
 from ._ops import add_op_namespace_prefix, ops
 
 __all__ = [
@@ -54,10 +56,11 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     Not while `torch.func` or forward-mode AD is at work, for which they have no rules: a tensor there says neither that
     it is batched nor that it is differentiated. Nor for subclasses (DTensor and the like), which know their own ways.
     """
+    if not HERE:
+        return triton_here.takes(x, weight) and weight.dim() == 1 and x.dim() > 0 and x.shape[-1] == weight.shape[0]
     dtype = x.dtype
     return (
-        HERE
-        and dtype in _DTYPES
+        dtype in _DTYPES
         and weight.dtype is dtype
         and (x.is_cuda and weight.is_cuda if _CUDA else x.is_cpu and weight.is_cpu)
         and type(weight) in _PLAIN
@@ -70,6 +73,8 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 def takes_too(x: Tensor, other: Tensor | None) -> bool:
     """Whether a further operand is one that the ops take beside x: of x's dtype and shape."""
+    if not HERE:
+        return other is not None and other.shape == x.shape and triton_here.takes(x, other)
     return (
         other is not None
         and other.dtype is x.dtype
@@ -84,13 +89,15 @@ def takes_layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Se
 
     Without a shape it is over the weight's one dimension, which the op compares to the input's last.
     """
-    if not HERE:
-        return False
     if shape is None:
         if weight is None:
             return False
     elif len(shape) != 1 or x.dim() == 0 or x.size(-1) != shape[0]:
         return False
+    if not HERE:
+        return triton_here.takes(x, weight, bias) and all(
+            row is None or row.shape == x.shape[-1:] for row in (weight, bias)
+        )
     dtype = x.dtype
     return (  # each row written out: a function for both would cost as much again
         dtype in _DTYPES
@@ -136,6 +143,14 @@ if HERE:
     _add_rms_norm_now = _direct(_add_rms_norm)
     _rms_norm_gated_now = _direct(_rms_norm_gated)
     _layer_norm_now = _direct(_layer_norm)
+else:
+    _rms_norm = _rms_norm_now = triton_here.op("rms_norm")
+    _rms_norm_backward = triton_here.op("rms_norm_backward")
+    _add_rms_norm = _add_rms_norm_now = triton_here.op("add_rms_norm")
+    _rms_norm_gated = _rms_norm_gated_now = triton_here.op("rms_norm_gated")
+    _rms_norm_gated_backward = triton_here.op("rms_norm_gated_backward")
+    _layer_norm = _layer_norm_now = triton_here.op("layer_norm")
+    _layer_norm_backward = triton_here.op("layer_norm_backward")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
