@@ -323,7 +323,7 @@ cudaError_t cover_rows(
   const int across = each > 0       ? threads_for(static_cast<int>(parts), each)
                      : parts < 4096 ? threads_for(static_cast<int>(parts), 4)
                                     : 1024;
-  const Cover to = cover(rows, across, few ? 32 : across > 128 ? habit.threads : 256);
+  const Cover to = cover(rows, across, few ? 32 : across > 128 && each < 8 ? habit.threads : 256);
   return start(each, dim3(to.blocks), dim3(to.across, to.together));
 }
 
