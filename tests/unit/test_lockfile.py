@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from kernelhub.core.lockfile import LockedKernel, LockFile
-from kernelhub.core.refs import RepoId, Version
-from kernelhub.errors import InvalidMetadata, KernelNotFound
+from kernelhub.core.lockfile import LockedKernel, LockFile, changes
+from kernelhub.core.refs import RepoId, Revision, Version
+from kernelhub.errors import InvalidMetadata, InvalidReference, KernelNotFound
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
@@ -129,3 +130,52 @@ def test_a_malformed_lock_is_an_error(value: Any) -> None:
 def test_what_is_no_json_is_an_error(data: bytes) -> None:
     with pytest.raises(InvalidMetadata, match="the lock file is not JSON"):
         LockFile.parse(data)
+
+
+V1, V2, MAIN = Version(1), Version(2), Revision("main")
+
+
+def test_of_two_entries_the_one_of_the_version_or_revision_is_found() -> None:
+    one, two = LockedKernel(TWO.repo, COMMIT, V1), LockedKernel(TWO.repo, OTHER, V2)
+    main = LockedKernel(TWO.repo, "a" * 40, revision="main")
+    lock = LockFile((one, two, main))
+    assert lock.find(TWO.repo, V2) is two
+    assert lock.find(TWO.repo, V1) is one
+    assert lock.find(TWO.repo, MAIN) is main
+    assert lock.find(TWO.repo, Revision(OTHER)) is two
+    with pytest.raises(InvalidReference, match=r"the lock file has org/other@v1 and org/other@v2 and org/other@main"):
+        lock.find(TWO.repo)
+    with pytest.raises(KernelNotFound, match=r"org/other@v3 is not in the lock file \(there: org/other@v1, "):
+        lock.find(TWO.repo, Version(3))
+    assert LockFile.parse(lock.to_text()) == LockFile((main, one, two))
+
+
+def test_an_entry_that_does_not_say_its_version_is_what_any_asks_for_but_no_other_commit() -> None:
+    assert LockFile((TWO,)).find(TWO.repo, V1) is TWO
+    assert LockFile((ONE,)).find(ONE.repo) is ONE
+    with pytest.raises(KernelNotFound):
+        LockFile((ONE,)).find(ONE.repo, V2)
+    with pytest.raises(KernelNotFound):
+        LockFile((TWO,)).find(TWO.repo, Revision(COMMIT))
+
+
+def test_a_repository_that_moved_is_found_by_either_name() -> None:
+    moved = LockedKernel(RepoId("new", "name"), COMMIT, V1, asked=RepoId("old", "name"))
+    lock = LockFile.parse(LockFile((moved,)).to_text())
+    assert lock.kernels == (moved,)
+    assert lock.find(RepoId("old", "name"), V1) == lock.find(RepoId("new", "name")) == moved
+
+
+def test_what_is_longer_than_any_lock_is_not_parsed() -> None:
+    with pytest.raises(InvalidMetadata, match="the most is"):
+        LockFile.parse(b" " * (32 * 1024 * 1024 + 1))
+
+
+def test_changes_are_told_and_where_a_hub_lies_is_none() -> None:
+    assert changes(LockFile((ONE,)), LockFile((replace(ONE, hub="/srv"),))) == []
+    assert changes(LockFile((ONE,)), LockFile((TWO,))) == [
+        "org/name@v1 is not needed any more",
+        "org/other is not locked",
+    ]
+    other = replace(ONE, variants={"torch-cpu": "sha256-x"}, depends=())
+    assert changes(LockFile((ONE,)), LockFile((other,))) == ["org/name@v1 has other variants and depends"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -9,7 +10,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -175,7 +176,7 @@ def package_lock(package: str | ModuleType) -> LockFile:
         )
     locks: dict[str, str] = {}
     asked: list[str] = []
-    for distribution in [*_distribution(name), *_distributions_with(name.partition(".")[0])]:
+    for distribution in itertools.chain(_distribution(name), _distributions_with(name.partition(".")[0])):
         asked.append(distribution.name)
         if (text := _lock_text(distribution)) is not None:
             locks[distribution.name] = text
@@ -207,9 +208,15 @@ def _distribution(name: str) -> list[Distribution]:
 
 
 def _distributions_with(module: str) -> Iterator[Distribution]:
-    """The installed distributions that the top-level module is part of. Reads what all of them list."""
-    for name in sorted(set(importlib.metadata.packages_distributions().get(module, ()))):
+    """The installed distributions that the top-level module is part of."""
+    for name in sorted(set(_modules_of(tuple(sys.path)).get(module, ()))):
         yield from _distribution(name)
+
+
+@functools.cache
+def _modules_of(path: tuple[str, ...]) -> Mapping[str, list[str]]:  # noqa: ARG001 - what is installed depends on it
+    """Which distributions each top-level module is part of. Reads what all of them list: 0.7 s for 150."""
+    return importlib.metadata.packages_distributions()
 
 
 def _lock_text(distribution: Distribution) -> str | None:
