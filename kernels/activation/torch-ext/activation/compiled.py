@@ -1,6 +1,7 @@
 """The compiled ops: when they take a call, and their gradients.
 
-Where a build has none for the input's device (every noarch one), or the case is not theirs, PyTorch's own code runs.
+Where a build has none (every noarch one), Triton's take their place on a GPU; where there is no Triton, or the case is not
+theirs, PyTorch's own code runs.
 """
 
 # ruff: noqa: ARG001, ARG004  (what the ops are given and what decides on the shapes is not the same)
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
+from . import triton_here
 from ._ops import add_op_namespace_prefix, ops
 
 __all__ = ["GELU", "GELU_QUICK", "GELU_TANH", "HERE", "SILU", "apply", "halves", "multiply", "takes"]
@@ -38,10 +40,11 @@ def takes(x: Tensor, other: Tensor | None = None) -> bool:
     Not while `torch.func` or forward-mode AD is at work, for which they have no rules: a tensor there says neither that
     it is batched nor that it is differentiated. Nor for subclasses (DTensor and the like), which know their own ways.
     """
+    if not HERE:
+        return (other is None or other.shape == x.shape) and triton_here.takes(x, other)
     dtype = x.dtype
     return (
-        HERE
-        and dtype in _DTYPES
+        dtype in _DTYPES
         and (x.is_cuda if _CUDA else x.is_cpu)
         and type(x) in _PLAIN
         and (
@@ -73,6 +76,13 @@ if HERE:
     _apply_now = _direct(_apply)
     _multiply_now = _direct(_multiply)
     _halves_now = _direct(_halves)
+else:
+    _apply = _apply_now = triton_here.op("apply")
+    _apply_backward = triton_here.op("apply_backward")
+    _multiply = _multiply_now = triton_here.op("multiply")
+    _multiply_backward = triton_here.op("multiply_backward")
+    _halves = _halves_now = triton_here.op("halves")
+    _halves_backward = triton_here.op("halves_backward")
 
 
 def apply(x: Tensor, function: int) -> Tensor:

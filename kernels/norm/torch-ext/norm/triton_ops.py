@@ -55,26 +55,27 @@ def _forward(
     x: Tensor, other: Tensor | None, weight: Tensor, eps: float, form: int, kind: int, gate: int
 ) -> tuple[Tensor, Tensor]:
     y = _new(x)
-    total = _new(x) if kind == _ADD else y
+    total = _new(x) if kind == _ADD else None
     if x.numel() == 0:
-        return y, total
+        return y, y if total is None else total
     n = int(x.shape[-1])
     rows = x.numel() // n
     x, x_stride = _rows(x)
     other, other_stride = (x, x_stride) if other is None else _rows(other)
     weight = weight.contiguous()
+    to = x if total is None else total  # a kernel is given an input where it writes nothing, never one result twice
     if n > _LONGEST:
         launch(
-            kernels.rms_long_rows, rows, x, x, other, weight, y, total, n, x_stride, other_stride, eps,
+            kernels.rms_long_rows, rows, x, x, other, weight, y, to, n, x_stride, other_stride, eps,
             FORM=form, KIND=kind, GATE=gate, BLOCK_N=_STEP, num_warps=16,
         )  # fmt: skip
-        return y, total
+        return y, to
     tile = _tile(n)
     launch(
-        kernels.rms_rows, _cdiv(rows, tile["BLOCK_R"]), x, x, other, weight, y, total, rows, n, x_stride, other_stride,
+        kernels.rms_rows, _cdiv(rows, tile["BLOCK_R"]), x, x, other, weight, y, to, rows, n, x_stride, other_stride,
         eps, FORM=form, KIND=kind, GATE=gate, **tile,
     )  # fmt: skip
-    return y, total
+    return y, to
 
 
 def _cdiv(a: Any, b: int) -> Any:
@@ -97,7 +98,7 @@ def _backward(
     n = int(x.shape[-1])
     dtype, device = x.dtype, x.device
     x_grad = _new(x)
-    gate_grad = _new(x) if kind == _GATED else x_grad
+    gate_grad = _new(x) if kind == _GATED else x
     if x.numel() == 0:
         zeros = [torch.zeros(n if needed else 0, dtype=dtype, device=device) for needed in (needs_weight, needs_bias)]
         return x_grad, gate_grad, zeros[0], zeros[1]
