@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from kernelfiles import kernel_files, write_files
 
+from kernelhub.core.refs import RepoId
 from kernelhub.errors import IntegrityError, InvalidMetadata, KernelImportError, MissingDependency
 from kernelhub.hub.importer import Importer
 from kernelhub.hub.verify import verify
@@ -126,6 +127,31 @@ def test_two_compiled_builds_with_one_id_are_refused_before_the_second_is_opened
     load(tmp_path / "a", importer, code={"__init__.py": "V = 1\n", "_x.abi3.so": "first"}, id="taken")
     with pytest.raises(IntegrityError, match="another build with the id 'taken' is loaded"):
         load(tmp_path / "b", importer, code={"__init__.py": "V = 2\n", "_x.abi3.so": "second"}, id="taken")
+
+
+def test_with_other_builds_of_what_it_depends_on_it_is_another_module(tmp_path):
+    """It keeps what it was loaded with, and `depends` has to say what that is."""
+    importer, repo = Importer(), RepoId("org", "dep")
+    needs = [{"repo-id": "org/dep", "version": 1}]
+    dependencies = [load(tmp_path / name, importer, code=f"V = {name!r}\n", name="dep") for name in ("one", "two")]
+    code = "import kernelhub\nV = kernelhub.get_kernel_dep('org/dep').V\n"
+    write_files(tmp_path / "top", kernel_files(code, name="top", kernel_depends=needs))
+    verified = verify(tmp_path / "top")
+    first, second = (importer.load(verified, None, None, {repo: module}, (module.V,)) for module in dependencies)
+    assert [first.module.V, second.module.V] == ["one", "two"]
+    assert first.module is not second.module
+    assert importer.load(verified, None, None, {repo: dependencies[0]}, ("one",)).module is first.module
+
+
+def test_compiled_code_is_not_loaded_twice_for_other_dependencies(tmp_path):
+    importer, repo = Importer(), RepoId("org", "dep")
+    needs = [{"repo-id": "org/dep", "version": 1}]
+    dependencies = [load(tmp_path / name, importer, code=f"V = {name!r}\n", name="dep") for name in ("one", "two")]
+    files = kernel_files({"__init__.py": "V = 1\n", "_x.abi3.so": "first"}, name="top", kernel_depends=needs)
+    verified = verify(write_files(tmp_path / "top", files))
+    importer.load(verified, None, None, {repo: dependencies[0]})
+    with pytest.raises(IntegrityError, match="top is loaded in this process with other builds"):
+        importer.load(verified, None, None, {repo: dependencies[1]})
 
 
 def test_threads_that_load_at_once_get_one_module(tmp_path):

@@ -76,7 +76,7 @@ class Importer:
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _modules: dict[str, ModuleType] = field(default_factory=dict)
     _loaded: list[LoadedKernel] = field(default_factory=list)
-    _natives: dict[str, str] = field(default_factory=dict)
+    _natives: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def load(
         self,
@@ -86,15 +86,17 @@ class Importer:
         dependencies: Mapping[RepoId, ModuleType],
         depends: tuple[str, ...] = (),
     ) -> LoadedKernel:
-        """The kernel in the folder; one that is loaded already, from wherever, is the same module.
+        """The kernel in the folder; one that is loaded already with the same dependencies, from wherever, is the same module.
 
-        `depends` are the digests of all that `dependencies` brought. Raises `IntegrityError` where another build with the same id is loaded (their ops would mix), `InvalidMetadata`
-        where there is no `__init__.py`, `MissingDependency` where the kernel's code imports what is not installed.
+        `depends` are the digests of all that `dependencies` brought. Raises `IntegrityError` where another build with the
+        same id is loaded (their ops would mix), or the same build with other dependencies, which it holds on to,
+        `InvalidMetadata` where there is no `__init__.py`, `MissingDependency` where its code imports what is not installed.
         """
-        name = _module_name(verified)
+        needs = " ".join(sorted(f"{repo}={module.__name__}" for repo, module in dependencies.items()))
+        name = _module_name(verified, needs)
         with self._lock:
             if name not in self._modules:
-                self._claim(verified)
+                self._claim(verified, needs)
                 with _dependencies_of(verified.metadata, dependencies):
                     self._modules[name] = _import(name, verified)
             kernel = LoadedKernel(
@@ -109,15 +111,21 @@ class Importer:
         with self._lock:
             return list(self._loaded)
 
-    def _claim(self, verified: Verified) -> None:
-        """Ops are registered in `torch.ops.<id>`, which is global: one build an id."""
+    def _claim(self, verified: Verified, needs: str) -> None:
+        """Ops are registered in `torch.ops.<id>`, which is global: one build an id, registered once."""
         if not verified.compiled:
             return
         ident, digest = verified.metadata.id, verified.digest.text
-        if self._natives.setdefault(ident, digest) != digest:
+        loaded, loaded_with = self._natives.setdefault(ident, (digest, needs))
+        if loaded != digest:
             raise IntegrityError(
                 f"another build with the id {ident!r} is loaded in this process; the ops of both are torch.ops.{ident}",
                 hint="Load this one in a new process, or rebuild it: builders give each build an id of its own.",
+            )
+        if loaded_with != needs:
+            raise IntegrityError(
+                f"{verified.metadata.name} is loaded in this process with other builds of the kernels that it depends on",
+                hint="Load it in a new process: what is compiled is loaded once, and holds on to what it was loaded with.",
             )
 
 
@@ -155,8 +163,8 @@ def _dependencies_of(metadata: Metadata, modules: Mapping[RepoId, ModuleType]) -
         _current.reset(token)
 
 
-def _module_name(verified: Verified) -> str:
-    text = f"{verified.digest.text} {verified.metadata.to_text()}"
+def _module_name(verified: Verified, needs: str) -> str:
+    text = f"{verified.digest.text} {verified.metadata.to_text()} {needs}"
     return f"{_PREFIX}{verified.metadata.id}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
