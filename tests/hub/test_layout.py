@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -562,10 +564,10 @@ def test_details_from_elsewhere_are_not_believed(hub: Path, tmp_path: Path, deta
 
 
 def test_a_folder_that_may_not_be_read(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
+    def refuse(*args: Any) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("kernelhub.hub.files._without_waiting", refuse)  # whoever runs the tests may read everything
     with pytest.raises(HubUnavailable, match="cannot read .*refs/v1: Permission denied"):
         source(str(hub)).resolve(REPO, V1)
 
@@ -577,3 +579,23 @@ def test_many_threads_share_a_source(web: Web, tmp_path: Path) -> None:
     job: Callable[[int], int] = lambda number: len(load(found, tmp_path / str(number)))  # noqa: E731
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(job, range(8))) == [30] * 8
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_a_folder_is_not_waited_for(hub: Path) -> None:
+    """Whoever can write to a shared folder could stop everybody who reads it."""
+    path = hub / "org/relu/refs/v1"
+    path.unlink()
+    os.mkfifo(path)
+    raised: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            LayoutSource(str(hub), agent).resolve(REPO, Version(1))
+        except HubUnavailable as error:
+            raised.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(30)
+    assert "it is no file" in str(raised)
