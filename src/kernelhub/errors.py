@@ -70,10 +70,19 @@ class KernelHubError(Exception):
 
     def __str__(self) -> str:
         text = ": ".join((*self.contexts, self.message))
-        return f"{text}\n  {self.hint}" if self.hint else text
+        return printable(f"{text}\n  {self.hint}" if self.hint else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, self.__dict__.copy())
+
+
+def printable(text: str) -> str:
+    """The text with what would steer a terminal written out: names, reasons and licences come from hubs.
+
+    >>> print(printable("as it was\\x1b[2J"))
+    as it was\\x1b[2J
+    """
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
 
 
 def _rebuild(cls: type[KernelHubError], args: tuple[Any, ...], state: dict[str, Any]) -> KernelHubError:

@@ -18,7 +18,7 @@ from kernelhub import LayerRepository, LocalLayerRepository, Mode, kernel_report
 from kernelhub.cli.main import run
 from kernelhub.hub.client import set_default_hub
 from kernelhub.layers.markers import use_kernel_forward_from_hub
-from kernelhub.layers.report import KernelReport
+from kernelhub.layers.report import KernelReport, ReportRow
 
 LAYERS = """
 import os
@@ -213,6 +213,31 @@ def test_files_that_are_no_reports_are_errors_with_their_place(machine: Machine,
     assert code == 4
     assert message in err
     assert "bad.json" in err
+
+
+def test_names_in_a_report_are_shown_as_they_are(machine: Machine) -> None:
+    """Neither markup that means nothing, nor what steers a terminal, nor half of a character, is more than text."""
+    path = machine.folder / "report.json"
+    row = ReportRow(
+        "0",
+        "Act",
+        "Act",
+        None,
+        None,
+        "kernel",
+        repository="org/\x9b2J\ud800",
+        variant="torch-cpu",
+        digest="x",
+        commit="x",
+    )
+    path.write_text(json.dumps(KernelReport("[/x] [red]\x1b[2J\ud800", (row,)).to_dict()))
+    code, out, err = machine("verify-report", path)
+    assert code in (1, 4), (out, err)
+    assert "[/x] [red]\\x1b[2J\\ud800" in out + err
+    code, out, err = machine("verify-report", path, "--json")
+    assert code in (1, 4), (out, err)
+    assert json.loads(out)
+    assert all(char.isprintable() or char == "\n" for char in out + err)
 
 
 def test_a_report_that_is_not_there_is_wrong_use(machine: Machine) -> None:

@@ -214,6 +214,7 @@ def test_a_signed_kernel_is_not_another_and_not_another_version(client, sigstore
     )
     source = signed(sigstore, version=2)
     refused(client(source, TRUSTED), "what is signed is version 2 of small")
+    refused(client(source, TRUSTED), "what is signed is version 2 of small", KernelRef.of("org/small", revision="v1"))
     spelt = signed(sigstore, repo="org/Small_er", name="small-er", id="small_er")
     assert client(spelt, TRUSTED).load(KernelRef.parse("org/Small_er@v1"))
 

@@ -17,7 +17,7 @@ from kernelhub.core.history import MAX_BEFORE, MAX_STEPS, goes_back, remembered
 from kernelhub.core.host import Host
 from kernelhub.core.manifest import Manifest
 from kernelhub.core.refs import KernelRef, RepoId
-from kernelhub.errors import KernelHubWarning
+from kernelhub.errors import InvalidMetadata, KernelHubWarning
 from kernelhub.hub.publish import publish
 from kernelhub.hub.sources.layout import LayoutSource
 from kernelhub.hub.sources.project import ProjectSource
@@ -202,6 +202,14 @@ def test_a_hub_without_manifests_does_not_go_back_to_what_was_seen(client, clock
     with pytest.warns(KernelHubWarning, match=f"{old}; it was {new}, and {old[:12]} is what it was before"):
         assert value_of(client(source)) == "new"
     assert client(source).install(SMALL, accept_older=True).parent.name == old
+
+
+@pytest.mark.parametrize("pin", ["v1", "0" * 40])
+def test_no_hub_passes_for_a_folder_that_has_no_commits(client, pin) -> None:
+    """Of what lies in a folder of the user's, nothing is remembered that it could go back from."""
+    source = MemorySource({"org/small": {"torch-cpu": kernel_files()}}, commit_of={"org/small": "0" * 40})
+    with pytest.raises(InvalidMetadata, match="which is no commit"):
+        client(source).load(KernelRef.parse(f"org/small@{pin}"))
 
 
 def test_a_users_own_sources_go_where_they_like(client, tmp_path) -> None:

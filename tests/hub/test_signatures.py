@@ -300,6 +300,49 @@ def test_another_version_that_is_signed_is_not_the_one_that_was_asked_for(client
         client(keys["alice"]).load(KernelRef.parse("org/small@v2"))
 
 
+def test_a_branch_that_is_called_as_a_version_holds_that_version(client, published, keys, root, tmp_path) -> None:
+    write_kernel(tmp_path / "second", code="VALUE = 2\n", version=2)
+    second = publish(tmp_path / "second", str(root), REPO, epoch=EPOCH, signer=keys["alice"]).commit
+    published(keys["alice"])
+    (root / "org/small/refs/v1").write_text(f"{second}\n")
+    with pytest.raises(IntegrityError, match="a version 2"):
+        client(keys["alice"]).load(KernelRef.of("org/small", revision="v1"))
+
+
+def test_signatures_that_a_hub_no_longer_shows_still_hold_offline(client, published, keys, root) -> None:
+    commit = published(keys["alice"])
+    assert client(keys["alice"]).load(SMALL)
+    resign(root, commit)
+    refused(client(keys["bob"]))  # who asks the hub again, whether bob has signed it meanwhile
+    assert client(keys["alice"], offline=True).load(SMALL)
+
+
+@pytest.mark.parametrize("trust", [None, 1, 0, 5.0, b"org/small", {"org/small": False}, [["org/small"]], [None]])
+def test_trust_that_is_neither_a_list_nor_yes_or_no_is_an_error(client, published, trust) -> None:
+    published()
+    with pytest.raises(InvalidReference):
+        client().load(SMALL, trust_remote_code=trust)
+
+
+def test_trust_may_be_given_by_what_can_be_read_once(client, published) -> None:
+    published()
+    assert client().load(SMALL, trust_remote_code=(name for name in ["org/small"]))
+
+
+def test_what_a_hub_says_steers_no_terminal(client, published, root, clock) -> None:
+    commit = published()
+    assert client(trust=("org/*",)).load(SMALL)
+    (root / "org/small/refs/v1").write_text(f"{commit}\nyanked: \x1b[2J\x9b\x07{'A' * 9999}\n")
+    clock.now += 4000
+    with pytest.warns(KernelHubWarning, match="was withdrawn") as warned:
+        client(trust=("org/*",)).load(SMALL)
+    assert all(char.isprintable() or char == "\n" for char in str(warned[0].message))
+    assert len(str(warned[0].message)) < 500
+    with pytest.raises(KernelNotFound, match="was withdrawn") as refusal:
+        client(trust=("org/*",), store="two").load(SMALL)
+    assert all(char.isprintable() or char == "\n" for char in str(refusal.value))
+
+
 def test_archives_and_metadata_are_those_that_were_signed(client, published, keys, root) -> None:
     commit = published(keys["alice"])
     evil = published(code="VALUE = 'evil'\n")

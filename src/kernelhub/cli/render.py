@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kernelhub.errors import KernelHubError
+from kernelhub.errors import KernelHubError, printable
 from kernelhub.hub.sources.base import NoProgress, Progress
 
 
 def show_json(value: Any) -> None:
-    """Print a value as JSON, sorted."""
-    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str))
+    """Print a value as JSON, sorted; what would steer a terminal, or has no UTF-8, as JSON escapes it."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+    print("".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -22,34 +23,29 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    table = Table(title=Text(printable(title), "table.title"), title_justify="left", show_edge=False, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("" if cell is None else clean(str(cell))) for cell in row))
+        table.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
     _console().print(table)
 
 
 def show_line(text: str = "") -> None:
     """Print a line."""
-    print(clean(text))
+    print(printable(text))
 
 
 def show_note(text: str) -> None:
     """Print a line beside the output, on standard error."""
-    print(text, file=sys.stderr)
-
-
-def clean(text: str) -> str:
-    """The text with what would steer a terminal written out: names, reasons and licences come from hubs."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    print(printable(text), file=sys.stderr)
 
 
 def show_error(error: KernelHubError, *, as_json: bool = False) -> None:
     """Print an error, and where it was asked for the same as JSON on standard output."""
     if as_json:
         show_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code})
-    print(f"error: {clean(str(error))}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
 
 
 def size(count: int) -> str:

@@ -107,6 +107,12 @@ def parse_pin(text: str) -> Pin:
     return Version.parse(text) if _VERSION.fullmatch(text) else Revision.parse(text)
 
 
+def version_of(pin: Pin | None) -> int | None:
+    """The number of the version that a pin names, as a version or by its branch; None where it names none."""
+    named = parse_pin(str(pin)) if pin is not None else None
+    return named.number if isinstance(named, Version) else None
+
+
 @dataclass(frozen=True)
 class KernelRef:
     """A kernel, perhaps at a version or revision, perhaps one layer of it."""

@@ -6,7 +6,7 @@ There is one gate, `TrustPolicy.decide`, and every way to a kernel goes through 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -178,6 +178,11 @@ class TrustPolicy:
             raise InvalidReference(
                 f"trust_remote_code must be True, False or a list of repositories, got the text {trust_remote_code!r}",
                 hint=f"Use trust_remote_code=[{trust_remote_code!r}].",
+            )
+        if not isinstance(trust_remote_code, (bool, Iterable)) or isinstance(trust_remote_code, (bytes, Mapping)):
+            raise InvalidReference(
+                f"trust_remote_code must be True, False or a list of repositories, got {trust_remote_code!r:.200}",
+                hint='Such as trust_remote_code=["org/name"].',
             )
         everything = trust_remote_code is True
         named = () if isinstance(trust_remote_code, bool) else tuple(trust_remote_code)

@@ -44,6 +44,7 @@ from kernelhub.errors import (
     RepositoryNotFound,
     UntrustedKernel,
     context,
+    printable,
 )
 from kernelhub.hub.checks import check_archs, check_level, check_python_depends
 from kernelhub.hub.gate import SIGNED, Gate
@@ -649,7 +650,7 @@ class Hub:
         """Warn once a process and text, at the caller's own line."""
         if text not in self._warned:
             self._warned.add(text)
-            warnings.warn(text, category, stacklevel=2)
+            warnings.warn(printable(text), category, stacklevel=2)
 
 
 def read_lock(lockfile: Path) -> LockFile:
@@ -722,8 +723,8 @@ def _below(options: Options, repo: str, dependency: RepoId) -> Options:
     return replace(options, above=above, expected={})
 
 
-def _hashable(trust: Trust) -> Trust:
-    return trust if isinstance(trust, (bool, str)) else tuple(trust)
+def _hashable(trust: object) -> object:
+    return (type(trust), *map(repr, trust)) if isinstance(trust, (list, tuple, set, frozenset, dict)) else trust
 
 
 _default: Hub | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernelhub.core.metadata import Metadata
-from kernelhub.core.refs import Version
+from kernelhub.core.refs import version_of
 from kernelhub.core.trust import Origin, Published
 from kernelhub.core.variants import BuildVariant
 from kernelhub.errors import HubUnavailable, IntegrityError, KernelHubWarning, UntrustedKernel, Violation
@@ -54,8 +54,8 @@ class Gate:
         if signers:
             published = replace(published, signers=tuple(signers))
         if document is not None and published.counting_signers:
-            pin, version = found.ref.pin, document.manifest.version
-            if isinstance(pin, Version) and pin.number != version:
+            version = document.manifest.version
+            if version_of(found.ref.pin) not in (None, version):
                 raise IntegrityError(
                     f"{found.source.name} says that {found.ref} is {found.commit}: a version {version}"
                 )
@@ -91,8 +91,8 @@ class Gate:
     def examine(self, found: Found, options: Options) -> tuple[Found, Published, list[tuple[str, str]]]:
         """What was found as its manifest has it, who published it, and each signature: the key, and what it is worth."""
         policy = options.policy
-        published = self.facts(found, options)[1]
-        document = found.listing.document or self._stored(found)
+        signed, published = self.facts(found, options)
+        document = signed.listing.document or self._stored(found)
         if document is None:
             return found, published, []
         from kernelhub.hub.signing import right_signers

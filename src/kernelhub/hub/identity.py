@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelhub.core.metadata import Metadata
-from kernelhub.core.refs import KernelRef, Version
+from kernelhub.core.refs import KernelRef, version_of
 from kernelhub.core.trust import TrustedIdentity
 from kernelhub.errors import IntegrityError, InvalidReference, MissingDependency, UntrustedKernel, Violation
 from kernelhub.hub.verify import METADATA, Verified
@@ -34,7 +34,8 @@ def signed_by(verified: Verified, ref: KernelRef, identities: Sequence[TrustedId
     metadata = Metadata.parse(artifact)
     if metadata.raw != verified.metadata.raw:
         raise IntegrityError(f"{verified.path} was changed after it was verified", [Violation("different", METADATA)])
-    version = ref.pin.number if isinstance(ref.pin, Version) else metadata.version
+    asked = version_of(ref.pin)
+    version = metadata.version if asked is None else asked
     if metadata.digest is None:
         raise _untrusted(ref, f"its {METADATA} has no digest, so that a signature over it covers none of its files")
     if (_plain(metadata.name), metadata.version) != (_plain(ref.repo.name), version):

@@ -59,7 +59,10 @@ class Resolver:
 
         def resolve() -> str:
             self._learn_revocations(source, repo, options)  # first: a hub that withholds them has not answered
-            return source.resolve(repo, pin)
+            named = source.resolve(repo, pin)
+            if named == LOCAL and source.origin in (Origin.REMOTE, Origin.CACHE):
+                raise InvalidMetadata(f"{source.name} says that {repo}@{pin} is {LOCAL}, which is no commit")
+            return named
 
         if isinstance(pin, Revision) and pin.commit:
             known = self.store.listing(source.key, repo, pin.commit)

@@ -159,7 +159,10 @@ class Store:
             return None
 
     def set_document(self, hub: str, document: ManifestDocument) -> None:
+        """Keep a manifest with its signatures, and those that it was kept with: what a hub no longer shows still holds."""
         manifest = document.manifest
+        known = self.document(hub, manifest.repo, manifest.commit)
+        document = document.with_signatures(known.signatures) if known else document
         self._write(self._commit(hub, manifest.repo, manifest.commit) / MANIFEST, document.to_bytes())
 
     # Revocation lists, whichever hub they came from

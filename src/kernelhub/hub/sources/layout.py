@@ -101,7 +101,7 @@ class LayoutSource:
         ref = self.ref(repo, pin.ref)
         if ref.yanked is not None:
             raise Yanked(
-                f"{repo}@{pin} was withdrawn from {self.name}: {ref.yanked or 'no reason given'}",
+                f"{repo}@{pin} was withdrawn from {self.name}: {ref.yanked[:300] or 'no reason given'}",
                 commit=ref.commit,
                 reason=ref.yanked,
                 hint=f'Take another version, or this commit by its name: "{repo}@{ref.commit}".',
