@@ -1,6 +1,7 @@
 """The compiled ops: when they take a call.
 
-Where a build has none for the input's device (every noarch one), or the case is not theirs, `parts` does it in PyTorch.
+Where a build has none (every noarch one), Triton's take their place on a GPU; where there is no Triton, or the case is not
+theirs, `parts` does it in PyTorch.
 """
 
 # ruff: noqa: ARG001  (what the ops are given and what decides on the shapes is not the same)
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import triton_here
 from ._ops import add_op_namespace_prefix, ops
 
 __all__ = ["HERE", "PLAIN", "backward", "gradient_", "losses", "takes"]
@@ -26,9 +28,16 @@ PLAIN = frozenset((Tensor, nn.Parameter))
 
 def takes(logits: Tensor, labels: Tensor) -> bool:
     """Whether the ops take logits, (..., classes), and labels, (...)."""
+    if not HERE:
+        return (
+            labels.dtype is torch.int64
+            and labels.device == logits.device
+            and type(labels) in PLAIN
+            and logits.shape[-1] > 0
+            and triton_here.takes(logits)
+        )
     return (
-        HERE
-        and logits.dtype in _DTYPES
+        logits.dtype in _DTYPES
         and labels.dtype is torch.int64
         and (logits.is_cuda and labels.is_cuda if _CUDA else logits.is_cpu and labels.is_cpu)
         and type(logits) in PLAIN
@@ -41,6 +50,10 @@ if HERE:
     _cross_entropy = ops.cross_entropy.default
     _cross_entropy_backward = ops.cross_entropy_backward.default
     _cross_entropy_gradient = ops.cross_entropy_gradient_.default
+else:
+    _cross_entropy = triton_here.op("cross_entropy")
+    _cross_entropy_backward = triton_here.op("cross_entropy_backward")
+    _cross_entropy_gradient = triton_here.op("cross_entropy_gradient_")
 
 
 def losses(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -79,10 +92,16 @@ def _register_shapes() -> None:
     def like(labels: Tensor) -> Tensor:
         return labels.new_empty(labels.shape, dtype=torch.float32)
 
+    def together(name: str, logits: Tensor, *others: Tensor) -> None:
+        # Tensors without data come here, and any tensors beside them.
+        devices = [str(item.device) for item in (logits, *others)]
+        torch._check(len(set(devices)) == 1, lambda: f"{name}: expected all tensors on one device, got {devices}")
+
     @register("cross_entropy")
     def _(
         logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
     ) -> tuple[Tensor, Tensor]:
+        together("cross_entropy", logits, labels)
         return like(labels), labels.new_empty((2 * labels.numel(),), dtype=torch.float32)
 
     @register("cross_entropy_backward")
@@ -95,12 +114,14 @@ def _register_shapes() -> None:
         label_smoothing: float,
         z_loss: float,
     ) -> Tensor:
+        together("cross_entropy_backward", logits, labels, grad, sums)
         return logits.new_empty(logits.shape)
 
     @register("cross_entropy_gradient_")
     def _(
         logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
     ) -> Tensor:
+        together("cross_entropy_gradient_", logits, labels, scale)
         return like(labels)
 
 

@@ -1,6 +1,7 @@
 """The compiled op: when it takes a call, and its gradients.
 
-Where a build has none for the input's device (every noarch one), or the case is not its, PyTorch's own code runs.
+Where a build has none (every noarch one), Triton's takes its place on a GPU; where there is no Triton, or the case is not its,
+PyTorch's own code runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from . import triton_here
 from ._ops import add_op_namespace_prefix, ops
 
 __all__ = ["HERE", "INTERLEAVED", "INVERSE", "ROUND_ONCE", "TRANSPOSED", "rotate", "takes"]
@@ -37,9 +39,17 @@ def takes(
     batched nor that it is differentiated. Nor for subclasses (DTensor and the like), which know their own ways.
     """
     dtype = q.dtype
-    if not (
-        HERE
-        and dtype in _DTYPES
+    if not HERE:
+        if not (
+            triton_here.takes(q, k)
+            and triton_here.takes(cos, sin)
+            and cos.device == q.device
+            and (cos.dtype is dtype or (round_once and cos.dtype is torch.float32))
+            and rotary_dim <= 1024
+        ):
+            return False
+    elif not (
+        dtype in _DTYPES
         and k.dtype is dtype
         and (cos.dtype is dtype or (round_once and cos.dtype is torch.float32))
         and sin.dtype is cos.dtype
@@ -75,8 +85,7 @@ def takes(
     )
 
 
-if HERE:
-    _rotate = ops.rotate.default
+_rotate = ops.rotate.default if HERE else triton_here.op("rotate")
 
 
 def rotate(
