@@ -713,8 +713,8 @@ def refused() -> dict[str, Callable[[ModuleType], object]]:
     logits, labels = torch.randn(3, 7), torch.zeros(3, dtype=torch.int64)
     rest, scale = (-100, 0.0, 0.0), torch.ones(3)
     return {
-        "logits are not on the CPU": lambda ops: ops._cross_entropy(logits.to("meta"), labels, *rest),
-        "labels are not on the CPU": lambda ops: ops._cross_entropy(logits, labels.to("meta"), *rest),
+        "expected all tensors on one device": lambda ops: ops._cross_entropy(logits.to("meta"), labels, *rest),
+        "on one device, got": lambda ops: ops._cross_entropy(logits, labels.to("meta"), *rest),
         "not of dtype int64": lambda ops: ops._cross_entropy(logits, labels.int(), *rest),
         "another shape": lambda ops: ops._cross_entropy(logits, labels[:2], *rest),
         "of no class": lambda ops: ops._cross_entropy(logits[:, :0], labels, *rest),
