@@ -567,7 +567,7 @@ def test_a_folder_that_may_not_be_read(hub: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(*args: Any) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("kernelhub.hub.files._without_waiting", refuse)  # whoever runs the tests may read everything
+    monkeypatch.setattr("kernelhub.hub.opening._without_waiting", refuse)  # whoever runs the tests may read everything
     with pytest.raises(HubUnavailable, match="cannot read .*refs/v1: Permission denied"):
         source(str(hub)).resolve(REPO, V1)
 

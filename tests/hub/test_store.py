@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,35 @@ def test_prune_removes_what_is_selected(store):
     assert removed.parent == store.path(other).parent
     assert freed > 100
     assert list(store.places()) == [PLACE]
+
+
+def test_prune_removes_nothing_that_links_in_the_store_lead_to(store, tmp_path):
+    """Whoever can write to a shared store could have the files of whoever tidies it up removed."""
+    mine = [tmp_path / "home" / name for name in (".ssh/id", "work/.profile", "letter", f"{'a' * 40}/work/file")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    for link in ("kernels/hub/org--small", "kernels/other", "verdicts/x", "revocations"):
+        (store.root / link).parent.mkdir(parents=True, exist_ok=True)
+        (store.root / link).symlink_to(tmp_path / "home")
+    (store.root / "kernels/hub/.left").symlink_to(tmp_path / "home")
+    left = [removed.name for removed, _ in [*store.prune(lambda _: True), *store.prune_verdicts(lambda _: True)]]
+    assert left == [".left"]
+    assert all(path.read_text() == "mine" for path in mine)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_the_store_is_not_waited_for(store):
+    """It counts as not written, as whatever else cannot be read does."""
+    store.set_listing("hub", PLACE.repo, PLACE.commit, {"variants": {}})
+    path = store.path(PLACE).with_name("listing.json")
+    path.unlink()
+    os.mkfifo(path)
+    found: list[object] = []
+    reading = threading.Thread(target=lambda: found.append(store.listing("hub", PLACE.repo, PLACE.commit)), daemon=True)
+    reading.start()
+    reading.join(30)
+    assert found == [{}]
 
 
 def test_verify_all_hashes_every_byte_and_names_what_is_wrong(store, monkeypatch):

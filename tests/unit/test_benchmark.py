@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import py_compile
 import statistics
 import sys
 from pathlib import Path
@@ -101,6 +102,22 @@ def test_scripts_are_found_by_name(tmp_path: Path, kernel: ModuleType) -> None:
     assert [path.name for path in scripts(tmp_path)] == ["benchmark.py", "benchmark_b.py"]
     with pytest.raises(InvalidReference, match="has no class with benchmark_"):
         list(run_script(folder / "benchmark.py", kernel, "cpu"))
+
+
+def test_scripts_leave_no_bytecode_and_run_none(
+    tmp_path: Path, kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the store it would be what was not published: the next run would not find the scripts as they were fetched."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    script = tmp_path / "benchmark.py"
+    text = "from kernelhub import Benchmark\nclass B(Benchmark):\n    def benchmark_{}(self): pass\n"
+    script.write_text(text.format("evil"))
+    planted = Path(py_compile.compile(str(script), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH))
+    script.write_text(text.format("good"))
+    assert [item.workload for item in run_script(script, kernel, "cpu", rounds=3, warmup=0)] == ["good"]
+    planted.unlink()
+    list(run_script(script, kernel, "cpu", rounds=3, warmup=0))
+    assert list(planted.parent.iterdir()) == []
 
 
 def test_the_interval_is_that_of_the_median() -> None:

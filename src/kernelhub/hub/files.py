@@ -6,10 +6,8 @@ folder (5 ms). What is elsewhere is in `remote.py`, which is imported when it is
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import BinaryIO, Protocol, runtime_checkable
 
 from kernelhub.errors import HubUnavailable, InvalidMetadata
 from kernelhub.hub.addresses import local_path
+from kernelhub.hub.opening import open_file
 from kernelhub.hub.sources.base import Progress
 
 _CHUNK = 1024 * 1024
@@ -137,15 +136,11 @@ class LocalFiles:
 
     def _open(self, path: str) -> BinaryIO | None:
         try:
-            file = open(self._path(path), "rb", opener=_without_waiting)  # noqa: SIM115 - it is handed on
+            return open_file(self._path(path))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:
             raise self._unavailable("read", path, error) from error
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
-            raise self._unavailable("read", path, OSError(errno.EINVAL, "it is no file"))
-        return file
 
     def _path(self, path: str) -> Path:
         return self.root.joinpath(*path.split("/"))
@@ -155,11 +150,6 @@ class LocalFiles:
         return HubUnavailable(
             f"cannot {request} {self._path(path)}: {reason}", hub=self.name, request=f"{request} {path}"
         )
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opening a pipe would wait for somebody to write to it, for ever."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def open_files(url: str, user_agent: Callable[[], str]) -> Files:

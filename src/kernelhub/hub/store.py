@@ -37,6 +37,7 @@ from kernelhub.core.canonical import canonical_json
 from kernelhub.core.refs import RepoId, is_commit
 from kernelhub.core.variants import BuildVariant, parse_variant
 from kernelhub.errors import IntegrityError, InvalidMetadata, KernelHubError, StoreError
+from kernelhub.hub.opening import open_file
 from kernelhub.hub.verify import Known, Verified, learn, scan, verify, verify_tree
 
 _log = logging.getLogger("kernelhub")
@@ -151,7 +152,7 @@ class Store:
     def document(self, hub: str, repo: RepoId, commit: str) -> ManifestDocument | None:
         """The commit's manifest with its signatures, where the hub had one; it is what the commit names."""
         try:
-            data = (self._commit(hub, repo, commit) / MANIFEST).read_bytes()
+            data = _contents(self._commit(hub, repo, commit) / MANIFEST)
             from kernelhub.core.manifest import ManifestDocument
 
             return ManifestDocument.parse(data).checked(repo, commit)
@@ -173,7 +174,7 @@ class Store:
 
         path = self.root / _list_path(key_id)
         try:
-            data = path.read_bytes()
+            data = _contents(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -295,7 +296,7 @@ class Store:
 
     def verdicts(self) -> Iterator[StoredVerdict]:
         """Every verdict in the store; a file that is none counts as one of a kernel that is not here any more."""
-        for file in sorted((self.root / "verdicts").glob("*/[!.]*")):
+        for file in self._inside("verdicts/*/[!.]*"):
             try:
                 record = _read_record(file)
                 found = StoredVerdict(file, str(record["name"]), Path(str(record["path"])), float(record["time"]))
@@ -309,7 +310,7 @@ class Store:
             if not found.path.is_dir() or selected(found):
                 with self._writing(found.file.parent):
                     yield found.file, _remove(found.file)
-        for left in sorted((self.root / "verdicts").glob("*/.*")):
+        for left in self._inside("verdicts/*/.*"):
             yield left, _remove(left)
         for folder in sorted((self.root / "verdicts").glob("*/")):
             if not any(folder.iterdir()):
@@ -345,12 +346,12 @@ class Store:
                     _rename_aside(folder)
                     _record(folder).unlink(missing_ok=True)
         for pattern in _LEFT_BEHIND:
-            for left in sorted(self.root.glob(pattern)):
+            for left in self._inside(pattern):
                 yield left, _remove(left)
 
     def _folders(self) -> Iterator[tuple[Path, RepoId]]:
         """The folders of every commit, variants and source trees, with the repository they are of."""
-        for folder in sorted((self.root / "kernels").glob("*/*--*/*/[!.]*/")):
+        for folder in self._inside("kernels/*/*--*/*/[!.]*/"):
             repo = _repo_of(folder.parts[-3])
             if repo and is_commit(folder.parts[-2]):
                 yield folder, repo
@@ -364,6 +365,15 @@ class Store:
                 yield path.parts[-4], repo, ref, record
 
     # Inside
+
+    def _inside(self, pattern: str) -> list[Path]:
+        """What the pattern names, sorted, without what links in the store lead to: that is not ours to remove."""
+        top = self.root.resolve()
+        return [
+            path
+            for path in sorted(self.root.glob(pattern))
+            if path.parent.resolve() == top / path.parent.relative_to(self.root)
+        ]
 
     def _repo(self, hub: str, repo: RepoId) -> Path:
         return self.root / "kernels" / hub / f"{repo.org}--{repo.name}"
@@ -445,7 +455,7 @@ class Store:
     def _read_json(self, path: Path) -> dict[str, Any]:
         """A small file of ours; one that is not there or not readable counts as not written."""
         try:
-            raw = json.loads(path.read_bytes())
+            raw = json.loads(_contents(path))
         except (OSError, ValueError, RecursionError):
             return {}
         return raw if isinstance(raw, dict) else {}
@@ -466,11 +476,14 @@ class Store:
                 raise
 
 
+def _contents(path: Path) -> bytes:
+    with open_file(path) as file:
+        return file.read()
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     """A verdict's file. Raises `OSError`, `ValueError` or `RecursionError` for what is none."""
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for somebody to write
-        raise ValueError("it is no file")
-    with path.open("rb") as file:
+    with open_file(path) as file:
         data = file.read(MAX_VERDICT + 1)
     if len(data) > MAX_VERDICT:
         raise ValueError(f"it has more than {MAX_VERDICT:,} bytes")
