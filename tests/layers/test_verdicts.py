@@ -155,6 +155,33 @@ def test_where_layers_of_a_kind_differ_they_are_compared_each_time(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("counted")
+def test_a_verdict_that_does_not_hold_for_all_layers_any_more_is_forgotten(tmp_path: Path) -> None:
+    register(tmp_path / "half", COUNTED.replace("self.eps)", "self.eps) + (self.weight[0] > 0.9)"))
+    prove()
+    assert prove()[0] == 0
+    model = nn.Sequential(layers.Norm(), layers.Norm())
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    assert prove(model)[1].remembered is not None
+    prove(model, refresh=True)
+    for _ in range(2):
+        count, _ = prove(model)
+        assert count > 0
+        assert [row.outcome for row in kernel_report(model).rows] == ["kernel", "original"]
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(("one", "other"), [(nn.GELU(), nn.GELU("tanh")), (torch.float32, torch.float64)])
+def test_what_a_layer_is_called_with_counts(hub: Hub, tmp_path: Path, one: Any, other: Any) -> None:
+    class Scaled(layers.Norm):
+        def forward(self, x: torch.Tensor, extra: Any = None) -> torch.Tensor:
+            return x
+
+    found = {key(Scaled(), tmp_path / "counted", hub, (torch.randn(3, 8), extra)) for extra in (one, one, other)}
+    assert len(found) == 2
+
+
+@pytest.mark.usefixtures("counted")
 def test_what_may_pass_is_not_remembered(tmp_path: Path) -> None:
     for number, error in enumerate(["MemoryError()", "torch.OutOfMemoryError('CUDA out of memory')"]):
         register(tmp_path / f"raises{number}", COUNTED.replace("return norm", f"raise {error}\n        return norm"))

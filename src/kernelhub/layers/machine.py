@@ -72,6 +72,14 @@ def switches() -> dict[str, str]:
     return {name: _switch(ask) for name, ask in _SWITCHES.items()}
 
 
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+
+# What the libraries under torch read from the environment, and torch has no question for.
+_VARIABLES = (
+    "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "MKL_CBWR", "ONEDNN_DEFAULT_FPMATH_MODE", "TORCHINDUCTOR_MAX_AUTOTUNE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TRITON_F32_DEFAULT", "TRITON_INTERPRET",
+)  # fmt: skip
+
 _SWITCHES: dict[str, Callable[[], Any]] = {
     "default dtype": torch.get_default_dtype,
     "matmul precision": torch.get_float32_matmul_precision,
@@ -82,7 +90,17 @@ _SWITCHES: dict[str, Callable[[], Any]] = {
     "cudnn benchmark": lambda: torch.backends.cudnn.benchmark,
     "cudnn deterministic": lambda: torch.backends.cudnn.deterministic,
     "deterministic": torch.are_deterministic_algorithms_enabled,
+    "deterministic or a warning": torch.is_deterministic_algorithms_warn_only_enabled,
+    "new memory": lambda: torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    "matmul fp16 sums": lambda: torch.backends.cuda.matmul.allow_fp16_accumulation,
+    "attention": lambda: [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in _ATTENTION],
+    "cudnn": lambda: torch.backends.cudnn.enabled,
     "mkldnn": lambda: torch.backends.mkldnn.enabled,
+    # "none" is what nobody has set, and "ieee" what it then is.
+    "mkldnn matmul": lambda: torch.backends.mkldnn.matmul.fp32_precision.replace("none", "ieee"),  # type: ignore[attr-defined]
+    "default device": lambda: torch.get_default_device().type,
+    "denormals": lambda: bool(torch.tensor(1e-40, device="cpu").mul(1) != 0),
+    **{name: functools.partial(os.environ.get, name) for name in _VARIABLES},
 }
 
 

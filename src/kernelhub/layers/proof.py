@@ -169,6 +169,7 @@ class _Judge:
         for key, kernel, found in self._found.values():
             if len({not one.difference for one in found}) > 1:
                 _log.debug("%s is equal for some layers of a kind: they are compared each time", kernel.repository)
+                self.memory.forget(key, kernel.loaded)
                 continue
             whole = found[0]
             for one in found[1:]:

@@ -17,6 +17,7 @@ from torch import nn
 _ALIGNMENT = 64  # bytes; what torch's CPU allocator gives, and more than any vector load asks for
 _MARGIN = 64  # elements on each side that nobody may read; a whole number of alignments in every dtype
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, nn.Module, type)
+_SHOWN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice, range)
 
 
 def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -123,4 +124,15 @@ def _kind(name: str, leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, torch.Tensor):
         strides = tuple(leaf.stride()) if leaf.layout is torch.strided else ()
         return name, str(leaf.dtype), tuple(leaf.shape), strides, str(leaf.device), leaf.requires_grad
-    return name, repr(leaf) if isinstance(leaf, _PLAIN[:7]) else type(leaf).__qualname__
+    return name, _text(leaf)
+
+
+def _text(leaf: Any) -> str:
+    """What a value that is no tensor is told apart by: the same in every process."""
+    if isinstance(leaf, _SHOWN):
+        return repr(leaf)
+    if isinstance(leaf, (set, frozenset)):
+        return f"{type(leaf).__qualname__} of {sorted(map(repr, leaf))}"
+    named = leaf if isinstance(leaf, type) or callable(leaf) else type(leaf)
+    kind = type(leaf) if not hasattr(named, "__qualname__") else named
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -29,7 +29,7 @@ from kernelhub.layers.kernel import LayerKernel
 from kernelhub.layers.machine import machine, switches, version
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.tolerance import DEFAULTS, Tolerance
-from kernelhub.layers.values import tensors_in
+from kernelhub.layers.values import leaves, tensors_in
 
 _log = logging.getLogger("kernelhub")
 
@@ -37,7 +37,8 @@ _SCHEMA = 1
 
 # The code that finds verdicts: what an older version of it found is not what this one would.
 _PROOF = (
-    "capture", "compare", "describe", "examine", "machine", "proof", "replay", "timing", "tolerance", "values", "verdicts", "workload",
+    "capture", "compare", "describe", "examine", "fusion", "layout", "machine", "proof", "replay", "timing", "tolerance", "values",
+    "verdicts", "workload",
 )  # fmt: skip
 
 
@@ -104,10 +105,13 @@ def _kernel(kernel: LayerKernel) -> dict[str, Any]:
 
 
 def _call(call: Call) -> dict[str, Any]:
-    held = list(tensors_in((call.args, dict(call.kwargs))))
+    given = (call.args, dict(call.kwargs))
+    held = tensors_in(given)
+    others = [(name, leaf) for name, leaf in leaves(given, "") if not isinstance(leaf, torch.Tensor)]
     return {
         "arguments": [_without_index(list(leaf)) for leaf in call.signature.leaves],
-        "aligned": [tensor.layout is torch.strided and tensor.data_ptr() % 16 == 0 for tensor in held],
+        "aligned": list(map(describe.aligned, held)),
+        "others": [[name, describe.value(leaf)] for name, leaf in others],
         "autocast": [[item.device_type, item.enabled, str(item.dtype)] for item in call.autocast],
     }
 
@@ -189,7 +193,7 @@ class Memory:
         if key is None or self._refresh:
             return None
         record = self._store.verdict(_kernel_digest(key), key.name)
-        if record is None:
+        if record is None or ("found" in record and record["found"] is None):
             return None
         try:
             return _read(record, key, kind)
@@ -197,11 +201,16 @@ class Memory:
             _log.warning("the verdict %s in the store is none, and found again: %s", key.name[:12], error)
             return None
 
-    def keep(self, key: Key, found: Equality | Timing, kernel: LoadedKernel) -> None:
+    def forget(self, key: Key, kernel: LoadedKernel) -> None:
+        """Nothing holds for the key: what was found before does not any more."""
+        if self._store.verdict(_kernel_digest(key), key.name) is not None:
+            self.keep(key, None, kernel)
+
+    def keep(self, key: Key, found: Equality | Timing | None, kernel: LoadedKernel) -> None:
         """Remember what was found. A store that cannot be written does not, and it is found again next time."""
         record = {
             "key": dict(key.facts),
-            "found": {name: _text(value) for name, value in asdict(found).items()},
+            "found": found and {name: _text(value) for name, value in asdict(found).items()},
             "time": self._clock(),
             "path": str(kernel.path),
             "name": kernel.repo_info.repo_id if kernel.repo_info else kernel.metadata.name,
