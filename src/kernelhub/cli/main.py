@@ -11,6 +11,7 @@ from kernelhub import __version__
 from kernelhub.cli import (
     benchmark,
     build,
+    bundle,
     cache,
     check_abi,
     demo,
@@ -68,6 +69,7 @@ for command in (
     serve.serve,
 ):
     app.command()(command)
+app.add_typer(bundle.app, name="bundle")
 app.add_typer(cache.app, name="cache")
 
 

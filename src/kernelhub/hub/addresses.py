@@ -31,6 +31,11 @@ class Address:
     origin: Origin
 
 
+# What was installed from bundles lies in a folder of this name in the store.
+BUNDLES = "bundles"
+BUNDLES_ADDRESS = Address("the installed bundles", BUNDLES, Origin.CACHE)
+
+
 def hub_address(url: str) -> Address:
     """Of a hub at a path, `file://`, `https://`, `s3://`. Raises `InvalidReference` for what is no address."""
     name = shown(url)

@@ -362,17 +362,30 @@ class Hub:
         self, kernel: LockedKernel, lock: LockFile, *, all_variants: bool = False, trust_remote_code: Trust = False
     ) -> list[Verified]:
         """Fetch a kernel of a lock: the variant for this machine and what that depends on, or every variant it names."""
+        if all_variants:
+            return self.gather(kernel, lock, all_variants=True, trust_remote_code=trust_remote_code)[1]
         options = Options(self._policy(trust_remote_code), None, False, offline=self.settings.offline, lock=lock)
-        if not all_variants:
-            return [self._install(kernel.ref, self.sources(), options)]
+        return [self._install(kernel.ref, self.sources(), options)]
+
+    def gather(
+        self, kernel: LockedKernel, lock: LockFile, *, all_variants: bool = False, trust_remote_code: Trust = False
+    ) -> tuple[Found, list[Verified]]:
+        """A kernel of a lock as its hub has it, with the variants, fetched: all that the lock names, or this machine's.
+
+        None for this machine is one that would be built here from the source.
+        """
+        options = Options(self._policy(trust_remote_code), None, False, offline=self.settings.offline, lock=lock)
         with context(f"while fetching {kernel}"):
             ref, sources, options = _locked(kernel.ref, self.sources(), options)
-            found = self._gate.admit(self.find(ref, sources, options), options)
+            found = _named(self._gate.admit(self.find(ref, sources, options), options), options)
+            if not all_variants:
+                place, fit = self._select_or_build(found, options)
+                return found, [self._fetch(found, fit[0], options)] if place is found else []
             names = sorted(options.expected or found.listing.variants)
             if missing := [name for name in names if name not in found.listing.variants]:
                 raise KernelNotFound(f"{found.source.name} has no {', '.join(missing)} of {found.repo}")
             variants = [item for name in names if (item := _shareable(found, name)) is not None]
-            return [self._fetch(found, variant, options) for variant in variants]
+            return found, [self._fetch(found, variant, options) for variant in variants]
 
     def sources(self, agent: UserAgent = None) -> tuple[Source, ...]:
         """Where kernels come from, in the order in which they are asked."""
@@ -686,14 +699,15 @@ def _shared(sources: Sequence[Source]) -> list[Source]:
 
 
 def _locked(ref: KernelRef, sources: Sequence[Source], options: Options) -> tuple[KernelRef, Sequence[Source], Options]:
-    """The kernel at the commit that the lock names, where there is one, and the hub that it came from first.
+    """The kernel at the commit that the lock names, where there is one, and the hub that it came from first, after what
+    lies here already (a cache, which says of what it lacks that others may have it).
 
     The hub is no more than a place to look: only those that the user has are asked, and the bytes are compared.
     """
     if options.lock is None:
         return ref, sources, options
     kernel = options.lock.find(ref.repo, ref.pin)
-    order = sorted(_shared(sources), key=lambda source: source.name != kernel.hub)
+    order = sorted(_shared(sources), key=lambda item: item.origin is not Origin.CACHE and item.name != kernel.hub)
     return kernel.ref, order, replace(options, expected=kernel.variants)
 
 

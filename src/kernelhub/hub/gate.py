@@ -17,7 +17,7 @@ from kernelhub.core.variants import BuildVariant
 from kernelhub.errors import HubUnavailable, IntegrityError, KernelHubWarning, UntrustedKernel, Violation
 from kernelhub.hub.request import Found, Options
 from kernelhub.hub.resolve import Resolver
-from kernelhub.hub.sources.base import LOCAL, Listing
+from kernelhub.hub.sources.base import LOCAL, UNAVAILABLE, Listing
 from kernelhub.hub.verify import METADATA, Verified
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Gate:
                 raise IntegrityError(
                     f"{found.source.name} says that {found.ref} is {found.commit}: a version {version}"
                 )
-            return replace(found, listing=Listing.of(document), signed=True), published
+            return replace(found, listing=_as_signed(document, found), signed=True), published
         if policy.require_signature:
             return found, published
         return found, replace(published, publisher_trusted=self.resolver.publisher_trusted(found, options))
@@ -114,7 +114,7 @@ class Gate:
             )
             for key in dict.fromkeys(item.key for item in document.signatures)
         ]
-        return replace(found, listing=Listing.of(document)), published, states
+        return replace(found, listing=_as_signed(document, found)), published, states
 
     def check_variant(self, found: Found, variant: BuildVariant, verified: Verified, options: Options) -> None:
         """That the variant is what was signed. Raises `IntegrityError`, or `UntrustedKernel` where nobody signed it."""
@@ -165,6 +165,16 @@ def _signers(document: ManifestDocument | None, options: Options, published: Pub
 
     keys = options.policy.keys_for(published)
     return [key.id for key in right_signers(document.payload, document.signatures, keys)]
+
+
+def _as_signed(document: ManifestDocument, found: Found) -> Listing:
+    """What was signed; a variant that the source says it cannot give is still one that cannot be had."""
+    signed, given = Listing.of(document), found.listing.variants
+    variants = {
+        name: {**details, UNAVAILABLE: given[name][UNAVAILABLE]} if UNAVAILABLE in given.get(name, {}) else details
+        for name, details in signed.variants.items()
+    }
+    return replace(signed, variants=variants)
 
 
 def _commit(found: Found) -> str | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from kernelhub.core.refs import RepoId
 from kernelhub.errors import context
-from kernelhub.hub.addresses import endpoint_address, hub_address
+from kernelhub.hub.addresses import BUNDLES, BUNDLES_ADDRESS, endpoint_address, hub_address
 from kernelhub.hub.sources.base import Source
 from kernelhub.hub.sources.deferred import Deferred
 from kernelhub.hub.sources.local import local_source
@@ -31,6 +32,11 @@ def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]
 
         return LayoutSource(url, header)
 
+    def bundle(folder: Path) -> Source:
+        from kernelhub.hub.sources.bundle import BundleSource
+
+        return BundleSource(str(folder), header)
+
     def hugging_face() -> Source:
         from kernelhub.hub.sources.huggingface import HuggingFaceSource
 
@@ -42,6 +48,8 @@ def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]
         with context(f"LOCAL_KERNELS: {name}={path}"):
             found.append(local_source(path, RepoId.parse(name), building)[0])
     found.append(ProjectSource.embedded(building))
+    if (bundles := settings.cache_folder / BUNDLES).joinpath("hub.json").is_file():  # before hubs: what is here needs no network
+        found.append(Deferred(BUNDLES_ADDRESS, partial(bundle, bundles)))
     found += [Deferred(hub_address(url), partial(layout, url)) for url in settings.hubs]
     found.append(Deferred(endpoint_address(settings.hf_endpoint), hugging_face))
     return found

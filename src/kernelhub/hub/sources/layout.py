@@ -167,23 +167,28 @@ class LayoutSource:
             raise InvalidMetadata(f"{repo} at {commit}: its {part} is {archive!r}, not the hash of an archive")
         self._unpack(archive, None, folder, progress)
 
-    def _unpack(self, sha256: str, size: int | None, folder: Path, progress: Progress) -> None:
-        """Fetch the archive of this hash (and size, where it is known) and unpack it, once it is that archive."""
+    def download_archive(self, sha256: str, size: int | None, into: BinaryIO, progress: Progress) -> None:
+        """Write the archive of this hash (and size, where it is known) into a file, which is read back and checked."""
         path = blob_path(sha256)
-        # In the folder, where a name is needed for it at all, so that nothing is ever left anywhere else.
-        with (
-            tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, dir=str(folder)) as spooled,
-            context(f"{self.name}: {path}"),
-        ):
-            file = cast("BinaryIO", spooled)
-            if not self.files.download(path, _MAX_SOURCE if size is None else size, file, progress):
+        with context(f"{self.name}: {path}"):
+            if not self.files.download(path, _MAX_SOURCE if size is None else size, into, progress):
                 raise HubUnavailable(
                     "the archive is not there, so this is not a whole copy of a hub",
                     hub=self.name,
                     request=f"GET {path}",
                     status=404,
                 )
-            _check_archive(file, sha256, size)
+            _check_archive(into, sha256, size)
+
+    def _unpack(self, sha256: str, size: int | None, folder: Path, progress: Progress) -> None:
+        """Fetch the archive of this hash (and size, where it is known) and unpack it, once it is that archive."""
+        # In the folder, where a name is needed for it at all, so that nothing is ever left anywhere else.
+        with (
+            tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, dir=str(folder)) as spooled,
+            context(f"{self.name}: {blob_path(sha256)}"),
+        ):
+            file = cast("BinaryIO", spooled)
+            self.download_archive(sha256, size, file, progress)
             from kernelhub.hub.archive import unpack  # here: a kernel that is in the store needs no zstandard
 
             file.seek(0)
