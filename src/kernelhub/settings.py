@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -173,10 +174,12 @@ def _keys(texts: Sequence[str], where: str, folder: Path | None = None) -> tuple
 
 def _key_file(text: str, folder: Path | None) -> list[str]:
     """The keys in a file: the first word of each line that is not empty and does not begin with `#`."""
-    path = user_path(text) if folder is None else folder / Path(text).expanduser()
+    path = user_path(text if folder is None or text.startswith("~") else folder / text)
     try:
+        if path.exists() and not path.is_file():  # a device may have no end, and a pipe no beginning
+            raise OSError(errno.EINVAL, "it is no file")
         lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidReference(
             f"{text!r:.200} is neither a key nor a file with keys: {reason}",

@@ -423,3 +423,21 @@ def test_a_cancelled_request_is_not_tried_again(hub: LoopbackHub, patience: Pati
     with pytest.raises(Cancelled):
         client.send("/x", lambda response, budget: None, budget, {})
     assert len(hub.requests) == 1
+
+
+@pytest.mark.parametrize("way", [["http://b.example/x"], ["http://b.example/x", "https://c.example/x"]])
+@pytest.mark.parametrize("status", [200, 404])
+def test_no_answer_is_believed_that_came_over_a_way_which_anyone_can_alter(
+    session: Any, patience: Patience, way: list[str], status: int
+) -> None:
+    """Not even that something is not there: another hub would be asked instead."""
+    hops = dict(zip(["https://hub.example/x", *way], way, strict=False))
+
+    def handler(request: Any) -> Any:
+        there = hops.get(str(request.url))
+        return http.Response(302, headers={"location": there}) if there else http.Response(status, json={})
+
+    http = session(handler)
+    client = HttpClient("hub", "https://hub.example", lambda: "a", lambda: None, patience)
+    with pytest.raises(HubUnavailable, match="redirects to http:, which anyone can alter"):
+        client.get("/x")

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -599,3 +600,26 @@ def test_a_pipe_in_a_folder_is_not_waited_for(hub: Path) -> None:
     asking.start()
     asking.join(30)
     assert "it is no file" in str(raised)
+
+
+@pytest.mark.parametrize("way", [["http"], ["http", "https"]])
+@pytest.mark.parametrize("status", [200, 404])
+def test_no_answer_is_believed_that_came_over_a_way_which_anyone_can_alter(
+    monkeypatch: pytest.MonkeyPatch, way: list[str], status: int
+) -> None:
+    *history, last = [SimpleNamespace(url=SimpleNamespace(scheme=scheme)) for scheme in ("https", *way)]
+    answer = SimpleNamespace(url=last.url, history=history, status=status, headers={}, close=lambda: None)
+
+    class Session:
+        async def get(self, url: str, **options: Any) -> Any:
+            return answer
+
+    async def set_session() -> Session:
+        return Session()
+
+    import fsspec.asyn
+
+    system = SimpleNamespace(loop=fsspec.asyn.get_loop(), kwargs={}, set_session=set_session, encode_url=str)
+    monkeypatch.setattr("kernelhub.hub.remote.WebFiles._filesystem", lambda self: system)
+    with pytest.raises(HubUnavailable, match="redirects to http:, which anyone can alter"):
+        open_remote("https://hub.example", agent).read("hub.json", 1000)

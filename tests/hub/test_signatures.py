@@ -1044,3 +1044,18 @@ def test_origins_that_are_not_remote_are_not_asked_for_lists_they_cannot_have(cl
     assert source.origin is Origin.FOLDER
     assert client(keys["alice"], source=source).load(SMALL).module.HERE == 1
     assert signing.PUBLIC_SUFFIX == ".pub"
+
+
+def test_a_folder_that_is_called_as_a_kernel_does_not_stand_in_for_it(command, root, tmp_path, monkeypatch) -> None:
+    """One who clones a repository trusts nothing that lies in it, whatever it is called."""
+    monkeypatch.chdir(tmp_path)
+    ran = tmp_path / "ran"
+    cloned = write_kernel(tmp_path / "org" / "small@v1", code=f"open({str(ran)!r}, 'w')\n")
+    (cloned / "benchmarks").mkdir()
+    (cloned / "benchmarks" / "benchmark.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    monkeypatch.setenv("KERNELHUB_OFFLINE", "1")
+    code, _, err = command("benchmark", "org/small@v1")
+    assert (code, "was not found" in err) == (1, True)
+    assert not ran.exists()
+    command("benchmark", "./org/small@v1")  # so it is named
+    assert ran.exists()

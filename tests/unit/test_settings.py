@@ -214,6 +214,10 @@ def test_a_project_that_nobody_named_grants_nothing(tmp_path: Path, monkeypatch:
         ('[tool.kernelhub]\nrequire_signature = "yes"', "must be true or false"),
         ("[tool.kernelhub]\nrequire_signatures = true", "has require_signatures"),
         ('[tool.kernelhub]\ntrusted_keys = ["none.pub"]', "neither a key nor a file"),
+        ('[tool.kernelhub]\ntrusted_keys = ["~nobody-here/x.pub"]', "Write the path without"),
+        ('[tool.kernelhub]\ntrusted_keys = ["a\\u0000b"]', "neither a key nor a file"),
+        ('[tool.kernelhub]\ntrusted_keys = ["/dev/zero"]', "it is no file"),
+        ('[tool.kernelhub]\ntrusted_keys = ["."]', "it is no file"),
         ('[tool.kernelhub]\ntrusted_identities = ["me"]', "not a trusted identity"),
     ],
 )

@@ -52,13 +52,18 @@ def benchmark(
 def _kernel(kernel: str, backend: str | None, trust: list[str]) -> tuple[Path, ModuleType]:
     """The folder that has the benchmarks, and the kernel's module."""
     from kernelhub.core.refs import KernelRef
+    from kernelhub.errors import InvalidReference
     from kernelhub.hub.client import Hub
 
     hub = Hub()
-    path = Path(kernel)
-    if path.is_dir():
+    try:
+        ref = KernelRef.of(kernel)
+    except InvalidReference:
+        path = Path(kernel)
+        if not path.is_dir():
+            raise
         return path / "benchmarks", hub.load_local(path, backend=backend, trust_remote_code=trust).module
-    ref = KernelRef.of(kernel)
+    # A whole name is one, also where a folder has it: what lies in the current folder is not what the user trusts.
     folder = hub.benchmarks(ref, trust_remote_code=trust)
     return folder, hub.load(ref, backend=backend, trust_remote_code=trust).module
 

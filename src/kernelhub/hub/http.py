@@ -218,13 +218,14 @@ class HttpClient:
         try:
             with session.stream("GET", url, headers=headers, timeout=budget.timeouts()) as response:
                 status = response.status_code
+                way = {item.url.scheme for item in (*response.history, response)}
+                if url.startswith("https:") and way != {"https"}:
+                    raise self._unavailable(target, "it redirects to http:, which anyone can alter")
                 if status in _RETRIED:
                     after = _retry_after(response.headers.get("retry-after"), self.patience.now())
                     raise Interrupted(f"{status} {response.reason_phrase}".rstrip(), status=status, after=after)
                 if status >= 300:
                     raise self._refusal(response, target, "authorization" in headers, absent)
-                if url.startswith("https:") and response.url.scheme != "https":
-                    raise self._unavailable(target, f"it redirects to {response.url.scheme}:, which anyone can alter")
                 return consume(response, budget)
         except OfflineModeIsEnabled as error:
             raise HubUnavailable(

@@ -146,6 +146,10 @@ class WebFiles:
 
         response = sync(fs.loop, get, timeout=connect + read + pool)
         status = response.status
+        way = {item.url.scheme for item in (*response.history, response)}
+        if url.startswith("https:") and way != {"https"}:
+            response.close()
+            raise self._unavailable(path, "it redirects to http:, which anyone can alter")
         if status in _MISSING:
             return None
         if status in _RETRIED:
@@ -153,8 +157,6 @@ class WebFiles:
             raise Interrupted(f"{status} {response.reason}", status=status, after=after)
         if status != 200:
             raise self._unavailable(path, f"{status} {response.reason}", status)
-        if url.startswith("https:") and response.url.scheme != "https":
-            raise self._unavailable(path, f"it redirects to {response.url.scheme}:, which anyone can alter")
         return response
 
     def _chunks(self, fs: Any, response: Any, budget: Budget) -> Iterator[bytes]:
