@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
+import inspect
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from kernelprojects import load_noarch
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, activations
+from transformers.models.phi3 import modeling_phi3
 
+from kernelhub.errors import InvalidReference
 from kernelhub.hub.client import Hub, default_hub, set_default_hub
+from kernelhub.integrations.rotary import FUNCTION, OTHER_FORMULAS, PARAMETERS, aware
 from kernelhub.integrations.transformers import FAMILIES, MARKED, TORCH, default_mapping, mark
 from kernelhub.layers.kernelize import kernelize, unkernelize
 from kernelhub.layers.mapping import use_kernel_mapping
-from kernelhub.layers.markers import replace_kernel_forward_from_hub
+from kernelhub.layers.markers import FunctionModule, replace_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.plan import plan_kernels
 from kernelhub.layers.report import KernelReport, kernel_report
@@ -29,9 +35,9 @@ SOURCES = Path(transformers.__file__).parent
 
 
 @pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A store of this file's own."""
-    set_default_hub(Hub(settings=Settings(cache=tmp_path_factory.mktemp("store"), offline=True)))
+def store(kernel_store: Path) -> Iterator[None]:
+    """This repository's kernels, compiled."""
+    set_default_hub(Hub(settings=Settings(cache=kernel_store, offline=True)))
     yield
     set_default_hub(None)
 
@@ -42,6 +48,8 @@ def unnamed() -> Iterator[None]:
     yield
     for cls in _subclasses(nn.Module):
         condition = vars(cls).get("kernel_condition")
+        if issubclass(cls, FunctionModule):  # a function's name is its own
+            continue
         if condition is not None and cls.__module__.startswith(("torch.", "transformers.")):
             del cls.kernel_layer_name, cls.kernel_condition
 
@@ -251,6 +259,7 @@ def test_marks_every_norm_and_activation_of_llama_and_bert() -> None:
     assert marks.layers == {
         **{f"model.layers.{i}.{norm}": "RMSNorm" for i in (0, 1) for norm in _LLAMA_NORMS},
         **{f"model.layers.{i}": "DecoderLayer" for i in (0, 1)},
+        **{f"model.layers.{i}.self_attn.rotary_pos_emb": "rotary_pos_emb" for i in (0, 1)},
         **{f"model.layers.{i}.mlp": "GatedMLP" for i in (0, 1)},
         **{f"model.layers.{i}.mlp.act_fn": "SiLU" for i in (0, 1)},
         "model.norm": "RMSNorm",
@@ -410,10 +419,123 @@ def test_an_instance_that_changed_after_it_was_marked_keeps_its_forward() -> Non
     assert rows["model.layers.0.input_layernorm"].outcome == "kernel"
 
 
-def test_functions_that_no_mark_can_reach_are_said() -> None:
-    marks = mark(llama())
-    assert list(marks.unreached) == ["transformers.models.llama.modeling_llama.apply_rotary_pos_emb"]
-    assert "only transformers' decorators" in str(marks)
+# Rotary embeddings
+
+
+def _rotary_sources() -> dict[str, str]:
+    """The modeling modules of transformers with such a function -> the source of it and of what it calls."""
+    found = {}
+    for path in sorted(SOURCES.glob("models/*/modeling_*.py")):
+        text = path.read_text()
+        if f"\ndef {FUNCTION}(" in text:
+            blocks = re.findall(r"^def (?:apply_rotary_pos_emb|rotate_half)\(.*?(?=^\S)", text, re.M | re.S)
+            found[f"transformers.models.{path.parent.name}.{path.stem}"] = "".join(sorted(blocks))
+    return found
+
+
+def test_the_table_has_every_rotary_embedding_of_another_formula_and_no_other() -> None:
+    """Asked of the kernel, of one function of each text."""
+    formulas = importlib.import_module(f"{load_noarch('rotary', 'rotary_in_a_table').__name__}.formulas")
+    texts: dict[str, list[str]] = {}
+    for name, text in _rotary_sources().items():
+        texts.setdefault(text, []).append(name)
+    others, taken = set(), 0
+    for names in texts.values():
+        found = vars(importlib.import_module(names[0]))[FUNCTION]
+        function = type(found).forward if isinstance(found, nn.Module) else found
+        if tuple(inspect.signature(function).parameters) != PARAMETERS:
+            continue
+        taken += len(names)
+        if formulas.of(type("Asked", (nn.Module,), {"forward": staticmethod(function)})) == formulas.UNKNOWN:
+            others.update(names)
+    assert others == OTHER_FORMULAS
+    assert taken > 160
+
+
+def phi3() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SIZES, pad_token_id=0)).eval()
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.fixture
+def plain_rotary() -> Iterator[None]:
+    """Phi-3's function as transformers has it, and afterwards again."""
+    scope = vars(modeling_phi3)
+    held = scope[FUNCTION]
+    scope[FUNCTION] = type(held).forward if isinstance(held, nn.Module) else held
+    yield
+    scope[FUNCTION] = held
+
+
+@pytest.mark.usefixtures("plain_rotary")
+def test_a_rotary_embedding_becomes_kernel_aware_and_computes_as_before() -> None:
+    before, original = run(phi3()), modeling_phi3.apply_rotary_pos_emb
+    model, other = phi3(), phi3()
+    assert mark(model).layers["model.layers.0.self_attn.rotary_pos_emb"] == "rotary_pos_emb"
+    function = modeling_phi3.apply_rotary_pos_emb
+    assert type(function).forward is original
+    assert (function.__name__, function.__module__) == (FUNCTION, original.__module__)
+    assert torch.equal(run(model), before)
+    mark(model)
+    assert modeling_phi3.apply_rotary_pos_emb is function, "once"
+    with use_kernel_mapping({"rotary_pos_emb": default_mapping()["rotary_pos_emb"]}, inherit_mapping=False):
+        kernelize(model, mode=Mode.INFERENCE)
+    assert [row.path for row in kernel_report(model).kernels] == ["model.layers.0.self_attn.rotary_pos_emb"]
+    assert torch.equal(run(model), before)
+    assert "forward" in vars(function)
+    assert torch.equal(run(other), before), "of the same modeling module, and not kernelized"
+    unkernelize(model)
+    assert "forward" not in vars(function)
+    assert torch.equal(run(model), before)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(run(compiled), before)
+    assert torch.equal(original(*_rotary_operands())[0], function(*_rotary_operands())[0]), "who has imported it before"
+
+
+def _rotary_operands() -> list[torch.Tensor]:
+    x, table = torch.linspace(-1, 1, 96).reshape(1, 4, 3, 8), torch.linspace(-1, 1, 24).reshape(1, 3, 8)
+    return [x, -x, table, table.flip(-1)]
+
+
+@pytest.mark.usefixtures("plain_rotary")
+def test_copies_and_pickles_have_the_rotary_embedding_of_their_process() -> None:
+    model = phi3()
+    mark(model)
+    function = modeling_phi3.apply_rotary_pos_emb
+    assert copy.deepcopy(model).model.layers[0].self_attn._kernel_funcs == {"rotary_pos_emb": function}
+    saved = pickle.dumps(model)
+    vars(modeling_phi3)[FUNCTION] = type(function).forward  # as in a process that has marked nothing
+    loaded = pickle.loads(saved)
+    assert isinstance(modeling_phi3.apply_rotary_pos_emb, nn.Module)
+    attention = loaded.model.layers[0].self_attn
+    assert attention._kernel_funcs == {"rotary_pos_emb": modeling_phi3.apply_rotary_pos_emb}
+    assert torch.equal(run(loaded), run(model))
+
+
+def test_only_rotary_embeddings_of_transformers_are_read_from_pickles() -> None:
+    for name in ("os", "transformers.models.bert.modeling_bert", "transformers.models.glm.modeling_glm"):
+        with pytest.raises(InvalidReference):
+            aware(name)
+
+
+def test_rotary_embeddings_that_no_kernel_can_stand_in_for_are_said() -> None:
+    glm = transformers.GlmForCausalLM(transformers.GlmConfig(**SIZES, head_dim=8, pad_token_id=0)).eval()
+    marks = mark(glm)
+    assert marks.unreached == {
+        f"transformers.models.glm.modeling_glm.{FUNCTION}": "the kernel does not know its formula"
+    }
+    assert "does not know its formula" in str(marks)
+    assert any("not reached: " in line and FUNCTION in line for line in kernel_report(glm).notes)
+    (attention,) = (module for path, module in glm.named_modules() if path.endswith("self_attn"))
+    assert "_kernel_funcs" not in vars(attention)
+    codegen = transformers.GPTJModel(
+        transformers.GPTJConfig(n_embd=32, n_layer=1, n_head=4, rotary_dim=8, vocab_size=64)
+    )
+    (reason,) = mark(codegen).unreached.values()
+    assert reason == "it takes (tensor, sin, cos), and the kernel (q, k, cos, sin, unsqueeze_dim)"
     assert mark(bert()).unreached == {}
 
 
@@ -430,13 +552,13 @@ def test_trains_with_the_gradients_of_the_original() -> None:
     mark(model)
     with use_kernel_mapping(default_mapping(), inherit_mapping=False):
         kernelize(model, mode=Mode.TRAINING)
-    assert len(kernel_report(model).kernels) == 12
+    assert len(kernel_report(model).kernels) == 14
     for name, value in gradients().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_the_report_says_which_functions_nothing_can_reach() -> None:
-    model = llama()
+    model = transformers.GlmForCausalLM(transformers.GlmConfig(**SIZES, head_dim=8, pad_token_id=0)).eval()
     mark(model)
     report = kernel_report(model)
     assert any("apply_rotary_pos_emb" in line for line in report.notes)

@@ -32,6 +32,8 @@ TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e
 WARMUP = 2
 ROUNDS = 15
 STEPS = 8  # one-token steps that are timed together
+# Only kernels that are equal and faster on what the model does with them, measured in this run.
+PROVEN = {"verify": True, "only_if_faster": True, "refresh": True}
 
 Model = Annotated[
     str | None, typer.Option(metavar="NAME|FOLDER", help="A model that transformers can load, in place of the three.")
@@ -83,15 +85,18 @@ class Times:
 class Comparison:
     """A model before and after: what was swapped, how far its outputs moved, how long a forward takes.
 
-    `max_error` is the largest difference of an output over the largest output; `restored` says that the outputs after
-    `unkernelize` are those from before, bit for bit. `forward` is the time of the whole input, `step` that of one more
-    token, with the input's keys and values kept; None where the model does not go on by tokens. `proof` is the report of
-    the same with each kernel measured beside the original, on what the model calls its layer with.
+    `report` is of the model with every kernel that there is for it, `proof` of the model with those kernels alone that
+    were equal to the original and faster on this machine, each measured on what the model calls its layer with.
+    `max_error` is the largest difference of an output over the largest output, in both; `restored` says that the outputs
+    after `unkernelize` are those from before, bit for bit. `forward` is the time of the whole input (`inputs` says which),
+    `step` that of one more token, with the input's keys and values kept; None where the model does not go on by tokens.
+    What is timed after is the model of `proof`; where no kernel is faster, that is the model from before.
     """
 
     name: str
     device: str
     dtype: str
+    inputs: str
     report: KernelReport
     proof: KernelReport
     unreached: Mapping[str, str]
@@ -122,8 +127,10 @@ class Comparison:
             "name": self.name,
             "device": self.device,
             "dtype": self.dtype,
+            "inputs": self.inputs,
             "layers": len(self.report.rows),
             "kernels": len(self.report.kernels),
+            "faster": len(self.proof.kernels),
             "max_error": self.max_error,
             "tolerance": self.tolerance,
             **self.forward.to_dict(),
@@ -176,7 +183,8 @@ def run_demo(cases: list[Case], mapping: KernelMapping | None = None, *, rounds:
 def compare(case: Case, mapping: KernelMapping | None = None, *, rounds: int) -> Comparison:
     """Kernelize the model, check its outputs against those from before, and time both in turns.
 
-    The model is left kernelized. Each round times both, so that both see the same weather.
+    Checked with every kernel that there is, timed with those that were measured to be faster. Each round times both, so
+    that both see the same weather. The model is left as it came, but for the names of its layers.
     """
     import torch
 
@@ -189,19 +197,22 @@ def compare(case: Case, mapping: KernelMapping | None = None, *, rounds: int) ->
     with torch.no_grad():
         expected = _outputs(case)
         _kernelize(model, mapping)
-        max_error = difference(expected, _outputs(case))
-        _kernelize(model, mapping, case.inputs)
-        proof = kernel_report(model)
+        report, max_error = kernel_report(model), difference(expected, _outputs(case))
+        unkernelize(model)
+        _kernelize(model, mapping, sample_inputs=lambda: _forward(case), **PROVEN)
+        proof, max_error = kernel_report(model), max(max_error, difference(expected, _outputs(case)))
         unkernelize(model)
         restored = _same(expected, _outputs(case))
-        taken = [_round(case, mapping, index % 2 == 0) for index in range(WARMUP + rounds)][WARMUP:]
-        _kernelize(model, mapping)
+        faster = [row.path for row in proof.kernels]
+        taken = [_round(case, mapping, faster, index % 2 == 0) for index in range(WARMUP + rounds)][WARMUP:]
+        unkernelize(model)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return Comparison(
         name=case.name,
         device=_device_name(device),
         dtype=dtype,
-        report=kernel_report(model),
+        inputs=_shapes(case),
+        report=report,
         proof=proof,
         unreached=unreached,
         max_error=max_error,
@@ -240,9 +251,10 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def built_in_cases() -> list[Case]:
     """Real architectures with random weights: sizes that take seconds on two cores, and larger ones for a GPU.
 
-    What a norm takes grows with the hidden size, what the matrix products take with its square: of a forward at these sizes
-    the norms of the Llama are 2 or 3 percent. The Gemma 3 has the 270M model's sizes, with 4 of its 18 layers, and six
-    norms and a GELU in each.
+    What norms, rotary embeddings and activations take grows with the hidden size, what the matrix products take with its
+    square. The dtypes are those that such models are published and loaded in: bfloat16, where the processor multiplies it
+    (where not, its products take longer than float32's), and float32 for the BERT. On the CPU the Gemma 3 has the 270M
+    model's sizes, with 4 of its 18 layers, and six norms, a rotary embedding and a GELU in each.
     """
     import torch
     from transformers import (
@@ -255,7 +267,8 @@ def built_in_cases() -> list[Case]:
     )
 
     device = default_device()
-    scale, dtype = (1, torch.float32) if device.type == "cpu" else (4, torch.bfloat16)
+    scale, encoder = (1, torch.float32) if device.type == "cpu" else (4, torch.bfloat16)
+    decoder = torch.bfloat16 if device.type != "cpu" or _multiplies_bfloat16() else torch.float32
     rows, tokens = 2, 128 * scale
     llama = LlamaConfig(
         vocab_size=4096,
@@ -282,18 +295,27 @@ def built_in_cases() -> list[Case]:
         num_attention_heads=4 * scale,
         max_position_embeddings=tokens,
     )
-    cases: list[tuple[str, Callable[[], nn.Module], dict[str, Any], bool]] = [
-        ("LlamaForCausalLM", lambda: LlamaForCausalLM(llama), {"use_cache": False}, True),
-        ("Gemma3ForCausalLM", lambda: Gemma3ForCausalLM(gemma), {"use_cache": False}, True),
-        ("BertModel", lambda: BertModel(bert), {}, False),
+    cases: list[tuple[str, Callable[[], nn.Module], torch.dtype, dict[str, Any], bool]] = [
+        ("LlamaForCausalLM", lambda: LlamaForCausalLM(llama), decoder, {"use_cache": False}, True),
+        ("Gemma3ForCausalLM", lambda: Gemma3ForCausalLM(gemma), decoder, {"use_cache": False}, True),
+        ("BertModel", lambda: BertModel(bert), encoder, {}, False),
     ]
     built = []
-    for name, build, extra, steps in cases:
+    for name, build, dtype, extra, steps in cases:
         with _seeded():
             model = build().to(device, dtype).eval()
             ids = torch.randint(4096, (rows, tokens)).to(device)
         built.append(Case(name, model, {"input_ids": ids, **extra}, steps))
     return built
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions that multiply bfloat16."""
+    import torch
+
+    # Public from torch 2.6 on for one of the two instruction sets only.
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(supported is not None and supported() for supported in known)
 
 
 def model_case(name: str) -> Case:
@@ -360,24 +382,23 @@ def default_device() -> torch.device:
 
 
 def _round(
-    case: Case, mapping: KernelMapping | None, before_first: bool
+    case: Case, mapping: KernelMapping | None, layers: list[str], before_first: bool
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Seconds of a forward and of a step, before and after; who is first takes turns."""
+    """Seconds of a forward and of a step, before and with the kernels of `layers`; who is first takes turns."""
     from kernelhub.layers.kernelize import unkernelize
 
     seconds = {}
     for kernelized in (False, True) if before_first else (True, False):
-        if kernelized:
-            _kernelize(case.model, mapping)
-        else:
-            unkernelize(case.model)
+        unkernelize(case.model)
+        if kernelized and layers:
+            _kernelize(case.model, mapping, include=layers)
         case.model(**case.inputs)  # the first after a switch finds cold caches
         seconds[kernelized] = _time(case), _step_time(case) if case.steps else 0.0
     return seconds[False], seconds[True]
 
 
-def _kernelize(model: nn.Module, mapping: KernelMapping | None, proven_on: Mapping[str, Any] | None = None) -> None:
-    """Let the model run the kernels; with inputs, only those that are equal and faster on what it does with them."""
+def _kernelize(model: nn.Module, mapping: KernelMapping | None, **options: Any) -> None:
+    """Let the model run the kernels; the options are those of `kernelize`."""
     from kernelhub.integrations.transformers import default_mapping
     from kernelhub.layers.kernelize import kernelize
     from kernelhub.layers.mapping import use_kernel_mapping
@@ -385,17 +406,7 @@ def _kernelize(model: nn.Module, mapping: KernelMapping | None, proven_on: Mappi
 
     chosen = default_mapping() if mapping is None else mapping
     with use_kernel_mapping(chosen, inherit_mapping=False), _no_warning_of_none():
-        if proven_on is None:
-            kernelize(model, mode=Mode.INFERENCE)
-        else:
-            kernelize(
-                model,
-                mode=Mode.INFERENCE,
-                sample_inputs=proven_on,
-                verify=True,
-                only_if_faster=True,
-                refresh=True,
-            )
+        kernelize(model, mode=Mode.INFERENCE, **options)
 
 
 @contextmanager
@@ -432,6 +443,18 @@ def _same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     return [tensor.shape for tensor in before] == [tensor.shape for tensor in after] and all(
         bool(_equal(old, new).all()) for old, new in zip(before, after, strict=True)
     )
+
+
+def _shapes(case: Case) -> str:
+    """The sizes of what the model is given: `input_ids 2 x 128`."""
+    import torch
+
+    shapes = {name: value.shape for name, value in case.inputs.items() if isinstance(value, torch.Tensor)}
+    return ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+def _forward(case: Case) -> Any:
+    return case.model(**case.inputs)
 
 
 def _time(case: Case) -> float:

@@ -17,8 +17,21 @@ def show_demo(demo: Demo) -> None:
     """Print a report per model, the comparison of all, and what went wrong."""
     for comparison in demo.comparisons:
         show_table(
-            f"{comparison.name}: {len(comparison.report.kernels)} of {len(comparison.report.rows)} layers run a kernel",
-            ("layers", "", "class", "runs", "variant", "digest", "error", "against", "speed", "calls", "why not"),
+            _title(comparison),
+            (
+                "layers",
+                "",
+                "class",
+                "runs",
+                "variant",
+                "digest",
+                "error",
+                "against",
+                "speed",
+                "calls",
+                "faster",
+                "why not",
+            ),
             grouped(comparison.report, comparison.proof),
         )
         for name, reason in comparison.unreached.items():
@@ -26,7 +39,7 @@ def show_demo(demo: Demo) -> None:
         show_line()
     show_table(
         "before and after",
-        ("model", "on", "kernels", "largest difference", "timed", "before", "after", "speed", "undone", ""),
+        ("model", "on", "kernels", "faster", "largest difference", "timed", "before", "after", "speed", "undone", ""),
         [row for comparison in demo.comparisons for row in _compared(comparison)],
     )
     for comparison in demo.comparisons:
@@ -37,7 +50,8 @@ def show_demo(demo: Demo) -> None:
 def grouped(report: KernelReport, proof: KernelReport | None = None) -> list[tuple[str, ...]]:
     """The report's rows, those alike but for numbers in their paths together: path, count, class, what it runs.
 
-    With a `proof`, what was measured of the kernels: the largest error, against what, how much faster, on how many calls.
+    With a `proof`, what was measured of the kernels: the largest error, against what, how much faster, on how many calls,
+    and how many of them are faster, which the others keep their forward for.
     """
     measured = {row.path: row for row in proof.rows} if proof is not None else {}
     groups: dict[tuple[str, ...], list[ReportRow]] = {}
@@ -46,8 +60,16 @@ def grouped(report: KernelReport, proof: KernelReport | None = None) -> list[tup
     return [(path, f"{len(rows)} x", *rest, *_measured(rows), reason) for (path, *rest, reason), rows in groups.items()]
 
 
+def _title(comparison: Comparison) -> str:
+    every, swapped = len(comparison.report.rows), len(comparison.report.kernels)
+    faster = len(comparison.proof.kernels)
+    stay = f"; timed with the {faster} that were faster here, the other {every - faster} keep their forward"
+    return f"{comparison.name}: {swapped} of {every} layers run a kernel{stay if swapped else ''}"
+
+
 def _measured(rows: list[ReportRow]) -> tuple[str, ...]:
-    """What holds for all of these layers: the largest error, and the speeds that were measured."""
+    """What holds for all of these layers: the largest error, the speeds that were measured, how many kernels were faster."""
+    faster = [row.outcome == "kernel" for row in rows if row.max_error is not None or row.speedup is not None]
     errors = [row.max_error for row in rows if row.max_error is not None]
     speeds = sorted({row.speedup for row in rows if row.speedup is not None})
     different = [row.reason for row in rows if "not equal" in row.reason]
@@ -56,6 +78,7 @@ def _measured(rows: list[ReportRow]) -> tuple[str, ...]:
         "/".join(sorted({row.reference for row in rows if row.reference is not None})),
         " to ".join(dict.fromkeys(f"{speed:.2f}x" for speed in (speeds[0], speeds[-1]))) if speeds else "",
         str(max((row.calls for row in rows), default=0) or ""),
+        f"{sum(faster)} of {len(rows)}" if faster else "",
     )
 
 
@@ -80,15 +103,16 @@ def _compared(comparison: Comparison) -> list[tuple[str, ...]]:
             comparison.name,
             f"{comparison.device}, {comparison.dtype}",
             f"{len(comparison.report.kernels)}/{len(comparison.report.rows)}",
+            str(len(comparison.proof.kernels)),
             f"{comparison.max_error:.2g} (allowed {comparison.tolerance:g})",
-            "forward" if comparison.step is None else "prefill",
+            f"{'forward' if comparison.step is None else 'prefill'}, {comparison.inputs}",
             *_timed(comparison.forward),
             "exactly" if comparison.restored else "NOT",
             "FAILED" if comparison.problems else "ok",
         )
     ]
     if comparison.step is not None:
-        rows.append(("", "", "", "", "one-token step", *_timed(comparison.step), "", ""))
+        rows.append(("", "", "", "", "", "one-token step", *_timed(comparison.step), "", ""))
     return rows
 
 

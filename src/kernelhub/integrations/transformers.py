@@ -7,17 +7,17 @@ transformers' decorators name layers only where a package called `kernels` is in
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernelhub.integrations.rotary import FUNCTION, mark_rotary
 from kernelhub.layers.kernelize import kernelize
 from kernelhub.layers.mapping import KernelMapping, use_kernel_mapping
-from kernelhub.layers.markers import FUNCS, replace_kernel_forward_from_hub, use_kernel_forward_from_hub
+from kernelhub.layers.markers import replace_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.report import note
 from kernelhub.layers.repositories import LayerRepository
@@ -341,8 +341,7 @@ _PACKAGES = ("transformers.", TORCH)
 class Marks:
     """What `mark` found, by module path: the layers' names (also those that they had), and why other layers have none.
 
-    `unreached` are functions (rotary embeddings) that only transformers' own decorators can make kernel-aware, by the
-    module that defines them.
+    `unreached` are functions (rotary embeddings) that no kernel can stand in for, by name, and why.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
@@ -369,11 +368,12 @@ def mark(model: nn.Module) -> Marks:
     Example: `mark(model)`, `with use_kernel_mapping(default_mapping()): kernelize(model, mode=Mode.INFERENCE)`.
     """
     marks = Marks()
-    classes = set()
     for path, module in uncompiled(model).named_modules():
-        classes.add(type(module))
-        if _marks_rotary(module):
-            marks.layers[f"{path}.{ROTARY_LAYERS[0]}"] = ROTARY_LAYERS[0]
+        rotary = mark_rotary(module)
+        if rotary == "":
+            marks.layers[f"{path}.{ROTARY_LAYERS[0]}" if path else ROTARY_LAYERS[0]] = ROTARY_LAYERS[0]
+        elif rotary is not None:
+            marks.unreached[f"{type(module).forward.__module__}.{FUNCTION}"] = rotary
         if _marks_loss(module):
             marks.layers[f"{path}.{LOSS_LAYERS[0]}" if path else LOSS_LAYERS[0]] = LOSS_LAYERS[0]
         found = _family(type(module))
@@ -394,7 +394,6 @@ def mark(model: nn.Module) -> Marks:
             module.__dict__[MARKED] = family.layer
         replace_kernel_forward_from_hub(cls, family.layer, family.condition)
         marks.layers[path] = family.layer
-    marks.unreached.update(_unreached(classes))
     note(model, _notes(marks))
     return marks
 
@@ -465,43 +464,3 @@ def _named_by_others(cls: type[nn.Module], family: Family) -> bool:
     """Whether a decorator, or the user, has named the class."""
     condition = getattr(cls, "kernel_condition", None)
     return "kernel_layer_name" in vars(cls) and getattr(condition, "__self__", None) is not family
-
-
-def _marks_rotary(module: nn.Module) -> bool:
-    """Do for a rotary embedding what transformers' decorators do for most, where they are live: some models lack them.
-
-    The function becomes kernel-aware for the process, as decorated ones are, and the modules that call it say so.
-    """
-    cls = type(module)
-    if not cls.__module__.startswith("transformers.models.") or not _decorators_are_live():
-        return False
-    code = getattr(cls.forward, "__code__", None)
-    scope = getattr(cls.forward, "__globals__", {})
-    function = scope.get(_ROTARY)
-    if code is None or _ROTARY not in code.co_names or ROTARY_LAYERS[0] in module.__dict__.get(FUNCS, {}):
-        return False
-    if isinstance(function, FunctionType):
-        function = scope[_ROTARY] = use_kernel_forward_from_hub(ROTARY_LAYERS[0])(function)
-    if not isinstance(function, nn.Module):
-        return False
-    module.__dict__.setdefault(FUNCS, {})[ROTARY_LAYERS[0]] = function
-    return True
-
-
-_ROTARY = "apply_rotary_pos_emb"
-
-
-def _decorators_are_live() -> bool:
-    """Whether transformers found a package named `kernels`."""
-    available = getattr(sys.modules.get("transformers.utils"), "is_kernels_available", None)
-    return bool(available and available())
-
-
-def _unreached(classes: set[type]) -> Iterator[tuple[str, str]]:
-    """The functions that modules of these classes call, where the decorators that would make them modules are off."""
-    for name in sorted({cls.__module__ for cls in classes if cls.__module__.startswith("transformers.models.")}):
-        if isinstance(getattr(sys.modules.get(name), "apply_rotary_pos_emb", None), FunctionType):
-            yield (
-                f"{name}.apply_rotary_pos_emb",
-                "a function; only transformers' decorators can make it kernel-aware, where a `kernels` package is installed",
-            )
