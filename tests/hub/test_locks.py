@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,10 @@ def test_an_override_of_this_machine_is_neither_locked_nor_loaded_by_lock(make_h
     assert make_hub(local, source).load(KernelRef.parse("org/base@v1")).module.VALUE == 9
     lock = lock_of(make_hub(local, source), "org/base@v1")
     assert lock.kernels[0].commit == source.commit("org/base")
-    assert make_hub(local, source).load_locked(BASE, lockfile=lock).module.VALUE == 1
+    nowhere = LockFile((replace(lock.kernels[0], hub=None),))
+    for item in (lock, nowhere):
+        fresh = make_hub(local, source, cache=tmp_path / f"for {item.kernels[0].hub is None}")
+        assert fresh.load_locked(BASE, lockfile=item).module.VALUE == 1
 
 
 def test_a_version_that_was_withdrawn_stays_where_it_was_locked_and_nobody_new_gets_it(make_hub, tmp_path):
