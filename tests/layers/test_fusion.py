@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_kernels import KEY, Block, Model, write_fused
+from fused_kernels import KEY, Block, Model, Norm, SmallMlp, write_fused
 from torch import nn
 
 from kernelhub import KernelizeFallback, Mode, kernel_report, kernelize, kernelized, plan_kernels, unkernelize
@@ -393,6 +394,73 @@ def test_an_adapter_of_peft_is_not_passed_by(fuse: Callable[..., nn.Module]) -> 
     torch.testing.assert_close(outputs(model), expected)
 
 
+# What changes after the modules were fused
+
+
+def _hook_later(model: Model) -> None:
+    model.layers[0].norm.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def _pre_hook_later(model: Model) -> None:
+    model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+
+def _replaced(model: Model, name: str) -> None:
+    torch.manual_seed(7)
+    made: nn.Module = Norm(8) if name == "norm" else SmallMlp(8)
+    with torch.no_grad():
+        next(made.parameters()).mul_(3)
+    setattr(model.layers[0], name, made)
+
+
+def _parent_forward(model: Model) -> None:
+    block = model.layers[0]
+    block.forward = lambda x: block.mlp(block.norm(x)) + block.norm(x)
+
+
+@pytest.mark.parametrize("name", ["NormMlp", "Named", "Laid"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _hook_later,
+        _pre_hook_later,
+        lambda model: _replaced(model, "norm"),
+        lambda model: _replaced(model, "mlp"),
+        lambda model: setattr(model.layers[0], "mlp", nn.Identity()),
+        _parent_forward,
+    ],
+)
+def test_modules_that_do_not_belong_together_any_more_run_their_own_forwards(
+    name: str, change: Callable[[Model], None], fuse: Callable[..., nn.Module]
+) -> None:
+    model, other = fuse(Model().eval(), name), Model().eval()
+    outputs(model)
+    for one in (model, other):
+        change(one)
+    torch.testing.assert_close(outputs(model), outputs(other))
+    unkernelize(model)
+    assert torch.equal(outputs(model), outputs(other))
+
+
+def test_a_hook_sees_what_it_would_have_seen(fuse: Callable[..., nn.Module]) -> None:
+    model, other = fuse(Model().eval()), Model().eval()
+    seen: list[torch.Tensor] = []
+    handles = [one.layers[0].norm.register_forward_hook(lambda *call: seen.append(call[2])) for one in (model, other)]
+    for one in (model, other):
+        outputs(one)
+    torch.testing.assert_close(seen[0], seen[1])
+    for handle in handles:
+        handle.remove()
+    assert model.layers[0].mlp(X) is X, "the kernel computes both again"
+
+
+def test_weights_of_a_layout_s_own_are_not_for_compiled_code(fuse: Callable[..., nn.Module]) -> None:
+    model = Model().eval()
+    with pytest.warns(KernelHubWarning, match="which compiled code would not make again"):
+        fuse(model, "Laid", mode=Mode.INFERENCE | Mode.TORCH_COMPILE)
+    assert kernel_report(model).kernels == ()
+
+
 # What the parent does with what lies between
 
 
@@ -471,6 +539,93 @@ class Itself(Block):
         return self.mlp(self.norm(x)) + apply_mlp(self, x)
 
 
+class Deeper(Block):
+    def helper(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(x)) + self.helper(x)
+
+
+class Hands(Deeper):
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return apply_mlp(self, x)
+
+
+class Cached(Block):
+    @functools.cached_property
+    def first(self) -> nn.Module:
+        return self.norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(x)) + self.first(x)
+
+
+class Tables(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(x)) + self._modules["norm"](x)
+
+
+class Children(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(x)) + next(self.children())(x)
+
+
+class Super(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(x)) + super().forward(x)
+
+
+class LateUse(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def between() -> torch.Tensor:
+            return y
+
+        y = self.norm(x)
+        z = self.mlp(y)
+        return z + between()
+
+
+def also_normed(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def wrapper(self: Block, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x) + self.norm(x)
+
+    return wrapper
+
+
+class Decorated(Block):
+    @also_normed
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(x))
+
+
+class Called(Block):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return super().__call__(x) + self.norm(x)
+
+
+class Holds(Block):
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.held = {"first": [self.norm]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(x)) + self.held["first"][0](x)
+
+
+class HoldsItself(Block):
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.__dict__["held"] = self.norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(x)) + self.held(x)
+
+
 class Reversed(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.mlp(x))
@@ -504,6 +659,17 @@ class OtherName(Block):
         (Overridden, "Overridden.helper uses its norm or mlp too"),
         (Itself, "hands itself to other code"),
         (Reversed, "does not call self.mlp after self.norm"),
+        (Deeper, "Deeper.inner uses its norm or mlp too"),
+        (Hands, "Hands.inner hands itself to other code"),
+        (Cached, "Cached.* one of them as first too|Cached.first uses its norm or mlp too"),
+        (Tables, "Tables.forward uses its norm or mlp too"),
+        (Children, "Children.forward uses its norm or mlp too"),
+        (Super, "Super.forward calls what it overrides"),
+        (LateUse, "uses the result of self.norm elsewhere than in self.mlp"),
+        (Decorated, "what runs around Decorated.forward uses its norm or mlp too"),
+        (Called, "what runs around Called.forward uses its norm or mlp too"),
+        (Holds, "Holds holds one of them as held too"),
+        (HoldsItself, "HoldsItself holds one of them as held too"),
     ],
 )
 def test_a_parent_that_sees_what_lies_between_is_refused(
@@ -530,6 +696,10 @@ def test_a_forward_on_the_instance_of_the_parent_is_unknown(fuse: Callable[..., 
     model.layers[0].forward = lambda x: x
     with pytest.raises(LayerContractError, match="has a forward of its own on the instance"):
         fuse(model)
+    sequence = nn.Sequential(Norm(8), SmallMlp(8)).eval()
+    sequence.forward = lambda x: sequence[1](sequence[0](x)) + sequence[0](x)
+    with pytest.raises(LayerContractError, match="has a forward of its own on the instance"):
+        fuse(sequence, key=(("Norm", "0"), ("Mlp", "1")))
 
 
 def test_without_source_it_is_refused(fuse: Callable[..., nn.Module]) -> None:
@@ -550,8 +720,6 @@ def test_source_that_is_not_what_runs_is_no_source(fuse: Callable[..., nn.Module
 
 
 def test_neighbours_in_a_sequential_hand_on_their_results(fuse: Callable[..., nn.Module]) -> None:
-    from fused_kernels import Norm, SmallMlp
-
     model = nn.Sequential(Norm(8), SmallMlp(8), nn.ReLU(), SmallMlp(8)).eval()
     expected = outputs(model)
     fuse(model, key=(("Norm", "0"), ("Mlp", "1")))

@@ -5,7 +5,8 @@ The first one's forward then computes what all of them did, on a layout built of
 what they are given. No module is replaced, so the state dict, the hooks of the parent and the parameters stay as they are.
 
 What would not be right is refused: a parent that uses what lies in between (`sequence.py`), modules that are called from
-two places, or have hooks, adapters or quantised weights, which the kernel would pass by.
+two places, or have hooks, adapters or quantised weights, which the kernel would pass by. What changes later is looked for
+in each call (`Fusion.together`, 0.6 us).
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from torch import nn
 
 from kernelhub.errors import InvalidReference, LayerContractError, NoKernelForLayer
 from kernelhub.layers.keys import FusionKey, title
-from kernelhub.layers.layout import Layout, lay_out, layout_class, made_of
+from kernelhub.layers.layout import TABLES_OF_MODULES, Layout, lay_out, layout_class, made_of
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.sequence import broken_chain, follows
 from kernelhub.layers.survey import AwareClass, Site, Survey, places
+from kernelhub.layers.swap import MARKER, of_class
 
 if TYPE_CHECKING:
     from kernelhub.layers.kernel import LayerKernel, Swap
@@ -198,17 +200,36 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def check_parent(group: Group, name: str) -> None:
     """Raises `LayerContractError` [TypeError] where the parent does not hand the parts' results to each other alone."""
-    if len(group.parts) < 2 or follows(group.parent, group.names):
+    if len(group.parts) < 2:
         return
     attributes = group.parent.__dict__
     own = attributes.get("forward")
-    if own is not None and getattr(own, "__func__", None) is not type(group.parent).forward:
-        why = f"{type(group.parent).__name__} has a forward of its own on the instance"
+    kind: Any = type(group.parent)
+    if own is not None and getattr(own, "__func__", None) is not kind.forward:
+        why = f"{kind.__name__} has a forward of its own on the instance"
+    elif held := _held(attributes, group.parts):
+        why = f"{kind.__name__} holds one of them as {held} too"
     else:
-        kind: Any = type(group.parent)
-        why = broken_chain(kind, group.names)
+        why = "" if follows(group.parent, group.names) else broken_chain(kind, group.names)
     if why:
         raise LayerContractError(f"{name} cannot stand in for {group.shown}", (why,))
+
+
+def _held(attributes: Mapping[str, Any], parts: tuple[nn.Module, ...]) -> str:
+    """The attribute in which a module has one of its children beside its name."""
+    wanted = {id(part) for part in parts}
+    for name, value in attributes.items():
+        if name not in TABLES_OF_MODULES and name != MARKER and _reaches(value, wanted, 3):
+            return name
+    return ""
+
+
+def _reaches(value: Any, wanted: set[int], depth: int) -> bool:
+    if id(value) in wanted or id(getattr(value, "__self__", None)) in wanted:
+        return True
+    if depth and type(value) in (list, tuple, dict, set):
+        return any(_reaches(item, wanted, depth - 1) for item in (value.values() if type(value) is dict else value))
+    return False
 
 
 # What stands on the modules
@@ -238,6 +259,20 @@ class Fusion:
         # A layout's class is the kernel's, which may not be there where the model is read.
         return {**self.__dict__, "module": None, "made_of": ()}
 
+    def together(self) -> bool:
+        """Whether the modules still stand where they were fused; and nobody has put a hook on one of them, or a forward on the parent, since."""
+        held = self.parent.__dict__  # tables of instances: this is on the call path
+        if "forward" in held and "_hf_hook" not in held and not of_class(self.parent, held["forward"]):
+            return False
+        children = held["_modules"]
+        for name, part in zip(self.names, self.parts):  # noqa: B905 - strict costs as much as the rest
+            own = part.__dict__
+            if children.get(name) is not part or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return False
+            if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+                return False
+        return True
+
     def layout(self, cls: type[nn.Module]) -> nn.Module:
         """The layout; built again for a copy, and where it has weights of its own and the modules' were changed."""
         known = self.module
@@ -264,6 +299,10 @@ def fuse(group: Group, kernel: LayerKernel, swap: Swap) -> tuple[LayerKernel, Sw
         laid = f"its layout keeps weights of its own ({', '.join(layout.laid)}), made of the modules'"
         if Mode.TRAINING in swap.mode:
             raise NoKernelForLayer(f"{name} does not serve {swap.mode}: {laid}, which gradients would not reach")
+        if Mode.TORCH_COMPILE in swap.mode:
+            raise NoKernelForLayer(
+                f"{name} does not serve {swap.mode}: {laid}, which compiled code would not make again"
+            )
         notes.append(f"{laid}: for inference")
     group.fusion = Fusion(group, layout)
     cls: Any = kernel.cls
@@ -278,7 +317,7 @@ def entering(forward: Any, cls: Any) -> Any:
 
     def entered(self: Any, *args: Any, **kwargs: Any) -> Any:
         fusion = self._kernelhub_swap.fusion
-        if fusion is None:
+        if fusion is None or not fusion.together():
             return type(self).forward(self, *args, **kwargs)
         module = fusion.module
         if module is None or fusion.laid:
@@ -293,7 +332,8 @@ def entering(forward: Any, cls: Any) -> Any:
 
 def forward(self: Any, value: Any) -> Any:
     """The forward of the modules after the first: what it is given is their result already."""
-    return type(self).forward(self, value) if self._kernelhub_swap.fusion is None else value
+    fusion = self._kernelhub_swap.fusion
+    return type(self).forward(self, value) if fusion is None or not fusion.together() else value
 
 
 forward.fused = True  # type: ignore[attr-defined]

@@ -83,16 +83,16 @@ def made_of(parts: tuple[nn.Module, ...]) -> tuple[tuple[object, ...], ...]:
 def view(part: nn.Module) -> nn.Module:
     """The module again, with the forward of its class: the same tables of weights and children, and attributes looked up."""
     attributes = part.__dict__
-    names = tuple(name for name in attributes if name not in _TABLES_OF_MODULES and name not in _OURS)
+    names = tuple(name for name in attributes if name not in TABLES_OF_MODULES and name not in _OURS)
     cls: Any = type(part)
     made: nn.Module = object.__new__(_view_class(cls, names))
-    tables = {name: table for name, table in attributes.items() if name in _TABLES_OF_MODULES}
+    tables = {name: table for name, table in attributes.items() if name in TABLES_OF_MODULES}
     made.__dict__.update({**tables, _PART: part})
     return made
 
 
 # All that nn.Module keeps on an instance, but for one value.
-_TABLES_OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
+TABLES_OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
 
 
 @functools.cache

@@ -30,14 +30,16 @@ def broken_chain(parent: Any, names: tuple[str, ...]) -> str:
     forward = parent.forward
     try:
         function = _function(forward)
-        return _others(parent, function, names) or _chain(function, names)
+        around = _around(parent, names)
+        return around or _others(parent, function, names) or _chain(function, names)
     except (OSError, TypeError, SyntaxError):
         return f"the source of {parent.__qualname__}.forward cannot be read"
 
 
 def follows(parent: nn.Module, names: Sequence[str]) -> bool:
     """Whether the children stand one after another in an `nn.Sequential`, which hands each result to the next."""
-    if type(parent).forward is not nn.Sequential.forward:
+    kind: Any = type(parent)
+    if kind.forward is not nn.Sequential.forward or kind.__call__ is not nn.Module.__call__:
         return False
     order = list(parent._modules)
     at = order.index(names[0])
@@ -66,21 +68,50 @@ _ATTRIBUTES = {
 }  # fmt: skip
 
 
+# What reaches children without their names.
+_ANY_CHILD = frozenset({
+    "_modules", "__dict__", "__getattr__", "apply", "children", "get_submodule", "modules", "named_children", "named_modules",
+})  # fmt: skip
+
+
+def _around(parent: type[nn.Module], names: tuple[str, ...]) -> str:
+    """What wraps the parent's forward, or calls it, must not touch the children."""
+    function, wrappers = parent.forward, []
+    while hasattr(function, "__wrapped__"):
+        wrappers.append(function)
+        function = function.__wrapped__
+    calls = (base.__dict__.get("__call__") for base in parent.__mro__ if base is not nn.Module)
+    for one in (*wrappers, *calls):
+        code = getattr(one, "__code__", None)
+        if code is not None and _attributes(code) & {*names, *_ANY_CHILD - {"__dict__"}}:
+            return f"what runs around {parent.__qualname__}.forward uses its {' or '.join(names)} too"
+    return ""
+
+
 def _others(parent: type[nn.Module], forward: ast.FunctionDef, names: tuple[str, ...]) -> str:
-    """A method of the parent's own that its forward calls must not touch the children."""
-    own = forward.args.args[0].arg
-    if any(isinstance(node, ast.Name) and node.id == own for node in _bare(forward, own)):
-        return f"{parent.__qualname__}.forward hands itself to other code, which may use its {' and '.join(names)}"
-    for node in ast.walk(forward):
-        method = _attribute(node, own)
-        if method is None or method in names or hasattr(nn.Module, method):
-            continue
-        function = inspect.getattr_static(parent, method, None)
-        function = getattr(function, "fget", function)
-        if isinstance(function, FunctionType):
-            inner = _function(function)
-            if any(isinstance(item, ast.Attribute) and item.attr in names for item in ast.walk(inner)):
-                return f"{parent.__qualname__}.{method} uses its {' or '.join(names)} too"
+    """A method of the parent's own that its forward calls, or one that this calls, must not touch the children."""
+    waiting, seen = [("forward", forward)], {"forward"}
+    while waiting:
+        name, function = waiting.pop()
+        where, own = f"{parent.__qualname__}.{name}", function.args.args[0].arg
+        if any(isinstance(node, ast.Name) and node.id == own for node in _bare(function, own)):
+            return f"{where} hands itself to other code, which may use its {' and '.join(names)}"
+        if _names(function, "super"):
+            return f"{where} calls what it overrides, which may use its {' and '.join(names)}"
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and (
+                node.attr in _ANY_CHILD or (name != "forward" and node.attr in names)
+            ):
+                return f"{where} uses its {' or '.join(names)} too"
+            method = _attribute(node, own)
+            if method is None or method in names or method in seen:
+                continue
+            seen.add(method)
+            found = inspect.getattr_static(parent, method, None)
+            if found is not inspect.getattr_static(nn.Module, method, None):
+                found = getattr(found, "fget", None) or getattr(found, "func", None) or found
+                if isinstance(found, FunctionType):
+                    waiting.append((method, _function(found)))
     return ""
 
 
@@ -126,6 +157,9 @@ def _handed_on(forward: ast.FunctionDef, names: Sequence[str], one: ast.Call, tw
     value = two.args[0]
     elsewhere = f"its forward uses the result of self.{first} elsewhere than in self.{second}"
     if not isinstance(value, ast.Name):
+        return elsewhere
+    inner = (node for node in ast.walk(forward) if isinstance(node, _NESTED) and node is not forward)
+    if any(_names(node, value.id) for node in inner):
         return elsewhere
     block, start, end = _block(forward, one, two)
     if block is None:
