@@ -175,6 +175,8 @@ def test_kernels_from_a_hub_without_manifests_keep_their_own_commit(hub, make_hu
     hub.app = app(root, trusted=True)
     outside, path = make_hub("outside", hf_endpoint=hub.url), tmp_path / "a.khb"
     lock = make_lock(outside, [KernelRef(BASE, Version(1))])
+    assert hub.targets("metadata.json") != []
+    assert hub.targets("__init__.py") == []  # a lock needs no more of a variant than its metadata
     create(outside, path, lock, time=TIME)
     hub.requests.clear()
     inside = make_hub(hf_endpoint=hub.url)
@@ -356,6 +358,12 @@ def replace_base(files: dict[str, bytes], contents: dict[str, bytes]) -> None:
     set_lock(files, lambda text: text.replace(old.commit, new.commit))
 
 
+def without_base(files: dict[str, bytes]) -> None:
+    manifest = ManifestDocument.parse(files.pop(manifest_of(files, "org/base"))).manifest
+    archive = manifest.variants["torch-cpu"].archive
+    del files[f"blobs/sha256/{archive[:2]}/{archive}"]
+
+
 def unread(files: dict[str, bytes]) -> None:
     """A whole other kernel that the lock does not name."""
     data = json.loads(files[manifest_of(files, "org/base")])
@@ -384,7 +392,12 @@ HOSTILE: list[tuple[str, Callable[[dict[str, bytes]], object], str]] = [
     ("a ref", lambda files: files.update({"org/top/refs/v1": b"0" * 40}), "no bundle has such a file"),
     ("hub.json", lambda files: files.update({"hub.json": b"{}"}), "no bundle has such a file"),
     ("other bytes", lambda files: flip(files, first_blob(files)), "the archive is not what its name says"),
-    ("longer", lambda files: files.update({first_blob(files): files[first_blob(files)] + b"x"}), "archive"),
+    (
+        "longer",
+        lambda files: files.update({first_blob(files): files[first_blob(files)] + b"x"}),
+        "the archive has more than",
+    ),
+    ("not there", without_base, "the lock names org/base@v1 at .*, and the bundle does not have it"),
     ("shorter", lambda files: files.update({first_blob(files): b"x"}), "the archive is not what its name says"),
     (
         "a blob of no manifest",
@@ -464,6 +477,27 @@ def test_a_bundle_that_ends_early_is_refused(bundle, make_hub, tmp_path, share):
     with pytest.raises((IntegrityError, InvalidMetadata)):
         install(path, make_hub().store)
     assert [item.name for item in (make_hub().store.root / "bundles").iterdir()] == [".lock"]
+
+
+def test_no_changed_byte_gets_through(bundle, make_hub, tmp_path):
+    """In the file as it is, and in the tar inside of it, where no checksum of the compression helps."""
+    store, path = make_hub().store, tmp_path / "a.khb"
+    data = bundle.read_bytes()
+    tar = zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    for whole, packed in ((data, bytes), (tar, zstandard.compress)):
+        for place in range(0, len(whole), max(1, len(whole) // 60)):
+            path.write_bytes(packed(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :]))
+            try:
+                install(path, store)
+            except (IntegrityError, InvalidMetadata):
+                continue
+            files = read(path.read_bytes())  # what is in no hash: spaces in JSON, times, a reference's signature
+            assert {name: files[name] for name in files if name.startswith("blobs/")} == {
+                name: content for name, content in read(data).items() if name.startswith("blobs/")
+            }
+            assert {manifest_of(files, str(repo)) for repo in (TOP, BASE)} == {
+                manifest_of(read(data), str(repo)) for repo in (TOP, BASE)
+            }
 
 
 def test_a_bomb_is_refused_before_it_fills_the_disk(bundle, make_hub, tmp_path, monkeypatch):

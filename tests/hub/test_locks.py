@@ -35,6 +35,7 @@ from kernelhub.errors import (
 from kernelhub.hub.client import set_default_hub
 from kernelhub.hub.locks import lock_to_package, make_lock, package_lock, project_dependencies, write_lock
 from kernelhub.hub.publish import publish, yank
+from kernelhub.hub.sources.base import Moved
 
 HOST = Host(python=(3, 11), torch=(2, 13), backend="cpu", cpu="x86_64", os="linux")
 TOP, BASE = RepoId("org", "top"), RepoId("org", "base")
@@ -161,6 +162,38 @@ def test_a_version_that_was_withdrawn_stays_where_it_was_locked_and_nobody_new_g
         lock_of(fresh, "org/base@v1")
     with pytest.warns(KernelHubWarning, match=r"wrong results\n  It was locked before, and stays"):
         assert lock_of(fresh, "org/base@v1", before=lock) == lock
+
+
+class MovedSource(MemorySource):
+    """org/old went to org/base."""
+
+    def resolve(self, repo, pin):
+        if str(repo) == "org/old":
+            raise Moved(KernelRef(BASE))
+        return super().resolve(repo, pin)
+
+
+def test_a_repository_that_moved_is_locked_where_it_is_and_found_by_both_names(make_hub):
+    source = MovedSource(source_of().kernels)
+    lock = lock_of(make_hub(source), "org/old@v1")
+    assert [(str(kernel), kernel.repo) for kernel in lock.kernels] == [("org/old@v1", BASE)]
+    lock = LockFile.parse(lock.to_text())
+    for repo in (RepoId("org", "old"), BASE):
+        assert make_hub(source).load_locked(repo, lockfile=lock).module.VALUE == 1
+    assert make_lock(make_hub(source), [KernelRef.parse("org/old@v1")], before=lock) == lock
+
+
+def test_metadata_that_a_hub_altered_is_not_locked(hub, make_hub, tmp_path):
+    """`hub` speaks the Hugging Face Hub's protocol."""
+    from kernelhub.hub.server import app
+    from kernelhub.hub.sources.huggingface import HuggingFaceSource
+
+    hub.app = app(write_kernel(tmp_path / "kernels" / "org" / "base").parents[1], trusted=True)
+    client = make_hub(HuggingFaceSource(hub.url, str))
+    assert lock_of(client, "org/base@v1").kernels[0].variants != {}
+    hub.alter("metadata.json")
+    with pytest.raises(IntegrityError, match=r"different: metadata\.json"):
+        lock_of(client, "org/base@v1")
 
 
 # Loading
@@ -410,6 +443,22 @@ def test_download_goes_on_past_a_kernel_without_a_build_for_this_machine(kernelh
     assert code == 1
     assert [row["kernel"] for row in json.loads(out)["kernels"]] == ["org/base@v1"]
     assert "org/a-other" in err
+
+
+@pytest.mark.parametrize("command", ["lock", "download"])
+def test_commands_say_what_they_do_and_can_be_interrupted(kernelhub_, project, command, monkeypatch):
+    code, out, _ = kernelhub_(command, "--help")
+    assert (code, "--json" in out, "[PROJECT]" in out) == (0, True, True)
+    assert kernelhub_("lock", project)[0] == 0
+    before = (project / "kernels.lock").read_bytes()
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Hub, command, interrupted)
+    assert kernelhub_(command, project)[0] == 130
+    assert [path.name for path in project.iterdir() if "lock" in path.name] == ["kernels.lock"]
+    assert (project / "kernels.lock").read_bytes() == before
 
 
 # In packages

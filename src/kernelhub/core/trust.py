@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # most deployments have no keys, and each of these takes a mi
 class Origin(Enum):
     """What kind of place a kernel comes from; only a `REMOTE` one needs the network.
 
-    A `CACHE` is what another tool fetched from a remote hub: it lies on this disk, and is not the user's own.
+    A `CACHE` is what another tool fetched from a remote hub, or what came in a bundle: it lies on this disk, and is not the
+    user's own.
     """
 
     EMBEDDED = "embedded"
