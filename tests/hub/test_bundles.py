@@ -23,7 +23,7 @@ from kernelhub.core.lockfile import LockFile
 from kernelhub.core.manifest import ManifestDocument, ManifestVariant
 from kernelhub.core.refs import KernelRef, RepoId, Revision, Version
 from kernelhub.core.revocations import path_of
-from kernelhub.core.trust import TrustedKey
+from kernelhub.core.trust import Origin, TrustedKey
 from kernelhub.core.variants import BuildVariant, VariantAccepted
 from kernelhub.errors import (
     IntegrityError,
@@ -42,6 +42,7 @@ from kernelhub.hub.publish import publish, yank
 from kernelhub.hub.revocations import revoke
 from kernelhub.hub.server import app
 from kernelhub.hub.signing import Signer, generate, load_signer
+from kernelhub.hub.sources.bundle import BundleSource
 
 HOST = Host(python=(3, 11), torch=(2, 13), backend="cpu", cpu="x86_64", os="linux")
 TOP, BASE = RepoId("org", "top"), RepoId("org", "base")
@@ -130,6 +131,7 @@ def test_what_came_in_a_bundle_is_loaded_and_nothing_is_sent(bundle, web, make_h
 
 
 def test_a_bundle_grants_no_trust_and_a_signature_by_a_key_that_is_trusted_does(bundle, make_hub, signer):
+    assert BundleSource("anywhere", str).origin is Origin.CACHE
     install(bundle, make_hub().store)
     with pytest.raises(UntrustedKernel, match="published by 'org' in the installed bundles"):
         make_hub().load(TOP_V1)
@@ -358,10 +360,14 @@ def replace_base(files: dict[str, bytes], contents: dict[str, bytes]) -> None:
     set_lock(files, lambda text: text.replace(old.commit, new.commit))
 
 
+def base_archive(files: dict[str, bytes]) -> str:
+    archive = ManifestDocument.parse(files[manifest_of(files, "org/base")]).manifest.variants["torch-cpu"].archive
+    return f"blobs/sha256/{archive[:2]}/{archive}"
+
+
 def without_base(files: dict[str, bytes]) -> None:
-    manifest = ManifestDocument.parse(files.pop(manifest_of(files, "org/base"))).manifest
-    archive = manifest.variants["torch-cpu"].archive
-    del files[f"blobs/sha256/{archive[:2]}/{archive}"]
+    del files[base_archive(files)]
+    del files[manifest_of(files, "org/base")]
 
 
 def unread(files: dict[str, bytes]) -> None:
@@ -394,7 +400,7 @@ HOSTILE: list[tuple[str, Callable[[dict[str, bytes]], object], str]] = [
     ("other bytes", lambda files: flip(files, first_blob(files)), "the archive is not what its name says"),
     (
         "longer",
-        lambda files: files.update({first_blob(files): files[first_blob(files)] + b"x"}),
+        lambda files: files.update({base_archive(files): files[base_archive(files)] + b"x"}),
         "the archive has more than",
     ),
     ("not there", without_base, "the lock names org/base@v1 at .*, and the bundle does not have it"),
