@@ -123,6 +123,7 @@ def model(family: Family) -> Iterator[nn.Module]:
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     yield model
+    unkernelize(model)  # functions are the process's, too: the next model finds the originals
     for cls in _subclasses(nn.Module):  # classes are the process's: what was named here does not stay named
         if issubclass(cls, FunctionModule):  # a function's name is its own, not a class's of others
             continue
@@ -245,6 +246,7 @@ def test_gated_mlps_with_biases_and_other_activations(hidden_act: str, family: F
     kernelize_pretrained(other)
     assert counts(other).get("GatedMLP", 0) == (0 if hidden_act == "relu" else 2)
     torch.testing.assert_close(logits(other, family), expected, rtol=0, atol=1e-4)
+    unkernelize(other)
     assert mark(other).kept == (
         {f"model.layers.{at}.mlp": f"its act_fn is ReLU; the kernel knows {GATES}" for at in (0, 1)}
         if hidden_act == "relu"
