@@ -253,6 +253,38 @@ def test_add_rms_norm_is_the_two_steps(norm: ModuleType, level: str, dtype: torc
         assert torch.equal(norm.add_rms_norm(*leaves, original.weight, original.variance_epsilon)[0], expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_rms_norm_equals_the_two_steps_bit_for_bit(norm: ModuleType, level: str, dtype: torch.dtype) -> None:
+    """Rows that are finished with the next, the last of each thread's, and long ones, which are finished at once."""
+    for shape in ((1, 130), (67, 130), (3, 2048), (129, 515), (1030, 64), (5, 4096), (5, 4097), (9, 8192)):
+        x, residual = inputs("RMSNormGated", shape, dtype)
+        weight = torch.randn(shape[-1]).to(dtype)
+        weight[:2] = torch.tensor([0.0, -0.0])
+        # Every second row of a wider tensor, so that where the next one lies is no matter of the width.
+        apart = torch.empty(2 * shape[0], shape[-1] + 3, dtype=dtype)[::2, : shape[-1]].copy_(residual)
+        total = x + residual
+        for form in range(3):
+            expected = norm.compiled.rms_norm(total, weight, 1e-6, form)
+            for other in (residual, apart):
+                got, got_sum = norm.compiled.add_rms_norm(x, other, weight, 1e-6, form)
+                assert torch.equal(got_sum, total), shape
+                assert torch.equal(got, expected), (shape, form)
+                assert torch.equal(got.signbit(), expected.signbit()), (shape, form)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_do_not_depend_on_their_neighbours(norm: ModuleType, level: str, dtype: torch.dtype) -> None:
+    for shape in ((70, 130), (260, 515), (5, 4096), (5, 4097)):
+        (x,) = inputs("LayerNorm", shape, dtype)
+        x[1, 3] = float("nan")
+        x[3] = torch.finfo(dtype).max
+        weight, bias = torch.randn(2, shape[-1]).to(dtype)
+        for options in ((weight, bias), (weight, None), (None, bias), (None, None)):
+            got = norm.compiled.layer_norm(x, *options, 1e-5)
+            alone = torch.cat([norm.compiled.layer_norm(row, *options, 1e-5) for row in x.split(1)])
+            assert same(got, alone), shape
+
+
 @pytest.mark.parametrize("layer", ALL)
 def test_a_second_derivative_is_refused(norm: ModuleType, layer: str) -> None:
     _, kernelized = pair(norm, layer, 32, torch.float32)

@@ -111,61 +111,133 @@ KH_INLINE void put(void* row, int64_t i, int64_t count, V v) {
   T* p = static_cast<T*>(row) + i;
   count == L ? store(p, v) : store_some(p, v, count);
 }
+// The same, and what v is then.
+template <typename T>
+KH_INLINE V put_rounded(void* row, int64_t i, int64_t count, V v) {
+  put<T>(row, i, count, v);
+  return sizeof(T) == sizeof(float) ? v : get<T>(row, i, count);
+}
 
 KH_INLINE float scale_of(float squares, int64_t n, float eps) {
   return 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
 }
 
-// x / rms(x) in float32 -> times the weight, rounded as the form says.
-template <typename T, int FORM>
-KH_INLINE V weighted(V normal, V weight) {
-  if constexpr (FORM == CAST_FIRST) {
+// The passes of which the functions of the table consist. None is inlined, so that each is compiled once.
+
+template <typename T>
+KH_NO_INLINE float squares(const void* x, int64_t n) {
+  return cascade_sum(n, [&](int64_t i, int64_t count) KH_LAMBDA {
+    const V of = get<T>(x, i, count);
+    return of * of;
+  });
+}
+
+// x / rms(x) in float32 -> times the weight, rounded first where the form says so. The offset is 1, or else -0, which added
+// to anything leaves it as it is.
+template <typename T, bool FIRST>
+KH_INLINE V weighted(V normal, V weight, V offset) {
+  if constexpr (FIRST) {
     return rounded<T>(normal) * weight;
-  } else if constexpr (FORM == CAST_LAST) {
-    return normal * weight;
   } else {
-    return normal * (set(1.0f) + weight);
+    return normal * (offset + weight);
   }
 }
 
-template <typename T, int FORM>
-void rms(const RmsRow& row) {
-  const float squares = cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V x = get<T>(row.x, i, count);
-    return x * x;
-  });
-  const V scale = set(scale_of(squares, row.n, row.eps));
+// The row of which the scale is known.
+template <typename From, typename T, bool FIRST>
+KH_NO_INLINE void scaled(const RmsRow& row) {
+  const V scale = set(row.scale), offset = set(row.offset);
+  const void *x = row.before, *weight = row.weight;
+  void* y = row.y;
   for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V normal = get<T>(row.x, i, count) * scale;
-    put<T>(row.y, i, count, weighted<T, FORM>(normal, get<T>(row.weight, i, count)));
+    put<T>(y, i, count, weighted<T, FIRST>(get<From>(x, i, count) * scale, get<T>(weight, i, count), offset));
   });
 }
 
-template <typename T, int FORM>
-void add_rms(const RmsRow& row) {
+// The sum of x and the residual, rounded, and its squares.
+template <typename T>
+KH_INLINE V add_square(const RmsRow& row, int64_t i, int64_t count) {
+  const V of = put_rounded<T>(row.sum, i, count, get<T>(row.x, i, count) + get<T>(row.residual, i, count));
+  return of * of;
+}
+
+template <typename T>
+KH_NO_INLINE float add_squares(const RmsRow& of) {
+  const RmsRow row = of;
+  return cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA { return add_square<T>(row, i, count); });
+}
+
+// And meanwhile the row before is finished, as by `scaled`: so memory is read from and written to all the time. One row
+// after another, it was read while squares were summed, and then only written.
+template <typename T, bool FIRST>
+KH_NO_INLINE float add_squares_and_scaled(const RmsRow& of) {
+  const RmsRow row = of;
+  const V scale = set(row.scale), offset = set(row.offset);
+  return cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
+    const V normal = get<T>(row.before, i, count) * scale;
+    put<T>(row.y, i, count, weighted<T, FIRST>(normal, get<T>(row.weight, i, count), offset));
+    return add_square<T>(row, i, count);
+  });
+}
+
+template <typename T, bool FIRST>
+void rms(const RmsRow& of) {
+  RmsRow row = of;
+  row.before = row.x;
+  row.scale = scale_of(squares<T>(row.x, row.n), row.n, row.eps);
+  scaled<T, T, FIRST>(row);
+}
+
+template <typename T, bool FIRST>
+float add_rms(const RmsRow& row) {
+  const float sum = row.before == nullptr ? add_squares<T>(row) : add_squares_and_scaled<T, FIRST>(row);
+  return scale_of(sum, row.n, row.eps);
+}
+
+template <typename T, bool FIRST>
+void last_rms(const RmsRow& row) {
+  scaled<T, T, FIRST>(row);
+}
+
+// silu(gate) or, with 1 for z, sigmoid(gate).
+KH_INLINE V gate_factor(V gate, V z) { return z / (set(1.0f) + exponential(-gate)); }
+
+template <typename T, bool FIRST>
+void gated(const RmsRow& of) {
+  const RmsRow row = of;
+  const V scale = set(scale_of(squares<T>(row.x, row.n), row.n, row.eps)), offset = set(row.offset);
   for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    put<T>(row.sum, i, count, get<T>(row.x, i, count) + get<T>(row.residual, i, count));
+    V y = weighted<T, FIRST>(get<T>(row.x, i, count) * scale, get<T>(row.weight, i, count), offset);
+    if constexpr (FIRST) {
+      y = rounded<T>(y);
+    }
+    const V gate = get<T>(row.gate, i, count);
+    put<T>(row.y, i, count, y * gate_factor(gate, row.is_silu ? gate : set(1.0f)));
   });
-  RmsRow next = row;
-  next.x = row.sum;
-  rms<T, FORM>(next);
 }
 
-// The factor by which a gradient of the result is one of x / rms(x).
-template <int FORM>
-KH_INLINE V factor(V weight) {
-  return FORM == ZERO_CENTERED ? set(1.0f) + weight : weight;
+// x * silu(gate) in float32.
+template <typename T>
+KH_NO_INLINE void gated_input(const void* x, const void* gate, float* to, int64_t n) {
+  for_each(n, [&](int64_t i, int64_t count) KH_LAMBDA {
+    const V z = get<T>(gate, i, count);
+    put<float>(to, i, count, get<T>(x, i, count) * gate_factor(z, z));
+  });
 }
 
-// With g = grad * factor and h = x / rms(x): x_grad = (g - h * mean(g * h)) / rms(x), weight_grad = grad * h.
-template <typename T, int FORM>
-void rms_backward(const RmsBackwardRow& row) {
-  const float squares = cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V x = get<T>(row.x, i, count);
-    return x * x;
-  });
-  const float scale = scale_of(squares, row.n, row.eps);
-  const V r = set(scale);
+template <typename T, bool FIRST>
+void gated_first(const RmsRow& row) {
+  gated_input<T>(row.x, row.gate, row.scratch, row.n);
+  RmsRow inner = row;
+  inner.before = row.scratch;
+  inner.scale = scale_of(squares<float>(row.scratch, row.n), row.n, row.eps);
+  scaled<float, T, FIRST>(inner);
+}
+
+// With g = grad * (offset + weight) and h = x / rms(x): x_grad = (g - h * mean(g * h)) / rms(x), weight_grad = grad * h.
+template <typename T>
+KH_NO_INLINE void rms_backward_scaled(const RmsBackwardRow& row, float scale) {
+  const V r = set(scale), offset = set(row.offset);
   if (row.weight_grad != nullptr) {
     for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
       const V grad = get<T>(row.grad, i, count), h = get<T>(row.x, i, count) * r;
@@ -173,13 +245,13 @@ void rms_backward(const RmsBackwardRow& row) {
     });
   }
   const float product = cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V g = get<T>(row.grad, i, count) * factor<FORM>(get<T>(row.weight, i, count));
+    const V g = get<T>(row.grad, i, count) * (offset + get<T>(row.weight, i, count));
     return g * get<T>(row.x, i, count);
   });
   // h * mean(g * h) = x * (sum(g * x) * r * r / n)
   const V back = set(product * scale * scale / static_cast<float>(row.n));
   for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V g = get<T>(row.grad, i, count) * factor<FORM>(get<T>(row.weight, i, count));
+    const V g = get<T>(row.grad, i, count) * (offset + get<T>(row.weight, i, count));
     V grad = (g - get<T>(row.x, i, count) * back) * r;
     if (row.sum_grad != nullptr) {
       grad = grad + get<T>(row.sum_grad, i, count);
@@ -188,94 +260,63 @@ void rms_backward(const RmsBackwardRow& row) {
   });
 }
 
-template <int GATE>
-KH_INLINE V gate_factor(V gate) {
-  return GATE == SIGMOID ? sigmoid(gate) : silu(gate);
+template <typename T>
+void rms_backward(const RmsBackwardRow& row) {
+  rms_backward_scaled<T>(row, scale_of(squares<T>(row.x, row.n), row.n, row.eps));
 }
 
-template <typename T, int FORM, int GATE>
-void gated(const RmsRow& row) {
-  const auto input = [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V x = get<T>(row.x, i, count);
-    return GATE == SILU_FIRST ? x * silu(get<T>(row.gate, i, count)) : x;
-  };
-  const float squares = cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V x = input(i, count);
-    return x * x;
+// Of y = a * f(gate): the gradients of both. `of_a` may be where `grad` or `a` is.
+KH_NO_INLINE void gate_backward(
+    const float* grad, const float* a, const float* gate, bool is_silu, float* of_a, float* of_gate, int64_t n) {
+  for_each(n, [&](int64_t i, int64_t count) KH_LAMBDA {
+    const V z = get<float>(gate, i, count), from = get<float>(grad, i, count);
+    const Logistic of = logistic(z);
+    const V slope = is_silu ? fma(z, of.slope, of.value) : of.slope;
+    const V factor = is_silu ? z * of.value : of.value;
+    const V gate_grad = from * get<float>(a, i, count) * slope;
+    put<float>(of_a, i, count, from * factor);
+    put<float>(of_gate, i, count, gate_grad);
   });
-  const V scale = set(scale_of(squares, row.n, row.eps));
-  for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V normal = input(i, count) * scale, weight = get<T>(row.weight, i, count);
-    if constexpr (GATE == SILU_FIRST) {
-      put<T>(row.y, i, count, weighted<T, FORM>(normal, weight));
-    } else {
-      V y = weighted<T, FORM>(normal, weight);
-      if constexpr (FORM == CAST_FIRST) {
-        y = rounded<T>(y);
-      }
-      put<T>(row.y, i, count, y * gate_factor<GATE>(get<T>(row.gate, i, count)));
-    }
-  });
-}
-
-// d silu(z) / dz and d sigmoid(z) / dz.
-template <int GATE>
-KH_INLINE V gate_slope(V gate) {
-  const Logistic of = logistic(gate);
-  return GATE == SIGMOID ? of.slope : fma(gate, of.slope, of.value);
 }
 
 // y = h * weight * f(gate) with h = x / rms(x); or h = v / rms(v), v = x * f(gate), where the gate comes first.
-template <typename T, int GATE>
 void gated_backward(const GatedBackwardRow& row) {
-  const auto input = [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V x = get<T>(row.x, i, count);
-    return GATE == SILU_FIRST ? x * silu(get<T>(row.gate, i, count)) : x;
-  };
-  const float squares = cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V x = input(i, count);
-    return x * x;
-  });
-  const float scale = scale_of(squares, row.n, row.eps);
-  const V r = set(scale);
-  for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V grad = get<T>(row.grad, i, count), gate = get<T>(row.gate, i, count);
-    const V weight = get<T>(row.weight, i, count), h = input(i, count) * r;
-    V of_weighted = grad;
-    if constexpr (GATE != SILU_FIRST) {
-      of_weighted = grad * gate_factor<GATE>(gate);
-      put<T>(row.gate_grad, i, count, grad * h * weight * gate_slope<GATE>(gate));
-    }
-    put<float>(row.scratch, i, count, of_weighted * weight);
-    if (row.weight_grad != nullptr) {
-      put<float>(row.weight_grad, i, count, fma(of_weighted, h, get<float>(row.weight_grad, i, count)));
-    }
-  });
-  const float product = cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    return get<float>(row.scratch, i, count) * input(i, count);
-  });
-  const V back = set(product * scale * scale / static_cast<float>(row.n));
-  for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    const V of_input = (get<float>(row.scratch, i, count) - input(i, count) * back) * r;
-    if constexpr (GATE == SILU_FIRST) {
-      const V x = get<T>(row.x, i, count), gate = get<T>(row.gate, i, count);
-      put<T>(row.x_grad, i, count, of_input * silu(gate));
-      put<T>(row.gate_grad, i, count, of_input * x * gate_slope<SILU>(gate));
-    } else {
-      put<T>(row.x_grad, i, count, of_input);
-    }
-  });
+  RmsBackwardRow inner{};
+  inner.weight = row.weight;
+  inner.weight_grad = row.weight_grad;
+  inner.n = row.n;
+  inner.offset = -0.0f;
+  const bool is_silu = row.gate_kind != SIGMOID;
+  if (row.gate_kind == SILU_FIRST) {
+    gated_input<float>(row.x, row.gate, row.scratch, row.n);
+    inner.grad = row.grad;
+    inner.x = row.scratch;
+    inner.x_grad = row.scratch;
+    rms_backward_scaled<float>(inner, scale_of(squares<float>(row.scratch, row.n), row.n, row.eps));
+    gate_backward(row.scratch, row.x, row.gate, true, row.x_grad, row.gate_grad, row.n);
+  } else {
+    const float scale = scale_of(squares<float>(row.x, row.n), row.n, row.eps);
+    RmsRow forward{};
+    forward.weight = row.weight;
+    forward.y = row.scratch;
+    forward.before = row.x;
+    forward.n = row.n;
+    forward.scale = scale;
+    forward.offset = -0.0f;
+    scaled<float, float, false>(forward);
+    gate_backward(row.grad, row.scratch, row.gate, is_silu, row.scratch, row.gate_grad, row.n);
+    inner.grad = row.scratch;
+    inner.x = row.x;
+    inner.x_grad = row.x_grad;
+    rms_backward_scaled<float>(inner, scale);
+  }
 }
 
-struct Moments {
-  float mean, scale;
-};
-
-// In two passes over the row, which lies in the cache by then: sums of squares alone would cancel.
-template <typename T>
-KH_INLINE Moments moments(const void* x, int64_t n, float eps) {
-  const float mean = cascade_sum(n, [&](int64_t i, int64_t count) KH_LAMBDA { return get<T>(x, i, count); }) /
-      static_cast<float>(n);
+// In two passes over the row, which lies in the cache by then: sums of squares alone would cancel. `first(i, count)` gives the
+// elements in the first of them.
+template <typename T, typename First>
+KH_INLINE Moments moments_by(const void* x, int64_t n, float eps, const First& first) {
+  const float mean = cascade_sum(n, first) / static_cast<float>(n);
   const V middle = set(mean);
   const float squares = cascade_sum(n, [&](int64_t i, int64_t count) KH_LAMBDA {
     const V away = get<T>(x, i, count) - middle;
@@ -290,15 +331,43 @@ KH_INLINE Moments moments(const void* x, int64_t n, float eps) {
 }
 
 template <typename T>
-void layer(const LayerRow& row) {
-  const Moments found = moments<T>(row.x, row.n, row.eps);
-  const V mean = set(found.mean), scale = set(found.scale);
-  const bool weight = row.weight != nullptr, bias = row.bias != nullptr;
-  for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    V y = (get<T>(row.x, i, count) - mean) * scale;
-    const V w = weight ? get<T>(row.weight, i, count) : set(1.0f);
-    const V b = bias ? get<T>(row.bias, i, count) : set(0.0f);
-    put<T>(row.y, i, count, fma(y, w, b));
+KH_NO_INLINE Moments moments(const void* x, int64_t n, float eps) {
+  return moments_by<T>(x, n, eps, [&](int64_t i, int64_t count) KH_LAMBDA { return get<T>(x, i, count); });
+}
+
+template <typename T>
+KH_INLINE void put_layer(const LayerRow& row, V mean, V scale, int64_t i, int64_t count) {
+  const V y = (get<T>(row.before, i, count) - mean) * scale;
+  const V w = row.weight != nullptr ? get<T>(row.weight, i, count) : set(1.0f);
+  const V b = row.bias != nullptr ? get<T>(row.bias, i, count) : set(0.0f);
+  put<T>(row.y, i, count, fma(y, w, b));
+}
+
+template <typename T>
+KH_NO_INLINE Moments moments_and_layer(const LayerRow& of) {
+  const LayerRow row = of;
+  const V mean = set(row.found.mean), scale = set(row.found.scale);
+  return moments_by<T>(row.x, row.n, row.eps, [&](int64_t i, int64_t count) KH_LAMBDA {
+    put_layer<T>(row, mean, scale, i, count);
+    return get<T>(row.x, i, count);
+  });
+}
+
+template <typename T>
+Moments layer(const LayerRow& row) {
+  return row.before == nullptr ? moments<T>(row.x, row.n, row.eps) : moments_and_layer<T>(row);
+}
+
+template <typename T>
+void last_layer(const LayerRow& of) {
+  const LayerRow row = of;
+  const V mean = set(row.found.mean), scale = set(row.found.scale);
+  for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA { put_layer<T>(row, mean, scale, i, count); });
+}
+
+void add(float* to, const float* from, int64_t n) {
+  for_each(n, [&](int64_t i, int64_t count) KH_LAMBDA {
+    put<float>(to, i, count, get<float>(to, i, count) + get<float>(from, i, count));
   });
 }
 
@@ -314,13 +383,6 @@ void layer_backward(const LayerBackwardRow& row) {
   const auto h = [&](int64_t i, int64_t count)
                      KH_LAMBDA { return (get<T>(row.x, i, count) - mean) * scale; };
   const float n = static_cast<float>(row.n);
-  const float first = cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA { return g(i, count); }) / n;
-  const float second =
-      cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA { return g(i, count) * h(i, count); }) / n;
-  const V constant = set(first), slope = set(second);
-  for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    put<T>(row.x_grad, i, count, (g(i, count) - constant - h(i, count) * slope) * scale);
-  });
   if (row.weight_grad != nullptr) {
     for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
       const V grad = get<T>(row.grad, i, count);
@@ -332,12 +394,18 @@ void layer_backward(const LayerBackwardRow& row) {
       put<float>(row.bias_grad, i, count, get<float>(row.bias_grad, i, count) + get<T>(row.grad, i, count));
     });
   }
+  const float first = cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA { return g(i, count); }) / n;
+  const float second =
+      cascade_sum(row.n, [&](int64_t i, int64_t count) KH_LAMBDA { return g(i, count) * h(i, count); }) / n;
+  const V constant = set(first), slope = set(second);
+  for_each(row.n, [&](int64_t i, int64_t count) KH_LAMBDA {
+    put<T>(row.x_grad, i, count, (g(i, count) - constant - h(i, count) * slope) * scale);
+  });
 }
 
-void add(float* to, const float* from, int64_t n) {
-  for_each(n, [&](int64_t i, int64_t count) KH_LAMBDA {
-    put<float>(to, i, count, get<float>(to, i, count) + get<float>(from, i, count));
-  });
+template <typename T>
+void widen_row(float* to, const void* from, int64_t n) {
+  for_each(n, [&](int64_t i, int64_t count) KH_LAMBDA { put<float>(to, i, count, get<T>(from, i, count)); });
 }
 
 template <typename T>
@@ -345,25 +413,25 @@ void narrow_row(void* to, const float* from, int64_t n) {
   for_each(n, [&](int64_t i, int64_t count) KH_LAMBDA { put<T>(to, i, count, get<float>(from, i, count)); });
 }
 
-// In float32 there is nothing to round, and backwards the two ways of rounding are one.
-#define KH_FORMS(FUNCTION, T) {FUNCTION<T, CAST_FIRST>, FUNCTION<T, CAST_LAST>, FUNCTION<T, ZERO_CENTERED>}
-#define KH_TWO_FORMS(FUNCTION, T) {FUNCTION<T, CAST_LAST>, FUNCTION<T, CAST_LAST>, FUNCTION<T, ZERO_CENTERED>}
-#define KH_GATED(T, FORM, FIRST) {nullptr, gated<T, FORM, SILU>, gated<T, FORM, SIGMOID>, FIRST}
-#define KH_GATED_BACKWARD(T) \
-  {nullptr, gated_backward<T, SILU>, gated_backward<T, SIGMOID>, gated_backward<T, SILU_FIRST>}
-#define KH_GATE_FIRST(T) gated<T, CAST_FIRST, SILU_FIRST>
+// In float32 there is nothing to round.
+#define KH_ROUNDED(FUNCTION) \
+  {{FUNCTION<float, false>, FUNCTION<float, false>}, \
+   {FUNCTION<BFloat16, false>, FUNCTION<BFloat16, true>}, \
+   {FUNCTION<Half, false>, FUNCTION<Half, true>}}
 #define KH_DTYPES(FUNCTION) {FUNCTION<float>, FUNCTION<BFloat16>, FUNCTION<Half>}
 
 const Rows rows = {
-    {KH_TWO_FORMS(rms, float), KH_FORMS(rms, BFloat16), KH_FORMS(rms, Half)},
-    {KH_TWO_FORMS(add_rms, float), KH_FORMS(add_rms, BFloat16), KH_FORMS(add_rms, Half)},
-    {KH_TWO_FORMS(rms_backward, float), KH_TWO_FORMS(rms_backward, BFloat16), KH_TWO_FORMS(rms_backward, Half)},
-    {{KH_GATED(float, CAST_LAST, KH_GATE_FIRST(float)), KH_GATED(float, CAST_LAST, nullptr)},
-     {KH_GATED(BFloat16, CAST_FIRST, KH_GATE_FIRST(BFloat16)), KH_GATED(BFloat16, CAST_LAST, nullptr)},
-     {KH_GATED(Half, CAST_FIRST, KH_GATE_FIRST(Half)), KH_GATED(Half, CAST_LAST, nullptr)}},
-    {KH_GATED_BACKWARD(float), KH_GATED_BACKWARD(BFloat16), KH_GATED_BACKWARD(Half)},
+    KH_ROUNDED(rms),
+    KH_ROUNDED(add_rms),
+    KH_ROUNDED(last_rms),
+    KH_DTYPES(rms_backward),
+    KH_ROUNDED(gated),
+    {gated_first<float, false>, gated_first<BFloat16, true>, gated_first<Half, true>},
+    gated_backward,
     KH_DTYPES(layer),
+    KH_DTYPES(last_layer),
     KH_DTYPES(layer_backward),
     add,
+    KH_DTYPES(widen_row),
     KH_DTYPES(narrow_row),
 };

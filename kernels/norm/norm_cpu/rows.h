@@ -22,10 +22,15 @@ struct RmsRow {
   const void* residual; // added to x first; `sum` gets the result
   const void* gate;
   const void* weight;
-  void* y;
   void* sum;
+  const void* before; // with a residual: the sums of the row before, which is finished now; null where there is none
+  void* y;            // of `before`, where there is one
+  float* scratch;     // n floats, where the gate comes first
   int64_t n;
   float eps;
+  float scale;  // of `before`
+  float offset; // of the weight: 1, or -0 for none
+  bool is_silu; // what the gate goes through, else the sigmoid
 };
 
 struct RmsBackwardRow {
@@ -37,28 +42,37 @@ struct RmsBackwardRow {
   float* weight_grad; // added to; null where it is not wanted
   int64_t n;
   float eps;
+  float offset; // as above
 };
 
+// In float32 only: rows of another dtype are widened before and narrowed after.
 struct GatedBackwardRow {
-  const void* grad;
-  const void* x;
-  const void* gate;
-  const void* weight;
-  void* x_grad;
-  void* gate_grad;
-  float* weight_grad; // added to; null where it is not wanted
+  const float* grad;
+  const float* x;
+  const float* gate;
+  const float* weight;
+  float* x_grad;
+  float* gate_grad;
+  float* weight_grad; // added to
   float* scratch;     // n floats
   int64_t n;
   float eps;
+  Gate gate_kind;
+};
+
+struct Moments {
+  float mean, scale;
 };
 
 struct LayerRow {
   const void* x;
   const void* weight; // null for ones
   const void* bias;   // null for zeros
-  void* y;
+  const void* before; // the row before, which is finished now; null where there is none
+  void* y;            // of `before`
   int64_t n;
   float eps;
+  Moments found; // of `before`
 };
 
 struct LayerBackwardRow {
@@ -73,14 +87,19 @@ struct LayerBackwardRow {
 };
 
 struct Rows {
-  void (*rms[DTYPES][FORMS])(const RmsRow&);
-  void (*add_rms[DTYPES][FORMS])(const RmsRow&);
-  void (*rms_backward[DTYPES][FORMS])(const RmsBackwardRow&);
-  void (*gated[DTYPES][2][4])(const RmsRow&); // [dtype][form: CAST_FIRST or CAST_LAST][gate]
-  void (*gated_backward[DTYPES][4])(const GatedBackwardRow&);
-  void (*layer[DTYPES])(const LayerRow&);
+  // [dtype][whether the form is CAST_FIRST]
+  void (*rms[DTYPES][2])(const RmsRow&);
+  float (*add_rms[DTYPES][2])(const RmsRow&); // gives the scale with which the row is to be finished
+  void (*last_rms[DTYPES][2])(const RmsRow&); // only finishes
+  void (*rms_backward[DTYPES])(const RmsBackwardRow&);
+  void (*gated[DTYPES][2])(const RmsRow&);
+  void (*gated_first[DTYPES])(const RmsRow&); // CAST_FIRST
+  void (*gated_backward)(const GatedBackwardRow&);
+  Moments (*layer[DTYPES])(const LayerRow&); // with these a row is to be finished
+  void (*last_layer[DTYPES])(const LayerRow&);
   void (*layer_backward[DTYPES])(const LayerBackwardRow&);
   void (*add)(float* to, const float* from, int64_t n);
+  void (*widen[DTYPES])(float* to, const void* from, int64_t n);
   void (*narrow[DTYPES])(void* to, const float* from, int64_t n);
 };
 
