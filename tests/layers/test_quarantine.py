@@ -19,7 +19,7 @@ from torch import nn
 
 from kernelhub import LocalFuncRepository, LocalLayerRepository, Mode, kernel_report, kernelize, kernelized, unkernelize
 from kernelhub.errors import InvalidReference, KernelHubWarning
-from kernelhub.layers import mapping, swap
+from kernelhub.layers import mapping, quarantine, swap
 from kernelhub.layers.kernel import LayerKernel, load_layer
 from kernelhub.layers.quarantine import watched
 from kernelhub.layers.swap import in_effect
@@ -183,6 +183,62 @@ def test_what_the_original_raises_too_is_the_callers_error_and_the_kernel_stays(
     assert caught.value.__context__ is not None, "the kernel's own error is shown with it"
     faults.clear()
     assert in_effect(model)
+
+
+class Cache:
+    """As those of keys and values: what is added makes another tensor, and writes to none."""
+
+    def __init__(self) -> None:
+        self.keys: list[Any] = [None]
+
+    def update(self, x: torch.Tensor) -> None:
+        self.keys[0] = x if self.keys[0] is None else torch.cat([self.keys[0], x])
+
+
+class Slotted:
+    __slots__ = ("keys",)
+
+    def __init__(self) -> None:
+        self.keys = torch.zeros(0, 2)
+
+    def update(self, x: torch.Tensor) -> None:
+        self.keys = torch.cat([self.keys, x])
+
+
+@pytest.mark.parametrize(
+    ("cache", "update"),
+    [
+        (Cache, lambda cache, x: cache.update(x)),
+        (Slotted, lambda cache, x: cache.update(x)),
+        (list, lambda cache, x: cache.append(x)),
+        (dict, lambda cache, x: cache.update(n=cache.get("n", 0) + 1)),
+        (lambda: {"n": 1}, lambda cache, x: cache.update(n=cache["n"] + 1)),
+        (lambda: [Cache()], lambda cache, x: cache[0].update(x)),
+    ],
+)
+def test_a_cache_that_the_kernel_added_to_is_not_added_to_again(cache: Any, update: Any) -> None:
+    def held(given: Any) -> list[Any]:
+        return quarantine._before(nn.Identity(), (X, given), {}).held
+
+    given = cache()
+    before = held(given)
+    assert before == held(given)
+    update(given, torch.ones(1, 2))
+    assert before != held(given)
+
+
+@pytest.mark.usefixtures("faults")
+def test_a_kernel_that_added_to_a_cache_before_it_raised_cannot_be_answered_for() -> None:
+    model, cache = gate(), Cache()
+    function = in_effect(model).function
+    before = quarantine._before(model, (X, cache), {})
+    cache.update(X)
+    with (
+        pytest.warns(KernelHubWarning, match="written to what it was called with"),
+        pytest.raises(ValueError, match="too late"),
+    ):
+        quarantine._answer(model, function, ValueError("too late"), before, (X, cache), {})
+    assert in_effect(model) is None
 
 
 def test_a_kernel_that_wrote_to_its_input_before_it_raised_cannot_be_answered_for(faults: list[Fault]) -> None:

@@ -4,7 +4,8 @@ The kernel's forward is then called by one that watches it; without the option n
 does where the kernel raises, step by step:
 
     is it the kernel's?   not memory that is full, a device that failed, a fake tensor, checkpointing that stops early
-    can it be answered?   not where the kernel has written to what it was called with, as torch's counters tell
+    can it be answered?   not where the kernel has written to what it was called with, as torch's counters tell, or has
+                          added to it (a cache of keys and values, a list)
     the original          runs; what it raises too is the caller's error, and the kernel stays
     the kernel goes       once, with a warning; the report has the reason
 """
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ def watched(kernel: Any) -> Any:
             torch.compiler.is_compiling()
         ):  # somebody compiles what was kernelized for eager: errors come later, elsewhere
             return kernel(self, *args, **kwargs)
-        before = _versions(self, args, kwargs)
+        before = _before(self, args, kwargs)
         try:
             return kernel(self, *args, **kwargs)
         except Exception as error:
@@ -66,21 +68,26 @@ def watched(kernel: Any) -> Any:
     return forward
 
 
-_Versions = list[tuple[torch.Tensor, int]]
+@dataclass(frozen=True)
+class _Before:
+    """What a call had before the kernel ran: its tensors, each with how often it had been written to, and what held them."""
+
+    tensors: list[tuple[torch.Tensor, int]]
+    held: list[Any]
 
 
 def _answer(
     module: nn.Module,
     forward: Any,
     error: Exception,
-    before: _Versions,
+    before: _Before,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """The original's answer to a call on which the kernel raised; then the kernel goes."""
     from kernelhub.layers.capture import original_forward  # here: nothing else needs it where kernels do not raise
 
-    if any(version != _version(tensor) for tensor, version in before):
+    if any(version != _version(tensor) for tensor, version in before.tensors) or before.held != _held((args, kwargs)):
         _take_out(module, forward, error, "; it had written to what it was called with, so this call is an error")
         raise error
     answer = original_forward(module)(*args, **kwargs)
@@ -103,13 +110,13 @@ def _take_out(module: nn.Module, forward: Any, error: Exception, also: str) -> N
     )
 
 
-def _of_kernel(error: Exception, before: _Versions) -> bool:
+def _of_kernel(error: Exception, before: _Before) -> bool:
     """Whether the error says something about the kernel, so that the original may do better."""
     if isinstance(error, _PASSED_ON) or "DefaultCPUAllocator" in str(error):
         return False
     if type(error).__module__ == "torch.utils.checkpoint":  # how recomputation ends as soon as it has what it needs
         return False
-    tensors = [tensor for tensor, _ in before]
+    tensors = [tensor for tensor, _ in before.tensors]
     if any(tensor.is_meta or _is_fake(tensor) for tensor in tensors):
         return False
     return not any(_failed(device) for device in {tensor.device for tensor in tensors})
@@ -132,24 +139,48 @@ def _failed(device: torch.device) -> bool:
     return False
 
 
-def _versions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Versions:
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Before:
     """The tensors of a call and of the layer, each with how often it has been written to."""
-    found = [(tensor, _version(tensor)) for tensor in _tensors((args, kwargs))]
+    tensors: list[torch.Tensor] = []
+    held = _held((args, kwargs), tensors)
     for own in (module._parameters, module._buffers):
-        found += [(tensor, _version(tensor)) for tensor in own.values() if tensor is not None]
+        tensors += [tensor for tensor in own.values() if tensor is not None]
+    return _Before([(tensor, _version(tensor)) for tensor in tensors], held)
+
+
+# How deep arguments are looked into: a cache has layers, which have tensors.
+_DEPTH = 6
+_WHOLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, nn.Module, type)
+
+
+def _held(value: Any, tensors: list[torch.Tensor] | None = None) -> list[Any]:
+    """What the arguments of a call hold, by identity: a cache that was added to holds other things. `tensors` gets the tensors."""
+    found: list[Any] = []
+    waiting = [(value, 0)]
+    seen: set[int] = set()
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            found.append(id(item))
+            if tensors is not None:
+                tensors.append(item)
+        elif isinstance(item, _WHOLE) or callable(item) or depth > _DEPTH or id(item) in seen:
+            found.append(item if isinstance(item, (bool, int, str)) else id(item))
+        else:
+            seen.add(id(item))
+            inside = _inside(item)
+            found.append((type(item), len(inside)))
+            waiting += [(one, depth + 1) for one in inside]
     return found
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of nested tuples, lists and dicts. Other objects are not looked into: this is on the call path."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
+def _inside(item: Any) -> list[Any]:
+    if isinstance(item, (tuple, list, set, frozenset, deque)):
+        return list(item)
+    if isinstance(item, dict):
+        return [*item.keys(), *item.values()]
+    slots = [name for cls in type(item).__mro__ for name in (cls.__dict__.get("__slots__") or ())]
+    return [*vars(item).values()] if hasattr(item, "__dict__") else [getattr(item, name, None) for name in slots]
 
 
 def _version(tensor: torch.Tensor) -> int:
