@@ -15,7 +15,10 @@ from kernelfiles import kernel_files, write_files, write_kernel
 
 from kernelhub.cli.main import run
 
-COMMANDS = ["get", "info", "versions", "variants", "publish", "doctor", "serve", "cache", "verify-report"]
+COMMANDS = [
+    *("get", "info", "versions", "variants", "lock", "download", "publish", "doctor", "serve", "cache", "bundle"),
+    "verify-report",
+]
 
 
 @pytest.fixture(autouse=True)
