@@ -158,6 +158,39 @@ def test_prune_removes_what_is_selected(store):
     assert list(store.places()) == [PLACE]
 
 
+@pytest.mark.parametrize("leads_to", ["itself", "nothing", "a device"])
+def test_a_link_that_leads_to_no_file_is_an_alteration(store, leads_to):
+    path = store.add(PLACE, write).path / "__init__.py"
+    path.parent.chmod(0o755)
+    path.unlink()
+    path.symlink_to({"itself": path, "nothing": path.with_name("none"), "a device": "/dev/zero"}[leads_to])
+    with pytest.raises(IntegrityError, match="neither a file nor a folder"):
+        store.find(PLACE)
+    ((place, error),) = store.verify_all()
+    assert (place, type(error)) == (PLACE, IntegrityError)
+
+
+def test_what_cannot_be_read_says_so(store, monkeypatch):
+    store.add(PLACE, write)
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(verify_module, "_read", refuse)
+    with pytest.raises(StoreError, match="cannot read .*torch-cpu: Permission denied"):
+        store.find(PLACE)
+
+
+def test_a_store_with_a_file_in_place_of_a_folder_does_without_what_would_lie_there(store):
+    (store.root / "kernels" / "hub").mkdir(parents=True)
+    (store.root / "kernels" / "hub" / "org--small").write_text("")
+    store.set_listing("hub", PLACE.repo, PLACE.commit, {"variants": {}})
+    store.set_ref("hub", PLACE.repo, "v1", RefRecord(PLACE.commit, 1.0))
+    assert store.listing("hub", PLACE.repo, PLACE.commit) == {}
+    with pytest.raises(StoreError, match="cannot write to the store"):
+        store.add(PLACE, write)
+
+
 def test_prune_removes_nothing_that_links_in_the_store_lead_to(store, tmp_path):
     """Whoever can write to a shared store could have the files of whoever tidies it up removed."""
     mine = [tmp_path / "home" / name for name in (".ssh/id", "work/.profile", "letter", f"{'a' * 40}/work/file")]

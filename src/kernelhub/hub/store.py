@@ -217,7 +217,12 @@ class Store:
         if not folder.is_dir():
             return None
         self._check_owner(folder)
-        return verify(folder, self._known(self.path(place)), rehash=rehash or self.verify_always)
+        try:
+            return verify(folder, self._known(folder), rehash=rehash or self.verify_always)
+        except OSError as error:
+            if isinstance(error, KernelHubError):
+                raise
+            raise StoreError(f"cannot read {folder}: {error.strerror or error}") from error
 
     def add(self, place: Place, write: Callable[[Path], None]) -> Verified:
         """The variant's folder, written by `write` into an empty folder unless another process was first.
@@ -471,7 +476,8 @@ class Store:
             beside.write_bytes(data)
             beside.replace(path)
         except OSError:
-            beside.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
             if must:
                 raise
 

@@ -119,13 +119,21 @@ def scan(folder: Path) -> dict[str, os.stat_result]:
                     bad.append(Violation("bytecode", path))
                 elif entry.is_dir(follow_symlinks=False):
                     pending.append(path + "/")
-                elif entry.is_file():
-                    found[path] = entry.stat()
+                elif (status := _status(entry)) is not None:
+                    found[path] = status
                 else:
                     bad.append(Violation("unknown", f"{path} (neither a file nor a folder)"))
     if bad:
         raise IntegrityError(f"{folder} has what no kernel may have", sorted(bad, key=lambda item: item.path))
     return {safe_path(path): found[path] for path in sorted(found)}
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """A file's; None for what is none, as a link that leads to itself."""
+    try:
+        return entry.stat() if entry.is_file() else None
+    except OSError:
+        return None
 
 
 def _covered(files: Mapping[str, str]) -> dict[str, str]:
