@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 WARMUP = 2
 ROUNDS = 15
+REPEATS = 3  # of each measurement in a round; the fastest counts, so that interruptions do not
 STEPS = 8  # one-token steps that are timed together
 # Only kernels that are equal and faster on what the model does with them, measured in this run.
 PROVEN = {"verify": True, "only_if_faster": True, "refresh": True}
@@ -389,12 +390,14 @@ def _round(
 
     seconds = {}
     for kernelized in (False, True) if before_first else (True, False):
+        if kernelized and not layers:
+            continue
         unkernelize(case.model)
-        if kernelized and layers:
+        if kernelized:
             _kernelize(case.model, mapping, include=layers)
-        case.model(**case.inputs)  # the first after a switch finds cold caches
-        seconds[kernelized] = _time(case), _step_time(case) if case.steps else 0.0
-    return seconds[False], seconds[True]
+        _forward(case)  # the first after a switch finds cold caches
+        seconds[kernelized] = min(_time(case) for _ in range(REPEATS)), _step_time(case) if case.steps else 0.0
+    return seconds[False], seconds[True] if layers else seconds[False]  # without kernels it is the same model
 
 
 def _kernelize(model: nn.Module, mapping: KernelMapping | None, **options: Any) -> None:
@@ -462,7 +465,7 @@ def _time(case: Case) -> float:
     device = next(case.model.parameters()).device
     _wait(device)
     start = time.perf_counter()
-    case.model(**case.inputs)
+    _forward(case)
     _wait(device)
     return time.perf_counter() - start
 
@@ -471,12 +474,15 @@ def _step_time(case: Case) -> float:
     """Seconds of one more token after the input: the mean of a few, after one that is not counted."""
     token, cache = _filled(case)
     _step(case, token, cache)
-    _wait(token.device)
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        _step(case, token, cache)
-    _wait(token.device)
-    return (time.perf_counter() - start) / STEPS
+    taken = []
+    for _ in range(REPEATS):
+        _wait(token.device)
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            _step(case, token, cache)
+        _wait(token.device)
+        taken.append((time.perf_counter() - start) / STEPS)
+    return min(taken)
 
 
 def _filled(case: Case) -> tuple[torch.Tensor, Any]:
