@@ -48,7 +48,9 @@ def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]
         with context(f"LOCAL_KERNELS: {name}={path}"):
             found.append(local_source(path, RepoId.parse(name), building)[0])
     found.append(ProjectSource.embedded(building))
-    if (bundles := settings.cache_folder / BUNDLES).joinpath("hub.json").is_file():  # before hubs: what is here needs no network
+    if (
+        (bundles := settings.cache_folder / BUNDLES).joinpath("hub.json").is_file()
+    ):  # before hubs: what is here needs no network
         found.append(Deferred(BUNDLES_ADDRESS, partial(bundle, bundles)))
     found += [Deferred(hub_address(url), partial(layout, url)) for url in settings.hubs]
     found.append(Deferred(endpoint_address(settings.hf_endpoint), hugging_face))
