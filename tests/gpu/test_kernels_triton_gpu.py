@@ -223,7 +223,7 @@ def rotary_forms() -> list[dict[str, bool]]:
 def test_rotary(
     triton: dict[str, ModuleType], pytorch: dict[str, ModuleType], form: dict[str, bool], dtype: torch.dtype
 ) -> None:
-    """Bit for bit where a product is rounded before it is added; else within the rounding that the fused addition saves."""
+    """Bit for bit; the gradients of what rounds once are rounded once, too, and PyTorch's are not."""
     shapes = (
         ((6, 0, 1, 4), (16, 5, 2, 3))
         if INTERPRETED
@@ -247,13 +247,12 @@ def test_rotary(
                 got = module["rotary"].apply_rotary(*leaves, *operands[2:], unsqueeze, rotary_dim=width, **form)
                 seeds = [numbers(*x.shape, dtype=dtype, seed=4) for x in got]
                 results.append([*got, *torch.autograd.grad(got, leaves, seeds)])
-            exact = dtype != torch.float32 and not form["round_once"]
             for place, (a, b) in enumerate(zip(*results, strict=True)):
-                if exact:
+                if place < 2 or not form["round_once"]:
                     assert torch.equal(a, b), (width, extra, dim, place)
                 else:
                     unit = torch.finfo(dtype).eps
-                    torch.testing.assert_close(a, b, rtol=2 * unit, atol=unit * float(b.detach().abs().max()))
+                    torch.testing.assert_close(a, b, rtol=4 * unit, atol=4 * unit * float(b.detach().abs().max()))
             if extra == 0:
                 assert [x.stride() for x in results[0][:2]] == [x.stride() for x in operands[:2]]
 
@@ -459,10 +458,15 @@ def ops(triton: dict[str, ModuleType]) -> Iterator[tuple[str, str, tuple[Any, ..
 
 @on_gpu
 def test_ops_are_what_their_schemas_and_shapes_say(triton: dict[str, ModuleType]) -> None:
+    failed = []
     for project, name, arguments in ops(triton):
         module = triton[project]
         assert module.compiled.triton_here.works("cuda", torch.cuda.current_device())
-        torch.library.opcheck(getattr(module.compiled.ops, f"triton_{name}").default, arguments)
+        try:
+            torch.library.opcheck(getattr(module.compiled.ops, f"triton_{name}").default, arguments)
+        except Exception as error:
+            failed.append((name, str(error)[:200]))
+    assert not failed
 
 
 def functions(triton: dict[str, ModuleType]) -> Iterator[tuple[str, Callable[..., Any], Callable[[int], list[Tensor]]]]:

@@ -32,7 +32,7 @@ def _gradient(x, most, inverse, scale, is_label, n, smoothing, z_loss, T: tl.con
 @triton.jit
 def losses(
     logits_ptr, labels_ptr, losses_ptr, sums_ptr, scale_ptr, n, stride, ignore_index, smoothing, z_loss,
-    WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr, SMOOTHS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row to a program, read once for its sums, which are kept, and WITH_GRADIENT once more, to be written over.
 
@@ -40,6 +40,7 @@ def losses(
     """
     T: tl.constexpr = logits_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
+    smoothing, z_loss = tl.cast(smoothing, tl.float32), tl.cast(z_loss, tl.float32)
     logits_ptr += row * stride
     label = tl.load(labels_ptr + row)
     kept = label != ignore_index
@@ -47,24 +48,25 @@ def losses(
     at_label = tl.load(logits_ptr + label, mask=is_class, other=float("nan")).to(tl.float32)
     count = tl.where(kept, n, 0)
     most = tl.full([], float("-inf"), tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    plain = tl.full([], 0.0, tl.float32)
+    totals = tl.zeros([BLOCK], tl.float32)
+    plains = tl.zeros([BLOCK], tl.float32)
     for start in range(0, count, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < n
         x = tl.load(logits_ptr + column, mask=inside, other=float("-inf")).to(tl.float32)
         found = tl.maximum(most, tl.max(x, 0))  # passes over NaNs, which show in the sum
         shift = tl.where(found == float("-inf"), 0.0, found)
-        total = total * _exp(most - shift, T) + tl.sum(_exp(x - shift, T), 0)
-        plain += tl.sum(tl.where(inside, x, 0.0), 0)
+        totals = totals * _exp(most - shift, T) + _exp(x - shift, T)
+        if SMOOTHS:
+            plains += tl.where(inside, x, 0.0)
         most = found
     # Nothing but -inf has no largest: 0 / 0 in the formula.
-    total = tl.where(most == float("-inf"), float("nan"), total)
+    total = tl.where(most == float("-inf"), float("nan"), tl.sum(totals, 0))
     log_sum = tl.log(total)
     # Beside large logits the logarithm would be lost, so it is added last.
     loss = (most - at_label) + log_sum
-    if smoothing != 0.0:
-        loss = (1.0 - smoothing) * loss + smoothing * ((most - plain / n) + log_sum)
+    if SMOOTHS:
+        loss = (1.0 - smoothing) * loss + smoothing * ((most - tl.sum(plains, 0) / n) + log_sum)
     if z_loss != 0.0:
         loss += z_loss * (most + log_sum) * (most + log_sum)
     inverse = tl.where(is_class, 1.0 / total, float("nan"))
@@ -78,8 +80,8 @@ def losses(
             grad = _gradient(x, most, inverse, scale, column == label, n, smoothing, z_loss, T)
             tl.store(logits_ptr + column, tl.where(kept, grad, 0.0).to(T), mask=inside)
     else:
-        tl.store(sums_ptr + 2 * row, most)
-        tl.store(sums_ptr + 2 * row + 1, inverse)
+        tl.store(sums_ptr + 2 * row, tl.where(kept, most, 0.0))
+        tl.store(sums_ptr + 2 * row + 1, tl.where(kept, inverse, 0.0))
 
 
 @triton.jit
@@ -89,6 +91,7 @@ def gradients(
 ):  # fmt: skip
     """BLOCK classes of a row to a program."""
     T: tl.constexpr = logits_ptr.dtype.element_ty
+    smoothing, z_loss = tl.cast(smoothing, tl.float32), tl.cast(z_loss, tl.float32)
     across = tl.cdiv(n, BLOCK)
     row = (tl.program_id(0) // across).to(tl.int64)
     column = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)

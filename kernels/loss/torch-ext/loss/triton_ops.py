@@ -48,7 +48,7 @@ def cross_entropy(
         x, stride = _rows(logits)
         launch(
             kernels.losses, rows, x, x, labels.contiguous(), losses, sums, x, n, stride, ignore_index, label_smoothing,
-            z_loss, WITH_GRADIENT=False, **_options(n, 8192),
+            z_loss, WITH_GRADIENT=False, SMOOTHS=label_smoothing != 0.0, **_options(n, 8192),
         )  # fmt: skip
     return losses, sums
 
@@ -83,7 +83,7 @@ def cross_entropy_gradient_(
     if rows > 0:
         launch(
             kernels.losses, rows, logits, logits, labels.contiguous(), losses, labels, scale.contiguous(), n, n, ignore_index,
-            label_smoothing, z_loss, WITH_GRADIENT=True, **_options(n, 8192),
+            label_smoothing, z_loss, WITH_GRADIENT=True, SMOOTHS=label_smoothing != 0.0, **_options(n, 8192),
         )  # fmt: skip
     return losses
 

@@ -101,7 +101,7 @@ def rms_rows(
     at = row * n + column
     if KIND == _ADD:
         tl.store(sum_ptr + at, of.to(T), mask=inside)
-    scale = tl.rsqrt(tl.sum(of * of, 1) / n + eps)[:, None]
+    scale = tl.rsqrt(tl.sum(of * of, 1) / n + tl.cast(eps, tl.float32))[:, None]
     tl.store(y_ptr + at, _weighted(of * scale, weight, other, FORM, KIND, GATE, T).to(T), mask=inside)
 
 
@@ -129,7 +129,7 @@ def rms_long_rows(
         if KIND == _ADD:
             tl.store(sum_ptr + column, of.to(T), mask=inside)
         squares += of * of
-    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + tl.cast(eps, tl.float32))
     for start in range(0, n, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = column < n
@@ -153,7 +153,7 @@ def layer_rows(
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1)[:, None] / n
     away = tl.where(inside, x - mean, 0.0)
-    y = away * tl.rsqrt(tl.sum(away * away, 1)[:, None] / n + eps)
+    y = away * tl.rsqrt(tl.sum(away * away, 1)[:, None] / n + tl.cast(eps, tl.float32))
     if WEIGHT:
         y = y * tl.load(weight_ptr + column, mask=column < n, other=0.0).to(tl.float32)
     if BIAS:
@@ -181,7 +181,7 @@ def layer_long_rows(
         x = tl.load(x_ptr + column, mask=column < n, other=0.0).to(tl.float32)
         away = tl.where(column < n, x - mean, 0.0)
         squares += away * away
-    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + tl.cast(eps, tl.float32))
     for start in range(0, n, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = column < n
@@ -263,7 +263,7 @@ def backward_rows(
         g = by * w
         if KIND == _LAYER:
             of = tl.where(inside, of - tl.sum(of, 1)[:, None] / n, 0.0)
-        scale = tl.rsqrt(tl.sum(of * of, 1) / n + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(of * of, 1) / n + tl.cast(eps, tl.float32))[:, None]
         h = of * scale
         to = g - h * (tl.sum(g * h, 1)[:, None] / n)
         if KIND == _LAYER:
@@ -322,7 +322,7 @@ def backward_long_rows(
         squares += of * of
         products += of * by
         constants += by
-    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + tl.cast(eps, tl.float32))
     back = tl.sum(products, 0) * scale / n
     constant = 0.0
     if KIND == _LAYER:

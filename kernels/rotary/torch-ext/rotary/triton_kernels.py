@@ -7,17 +7,21 @@ import triton.language as tl
 
 
 @triton.jit
-def _turned(x, cos, other, sin, ROUNDS: tl.constexpr, T: tl.constexpr):
-    """x * cos + other * sin, rounded where PyTorch's three operations round."""
+def _turned(x, cos, other, sin, one, ROUNDS: tl.constexpr, T: tl.constexpr):
+    """x * cos + other * sin, rounded where PyTorch's three operations round.
+
+    Of a product and a sum the compiler would make one operation, which rounds once less, also where the product is rounded
+    to 16 bits in between. So the sum is such an operation itself, with a factor of which only the caller knows that it is 1.
+    """
     first, second = x * cos, other * sin
     if ROUNDS:
         first, second = first.to(T).to(tl.float32), second.to(T).to(tl.float32)
-    return (first + second).to(T)
+    return tl.fma(first, tl.zeros_like(first) + tl.cast(one, tl.float32), second).to(T)
 
 
 @triton.jit
 def _heads(
-    x_ptr, y_ptr, heads, width, x_head, y_head, cos_first, cos_second, sin_first, sin_second, first_head, rotary,
+    x_ptr, y_ptr, heads, width, x_head, y_head, cos_first, cos_second, sin_first, sin_second, first_head, rotary, one,
     INTERLEAVED: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_H heads of one token, of which cos and sin are given."""
@@ -33,8 +37,8 @@ def _heads(
     head = head.to(tl.int64)
     a = tl.load(x_ptr + head * x_head + first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + head * x_head + second, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + head * y_head + first, _turned(a, cos_first, b, -sin_first, ROUNDS, T), mask=inside)
-    tl.store(y_ptr + head * y_head + second, _turned(b, cos_second, a, sin_second, ROUNDS, T), mask=inside)
+    tl.store(y_ptr + head * y_head + first, _turned(a, cos_first, b, -sin_first, one, ROUNDS, T), mask=inside)
+    tl.store(y_ptr + head * y_head + second, _turned(b, cos_second, a, sin_second, one, ROUNDS, T), mask=inside)
     for start in range(rotary, width, 2 * BLOCK_P):
         column = start + tl.arange(0, 2 * BLOCK_P)[None, :]
         rest = (head < heads) & (column < width)
@@ -48,7 +52,7 @@ def rotate(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, rotary, q_heads, k_heads, q_width, k_width,
     q_batch, q_head, q_token, k_batch, k_head, k_token,
     q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
-    cos_batch, cos_token, sin_batch, sin_token,
+    cos_batch, cos_token, sin_batch, sin_token, one,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, ROUNDS: tl.constexpr,
     PAIRED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -81,11 +85,11 @@ def rotate(
         _heads(
             q_ptr + batch * q_batch + token * q_token, q_out_ptr + batch * q_out_batch + token * q_out_token,
             q_heads, q_width, q_head, q_out_head, cos_first, cos_second, sin_first, sin_second, part * BLOCK_H, rotary,
-            INTERLEAVED, ROUNDS, BLOCK_H, BLOCK_P,
+            one, INTERLEAVED, ROUNDS, BLOCK_H, BLOCK_P,
         )  # fmt: skip
     else:
         _heads(
             k_ptr + batch * k_batch + token * k_token, k_out_ptr + batch * k_out_batch + token * k_out_token,
             k_heads, k_width, k_head, k_out_head, cos_first, cos_second, sin_first, sin_second, (part - of_q) * BLOCK_H,
-            rotary, INTERLEAVED, ROUNDS, BLOCK_H, BLOCK_P,
+            rotary, one, INTERLEAVED, ROUNDS, BLOCK_H, BLOCK_P,
         )  # fmt: skip

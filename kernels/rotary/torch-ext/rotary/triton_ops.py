@@ -54,7 +54,7 @@ def rotate(
     tables = [stride for x in (cos, sin) for stride in _strides(x, first - 1, first)]
     launch(
         kernels.rotate, programs, q, q, k, cos, sin, *found, tokens, rotary_dim, q_heads, k_heads,
-        q.shape[-1], k.shape[-1], *places, *tables,
+        q.shape[-1], k.shape[-1], *places, *tables, 1.0,
         INTERLEAVED=form & 1 != 0, INVERSE=form & 2 != 0, TRANSPOSED=form & 4 != 0, ROUNDS=form & 8 == 0,  # as in compiled.py
         PAIRED=cos.shape[-1] != rotary_dim, BLOCK_H=together, BLOCK_P=pairs, num_warps=4,
     )  # fmt: skip
