@@ -30,7 +30,7 @@ def _rows(x: Tensor) -> tuple[Tensor, Any]:
 
 
 def _options(n: Any, most: int) -> dict[str, int]:
-    """A block of classes, 16 to a thread."""
+    """A block of classes, 16 to a thread. On H200, 8192 rows of 128256 bfloat16 take 588 us in blocks of 4096, 737 of 8192."""
     block = min(max(1 << (int(n) - 1).bit_length(), 512), most)
     return {"BLOCK": block, "num_warps": max(block // 512, 1)}
 
@@ -48,7 +48,7 @@ def cross_entropy(
         x, stride = _rows(logits)
         launch(
             kernels.losses, rows, x, x, labels.contiguous(), losses, sums, x, n, stride, ignore_index, label_smoothing,
-            z_loss, WITH_GRADIENT=False, SMOOTHS=label_smoothing != 0.0, **_options(n, 8192),
+            z_loss, WITH_GRADIENT=False, SMOOTHS=label_smoothing != 0.0, **_options(n, 4096),
         )  # fmt: skip
     return losses, sums
 
@@ -83,7 +83,7 @@ def cross_entropy_gradient_(
     if rows > 0:
         launch(
             kernels.losses, rows, logits, logits, labels.contiguous(), losses, labels, scale.contiguous(), n, n, ignore_index,
-            label_smoothing, z_loss, WITH_GRADIENT=True, SMOOTHS=label_smoothing != 0.0, **_options(n, 8192),
+            label_smoothing, z_loss, WITH_GRADIENT=True, SMOOTHS=label_smoothing != 0.0, **_options(n, 4096),
         )  # fmt: skip
     return losses
 
