@@ -584,3 +584,47 @@ def test_dependencies_may_name_revisions(tmp_path, make_hub):
     lock.check_covers(wanted)
     with pytest.raises(KernelNotFound):
         lock.check_covers([KernelRef(BASE, V1)])
+
+
+BUILD_TOML = b"""
+[general]
+name = "base"
+version = 1
+license = "Apache-2.0"
+backends = ["cpu"]
+kernel-depends = [{ repo-id = "org/below", version = 1 }]
+
+[torch-noarch]
+"""
+
+
+def test_what_is_built_here_does_not_stand_in_for_a_build_that_is_locked(make_hub, tmp_path):
+    from kernelhub.hub.sources.layout import LayoutSource
+
+    url = str(tmp_path / "hub")
+    project = write_files(
+        write_kernel(tmp_path / "base", code="VALUE = 'published'\n", name="base"),
+        {"build.toml": BUILD_TOML, "torch-ext/base/__init__.py": b"VALUE = 'built'\n"},
+    )
+    publish(project, url, BASE, epoch=EPOCH)
+    publish(write_kernel(tmp_path / "below", name="below"), url, RepoId("org", "below"), epoch=EPOCH)
+    hub = make_hub(LayoutSource(url, str), build="always")
+    assert hub.load(KernelRef(BASE, V1)).module.VALUE == "built"
+    lock = lock_of(hub, "org/base@v1")
+    assert hub.load_locked(BASE, lockfile=lock).module.VALUE == "published"
+
+
+def test_what_only_has_a_source_is_locked_by_its_commit_with_what_that_depends_on(make_hub, tmp_path):
+    from kernelhub.hub.sources.layout import LayoutSource
+
+    url = str(tmp_path / "hub")
+    project = write_files(
+        write_kernel(tmp_path / "base", "torch-xpu", name="base", backend={"type": "xpu"}),
+        {"build.toml": BUILD_TOML, "torch-ext/base/__init__.py": b"VALUE = 'built'\n"},
+    )
+    publish(project, url, BASE, epoch=EPOCH)
+    publish(write_kernel(tmp_path / "below", name="below"), url, RepoId("org", "below"), epoch=EPOCH)
+    hub = make_hub(LayoutSource(url, str), build="auto")
+    lock = lock_of(hub, "org/base@v1")
+    assert [str(kernel) for kernel in lock.kernels] == ["org/below@v1", "org/base@v1"]
+    assert hub.load_locked(BASE, lockfile=lock).module.VALUE == "built"

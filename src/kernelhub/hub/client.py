@@ -545,7 +545,10 @@ class Hub:
                 self._warn(f"{error}\n  This variant of {found.repo} is left out of the lock.", KernelHubWarning)
                 continue
             depends.update(dict.fromkeys(KernelRef(item.repo, item.pin) for item in metadata.kernel_depends))
-        tree = found if isinstance(found.source, ProjectSource) or digests else self._source_tree(found, options)
+        # What is built where no variant fits may depend on others. A hub that says that it has the source is asked for it;
+        # of one that would have to look, only where there is nothing else.
+        look = not digests or bool(found.listing.parts.get(SOURCE))
+        tree = self._source_tree(found, options) if look and not isinstance(found.source, ProjectSource) else found
         if tree and isinstance(tree.source, ProjectSource):
             items = tree.source.kernel_depends(found.repo)
             depends.update(dict.fromkeys(KernelRef(item.repo, item.pin) for item in items))
