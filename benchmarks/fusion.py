@@ -29,7 +29,7 @@ from kernelhub.layers.repositories import LayerRepository
 from kernelhub.settings import Settings
 
 # tokens, hidden, between the projections
-SHAPES = ((1, 256, 512), (32, 256, 512), (4096, 512, 2048), (8192, 256, 1024))
+SHAPES = ((1, 256, 512), (32, 256, 512), (1, 1024, 2816), (512, 256, 512), (4096, 512, 2048), (8192, 256, 1024))
 KEY = (("RMSNorm", "post_attention_layernorm"), ("MLP", "mlp"))
 Way = Callable[[], object]
 

@@ -265,6 +265,8 @@ def test_add_rms_norm_equals_the_two_steps_bit_for_bit(norm: ModuleType, level: 
         total = x + residual
         for form in range(3):
             expected = norm.compiled.rms_norm(total, weight, 1e-6, form)
+            if form != norm.compiled.ZERO_CENTERED:  # a weight of -0 is one
+                assert torch.equal(expected.signbit()[:, 1], ~total.signbit()[:, 1])
             for other in (residual, apart):
                 got, got_sum = norm.compiled.add_rms_norm(x, other, weight, 1e-6, form)
                 assert torch.equal(got_sum, total), shape

@@ -13,7 +13,7 @@ from kernelhub import get_kernel_dep
 norm = get_kernel_dep("kernelhub/norm")
 activation = get_kernel_dep("kernelhub/activation")
 
-__all__ = ["FORMULAS", "PRODUCTS", "activation", "add_gated_mlp", "add_rms_norm", "norm", "rms_norm_gated_mlp"]
+__all__ = ["FORMULAS", "PRODUCTS", "activation", "add_gated_mlp", "norm", "rms_norm_gated_mlp"]
 
 # By the names that layers are marked with, and by those of the classes that transformers has.
 FORMULAS = {
@@ -80,19 +80,6 @@ def add_gated_mlp(
     inner = PRODUCTS[product](F.linear(x, gate["weight"], gate["bias"]), F.linear(x, up["weight"], up["bias"]))
     made = F.linear(inner, down["weight"], down["bias"])
     return made.add_(residual) if made.dtype is residual.dtype and _free(x, gate, down) else residual + made
-
-
-# Between these numbers of elements one pass is worth more than it costs. Medians in us for one pass and for two, 2 threads of
-# an EPYC, torch 2.13, float32: 32 x 256 11.7, 8.7; 128 x 512 23.8, 25.6; 256 x 1024 67.4, 72.7; 2048 x 2048 2,720, 2,500.
-_ONE_PASS = range(1 << 15, 1 << 20)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`rms_norm(residual + x, weight, eps)` and the sum, in one pass or in two: (..., hidden) twice."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() in _ONE_PASS:
-        return norm.add_rms_norm(x, residual, weight, eps)
-    total = residual + x
-    return norm.rms_norm(total, weight, eps), total
 
 
 def _free(x: Tensor, gate: dict[str, Any], down: dict[str, Any]) -> bool:

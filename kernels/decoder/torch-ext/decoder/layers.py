@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functions import FORMULAS, PRODUCTS, add_gated_mlp, add_rms_norm, rms_norm_gated_mlp
+from .functions import FORMULAS, PRODUCTS, add_gated_mlp, norm, rms_norm_gated_mlp
 
 __all__ = ["DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP", "RMSNormGatedMLP"]
 
@@ -124,7 +124,7 @@ class DecoderLayer(nn.Module):
             **kwargs,
         )
         between = parts["post_attention_layernorm"]
-        normed, residual = add_rms_norm(attended, hidden_states, between.weight, _epsilon(between))
+        normed, residual = norm.add_rms_norm(attended, hidden_states, between.weight, _epsilon(between))
         mlp = parts["mlp"]
         if _plain_gated(mlp):
             inner = mlp._modules
