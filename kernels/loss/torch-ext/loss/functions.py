@@ -44,7 +44,7 @@ def cross_entropy(
 
     -> a scalar, or the losses, (...), for `reduction="none"`. As `F.cross_entropy(logits.float(), labels)`, but that
     nothing is as large as the logits except their gradient. Raises `ValueError` for labels of another shape or dtype,
-    `IndexError` for a label that is no class (on a CPU; a GPU stops as it does for PyTorch).
+    `IndexError` for a label that is no class (on a CPU; a GPU stops as it does for PyTorch, but Triton gives NaN).
     """
     labels = _checked("cross_entropy", logits, labels, label_smoothing, reduction)
     options = ignore_index, label_smoothing, z_loss
