@@ -380,7 +380,10 @@ def test_caches_of_the_model_and_of_the_sample_are_as_before(register: Register)
         model.table["more"],
         model.last.tolist(),
     )
-    assert all(one is other for one, other in zip(held, (model.cache, model.cache.keys[0], model.table, model.last), strict=True))
+    assert all(
+        one is other
+        for one, other in zip(held, (model.cache, model.cache.keys[0], model.table, model.last), strict=True)
+    )
     assert not hasattr(model, "flag")
 
 

@@ -21,7 +21,7 @@ from kernelhub import (
 )
 from kernelhub.errors import NoKernelForLayer
 from kernelhub.hub.client import Hub
-from kernelhub.layers import proof, timing
+from kernelhub.layers import timing
 from kernelhub.layers.timing import Speed, race
 
 pytestmark = [pytest.mark.usefixtures("hub"), pytest.mark.filterwarnings("ignore::kernelhub.errors.KernelHubWarning")]
