@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kernelhub
 from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.settings import Settings
 
@@ -44,18 +43,11 @@ def llama() -> nn.Module:
 
 
 def kernelized(mode: Any) -> nn.Module:
-    """With this package's kernels in all places that it reaches, the loss in parts, and the rotary function.
-
-    transformers lets a kernel take the place of that function only where a package named kernels is installed, so it is
-    put in its module here.
-    """
-    from transformers.models.llama import modeling_llama
-
+    """With this package's kernels in all places that it reaches, and the loss in parts."""
     from kernelhub.integrations.transformers import kernelize_pretrained
 
     model = llama().train()
     kernelize_pretrained(model, mode=mode, fuse_loss=True)
-    modeling_llama.apply_rotary_pos_emb = kernelhub.get_kernel("kernelhub/rotary", version=1).apply_rotary
     return model
 
 
@@ -109,11 +101,8 @@ def measure(make: Callable[[], nn.Module], compiles: bool) -> dict[str, float]:
 
 def measure_models(cache: Path) -> dict[str, dict[str, float]]:
     """Each way's figures, by its name; those that do not run here are left out, and the reason is printed."""
-    from transformers.models.llama import modeling_llama
-
     from kernelhub.layers.mode import Mode
 
-    original = modeling_llama.apply_rotary_pos_emb
     training = Mode.TRAINING
     ways: dict[str, tuple[Callable[[], nn.Module], bool]] = {
         "eager": (llama, False),
@@ -137,7 +126,6 @@ def measure_models(cache: Path) -> dict[str, dict[str, float]]:
                 print(f"Llama 1.2 B, {name}: {figures}", flush=True)
             except Exception as error:  # noqa: BLE001  (a way that fails here is told, and the others run)
                 print(f"Llama 1.2 B, {name} does not run: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            modeling_llama.apply_rotary_pos_emb = original
             gc.collect()
             torch.cuda.empty_cache()
     finally:
