@@ -43,5 +43,6 @@ def lock(
         for line in lines:
             show_line(line)
         state = ("is stale: run `kernelhub lock`" if stale else "is up to date") if check else "is written"
-        show_line(f"{path} ({len(made.kernels)} kernels) {state}")
+        count = len(made.kernels)
+        show_line(f"{path} ({count} kernel{'s' if count != 1 else ''}) {state}")
     return 1 if check and stale else 0
