@@ -226,7 +226,7 @@ class HubUnavailable(KernelHubError, OSError):
 
 
 class StoreError(KernelHubError, OSError):
-    """The local store cannot be written or read: a full disk, a folder without write permission."""
+    """The local store, or a file that was asked for, cannot be written or read: a full disk, a folder that is read-only."""
 
 
 class PublishConflict(KernelHubError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -31,10 +32,11 @@ def compiler(tmp_path, toolchain):
 def make_hub(tmp_path, compiler):
     """A client of one project under the name acme/tiny, as LOCAL_KERNELS gives it."""
 
-    def make(project: Path | None = None, **settings) -> Hub:
+    def make(project: Path | None = None, progress=None, **settings) -> Hub:
         settings.setdefault("cxx", str(compiler[0]))
         local = (("acme/tiny", project),) if project else ()
-        return Hub(Settings(cache=tmp_path / "store", local_kernels=local, offline=True, **settings))
+        settings = Settings(cache=tmp_path / "store", local_kernels=local, offline=True, **settings)
+        return Hub(settings, progress=progress)
 
     return make
 
@@ -253,7 +255,7 @@ def test_a_line_is_said_of_a_build_and_none_of_what_is_there(make_hub, tmp_path)
 
     project, notes = tiny(tmp_path / "tiny"), Notes()
     for _ in range(2):
-        hub = make_hub(project)
-        hub.progress = notes
-        hub.install(NAME)
-    assert notes.said == [f"building acme/tiny {COMPILED}"]
+        make_hub(project, progress=notes).install(NAME)
+    begun, ended = notes.said
+    assert begun == f"building acme/tiny {COMPILED}"
+    assert re.fullmatch(rf"built acme/tiny {COMPILED} in \d+\.\d s", ended)

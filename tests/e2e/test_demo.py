@@ -388,7 +388,7 @@ def test_a_missing_package_is_said_with_the_command_that_installs_it(monkeypatch
 
 def test_a_report_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(demo_module, "run_demo", lambda cases, rounds: Demo(()))
-    with pytest.raises(StoreError, match="cannot be written"):
+    with pytest.raises(StoreError, match="cannot write"):
         demo(None, tmp_path / "no/such/folder/report.json")
 
 

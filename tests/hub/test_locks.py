@@ -29,6 +29,7 @@ from kernelhub.errors import (
     KernelHubWarning,
     KernelNotFound,
     NoCompatibleVariant,
+    StoreError,
     UntrustedKernel,
     Yanked,
 )
@@ -416,7 +417,7 @@ def test_lock_reads_the_kernels_packages_table_and_says_what_is_wrong(kernelhub_
 
 def test_a_lock_that_cannot_be_written_is_an_error_and_the_old_one_stays(tmp_path):
     (tmp_path / "kernels.lock").mkdir()
-    with pytest.raises(InvalidReference, match=r"cannot write .*kernels\.lock"):
+    with pytest.raises(StoreError, match=r"cannot write .*kernels\.lock"):
         write_lock(tmp_path / "kernels.lock", LockFile())
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.lock"]
 

@@ -482,7 +482,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 def test_paths_that_some_systems_cannot_have_are_refused(tmp_path: Path) -> None:
     nothing_published(tmp_path, broken(tmp_path, {"aux.py": b""}), InvalidMetadata, r"aux\.py")
-    nothing_published(tmp_path, broken(tmp_path / "2", {"LAYERS.py": b""}), IntegrityError, "other letters")
+    nothing_published(tmp_path, broken(tmp_path / "2", {"LAYERS.py": b""}), IntegrityError, "cannot both be there")
 
 
 def test_a_folder_that_is_no_repository(tmp_path: Path) -> None:

@@ -107,10 +107,14 @@ def _run(toolchain: Toolchain, work: Path, jobs: int | None, steps: Steps | None
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as ran:
         assert ran.stdout is not None
-        for line in ran.stdout:
-            lines.append(line.rstrip("\n"))
-            if steps and (status := _STATUS.match(line)):
-                steps(int(status[1]), int(status[2]))
+        try:
+            for line in ran.stdout:
+                lines.append(line.rstrip("\n"))
+                if steps and (status := _STATUS.match(line)):
+                    steps(int(status[1]), int(status[2]))
+        except BaseException:
+            ran.terminate()  # it ends its compilers; their folder is about to go
+            raise
     return None if ran.returncode == 0 else read_failure(lines)
 
 

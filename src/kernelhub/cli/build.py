@@ -68,9 +68,12 @@ def build(
 
 def _update(folder: Path, recipe: Recipe, as_json: bool) -> None:
     from kernelhub.build.recipe import update
+    from kernelhub.hub.disk import writing
 
     path = folder / "build.toml"
-    path.write_text(update(path.read_text(encoding="utf-8")), encoding="utf-8")
+    text = update(path.read_text(encoding="utf-8"))
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
     if as_json:
         show_json({"file": str(path), "changed": list(recipe.notes)})
     for note in recipe.notes if not as_json else ():

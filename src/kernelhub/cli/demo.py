@@ -17,7 +17,8 @@ from kernelhub import __version__
 from kernelhub.cli.options import Json
 from kernelhub.cli.render import show_json
 from kernelhub.cli.render_demo import show_demo
-from kernelhub.errors import InvalidReference, MissingDependency, StoreError
+from kernelhub.errors import InvalidReference, MissingDependency
+from kernelhub.hub.disk import writing
 
 if TYPE_CHECKING:
     import torch
@@ -530,7 +531,5 @@ def _needs_transformers() -> None:
 
 
 def _write(path: Path, result: Demo) -> None:
-    try:
+    with writing(path):
         path.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error

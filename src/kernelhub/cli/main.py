@@ -31,10 +31,11 @@ from kernelhub.cli import (
     verify_report,
     versions,
 )
-from kernelhub.cli.render import show_error
+from kernelhub.cli.render import show_error, show_note, show_steps, show_warnings
 from kernelhub.errors import KernelHubError
 
 INTERRUPTED = 130
+_INTERRUPTED = "interrupted; the store and the hub hold nothing that is half done: run the command again to finish it"
 
 # Wrong use. Typer brings its own click from 0.29 on, and before that took the installed one: this finds either's.
 _WrongUse: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -93,6 +94,8 @@ def run(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         result = app(arguments, standalone_mode=False)
+        if result == INTERRUPTED:  # what typer makes of Ctrl-C; no command returns it
+            raise KeyboardInterrupt
     except KernelHubError as error:
         show_error(error, as_json="--json" in arguments)
         return error.exit_code
@@ -100,11 +103,13 @@ def run(arguments: list[str] | None = None) -> int:
         error.show()
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted", err=True)
+        show_note(_INTERRUPTED)
         return INTERRUPTED
     return result if isinstance(result, int) else 0
 
 
 def main() -> None:
     """The console script."""
+    show_steps()
+    show_warnings()
     sys.exit(run())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kernelhub.errors import KernelHubError, printable
-from kernelhub.hub.sources.base import NoProgress, Progress
+from kernelhub.errors import KernelHubError, KernelHubWarning, printable
+from kernelhub.hub.progress import LOGGER, TerminalLine
+from kernelhub.hub.sources.base import Progress
 
 
 def show_json(value: Any) -> None:
@@ -48,6 +51,30 @@ def show_error(error: KernelHubError, *, as_json: bool = False) -> None:
     print(f"error: {error}", file=sys.stderr)
 
 
+def show_steps() -> None:
+    """From now on the process prints what takes seconds, a line each, where standard error is no terminal too."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("kernelhub: %(message)s"))
+    logger = logging.getLogger(LOGGER)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def show_warnings() -> None:
+    """From now on the process prints this package's warnings as a sentence: where in it they arose says nothing here."""
+    shown = warnings.showwarning
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if issubclass(category, KernelHubWarning):
+            show_note(f"warning: {message}")
+        else:
+            shown(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+
+
 def size(count: int) -> str:
     """Bytes as a reader wants them: `1536` -> "1.5 KiB"."""
     value = float(count)
@@ -60,9 +87,9 @@ def size(count: int) -> str:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
-    """A progress bar for a transfer, where standard error is a terminal."""
+    """A progress bar for a transfer, where standard error is a terminal; elsewhere lines of what is built."""
     if not sys.stderr.isatty():
-        yield NoProgress()
+        yield TerminalLine()
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn

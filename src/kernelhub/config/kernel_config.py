@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from kernelhub.layers.mapping import use_kernel_mapping
 from kernelhub.layers.mode import Mode, serving
 from kernelhub.layers.repositories import LayerRepository
 from kernelhub.settings import Settings
+from kernelhub.warning import warn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -239,7 +239,7 @@ class KernelConfig:
     def _from(cls, value: object, grants: Grants, where: str) -> KernelConfig:
         found = document.from_json(value, grants)
         if found.warning:
-            warnings.warn(f"{where}: {found.warning}", KernelHubWarning, stacklevel=3)
+            warn(f"{where}: {found.warning}", KernelHubWarning)
         return cls(found.mapping, found.use_local_kernel, found.inherit_mapping)
 
     def __eq__(self, other: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from kernelhub.errors import InvalidMetadata
 
@@ -28,6 +29,47 @@ def safe_path(path: str) -> str:
     ):
         raise InvalidMetadata(f"{path!r} is not a path inside a kernel")
     return path
+
+
+class Tree:
+    """The files and folders of a tree so far: what can lie beside each other on every file system.
+
+    One that ignores case, or composes letters (macOS), has one place for names that another keeps apart; there the
+    second file would win.
+
+    >>> tree = Tree()
+    >>> tree.clash("a/b.py"), tree.clash("a/c.py"), tree.clash("A/d.py"), tree.clash("a")
+    (None, None, 'a', 'a')
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[str, bool]] = {}
+        self.files = 0
+
+    def clash(self, path: str, *, folder: bool = False) -> str | None:
+        """Add a file (which may be there once) or a folder: None, or what is there that it cannot lie beside."""
+        parts = path.split("/")
+        for depth in range(1, len(parts) + folder):
+            place = "/".join(parts[:depth]), True
+            there = self._places.setdefault(_folded(place[0]), place)
+            if there != place:
+                return there[0]
+        if not folder:
+            self.files += 1
+            place = path, False
+            there = self._places.setdefault(_folded(path), place)
+            return None if there is place else there[0]
+        return None
+
+
+def clashing(path: str, there: str) -> str:
+    """What is wrong with a path that `Tree.clash` refused."""
+    return f"{path!r} is there twice" if path == there else f"{path!r} and {there!r} cannot both be there"
+
+
+def _folded(path: str) -> str:
+    """The path as a file system that ignores case and composes letters sees it."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
 def is_bytecode(path: str) -> bool:

@@ -12,15 +12,15 @@ the standard library's reader keeps a whole pax header in memory, and 8 GiB of z
 from __future__ import annotations
 
 import tarfile
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from kernelhub.core.paths import is_bytecode, safe_path
-from kernelhub.errors import IntegrityError, StoreError, Violation
+from kernelhub.core.paths import Tree, clashing, is_bytecode, safe_path
+from kernelhub.errors import IntegrityError, Violation
+from kernelhub.hub.disk import writing
 
 LEVEL = 12
 
@@ -130,31 +130,19 @@ def _bad(problem: str) -> IntegrityError:
 
 @dataclass
 class _Seen:
-    """The paths of an archive so far; no two may be one file, or a file and a folder, on any file system."""
+    """The paths of an archive so far."""
 
     limit: int = Limits.files
-    files: set[str] = field(default_factory=set)
-    folders: dict[str, str] = field(default_factory=dict)
+    tree: Tree = field(default_factory=Tree)
 
     def add(self, path: str) -> None:
         safe_path(path)
         if is_bytecode(path):
             raise IntegrityError("the archive holds bytecode, which is never run", [Violation("bytecode", path)])
-        if len(self.files) >= self.limit:
+        if self.tree.files >= self.limit:
             raise _bad(f"it has more than {self.limit:,} files")
-        parts = path.split("/")
-        for depth in range(1, len(parts)):
-            parent = "/".join(parts[:depth])
-            if self.folders.setdefault(_folded(parent), parent) != parent or _folded(parent) in self.files:
-                raise _bad(f"{path!r} clashes with another path")
-        if _folded(path) in self.files or _folded(path) in self.folders:
-            raise _bad(f"{path!r} is there twice, perhaps in other letters")
-        self.files.add(_folded(path))
-
-
-def _folded(path: str) -> str:
-    """The path as a file system that ignores case and composes letters (macOS) sees it."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+        if (there := self.tree.clash(path)) is not None:
+            raise _bad(clashing(path, there))
 
 
 class _Stream:
@@ -257,10 +245,8 @@ def _pax_path(data: bytes) -> str:
 
 def _write(folder: Path, path: str, contents: Iterator[bytes]) -> None:
     target = folder.joinpath(*path.split("/"))
-    try:
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:
             for data in contents:
                 file.write(data)
-    except OSError as error:
-        raise StoreError(f"{target} cannot be written: {error.strerror or error}") from error

@@ -43,15 +43,14 @@ from kernelhub.errors import (
     IntegrityError,
     InvalidMetadata,
     InvalidReference,
-    KernelHubError,
     KernelNotFound,
     NoCompatibleVariant,
-    StoreError,
     context,
 )
 from kernelhub.hub.addresses import BUNDLES
 from kernelhub.hub.archive import Limits, entries, pack
 from kernelhub.hub.declared import declared_layers
+from kernelhub.hub.disk import writing
 from kernelhub.hub.files import LocalFiles
 from kernelhub.hub.locks import roots
 from kernelhub.hub.request import Found
@@ -61,7 +60,7 @@ from kernelhub.hub.sources.bundle import BundleSource
 from kernelhub.hub.sources.deferred import Deferred
 from kernelhub.hub.sources.layout import LayoutSource, blob_path
 from kernelhub.hub.sources.project import EMBEDDED_ORG
-from kernelhub.hub.store import Store, remove_tree
+from kernelhub.hub.store import ELSEWHERE, Store, remove_tree
 from kernelhub.hub.verify import Verified, scan, verify
 
 if TYPE_CHECKING:
@@ -107,14 +106,17 @@ def create(
     """Write a bundle of a lock's kernels: of each the variant for this machine, or all that the lock names.
 
     Kernels inside this package are left out: each installation has its own. `time` is what manifests that are made here
-    say. Raises what `Hub.gather` raises, `KernelNotFound` for a lock with nothing to bundle, and `InvalidReference` where
-    the file cannot be written; nothing is left then.
+    say. Raises what `Hub.gather` raises, `KernelNotFound` for a lock with nothing to bundle, and `StoreError` where the
+    file cannot be written; nothing is left then.
     """
     kernels = [kernel for kernel in lock.kernels if kernel.repo.org != EMBEDDED_ORG]
     if not kernels:
         raise KernelNotFound("there is nothing to bundle", hint="The kernels inside this package are there without.")
     needed = {(kernel.repo, kernel.commit) for kernel in roots(lock)}
-    with _writing(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name:
+    with (
+        writing(path, "Is its folder there, and the disk not full?"),
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name,
+    ):
         staging = LocalFiles(Path(name, "hub"))
         for kernel in kernels:
             try:
@@ -240,7 +242,7 @@ def install(
     where there is no such file or a version would become an older one, and `StoreError`.
     """
     folder = store.root / BUNDLES
-    with context(str(path)), _storing(folder):
+    with context(str(path)), writing(folder, ELSEWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder), tempfile.TemporaryDirectory(prefix=".install-", dir=folder) as name:
             staging = Path(name)
@@ -464,7 +466,7 @@ def remove(store: Store, repos: Iterable[RepoId]) -> int:
     folder, freed = store.root / BUNDLES, 0
     if not folder.is_dir():
         return 0
-    with _storing(folder), _locked(folder):
+    with writing(folder, ELSEWHERE), _locked(folder):
         for repo in repos:
             freed += remove_tree(folder / repo.org / repo.name)
             freed += remove_tree(store.root / "kernels" / BUNDLES / f"{repo.org}--{repo.name}")
@@ -504,28 +506,6 @@ def _read(contents: Iterator[bytes], limit: int) -> bytes:
         if len(found) > limit:
             raise InvalidMetadata(f"it has more than {limit:,} bytes")
     return bytes(found)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, KernelHubError):
-            raise
-        raise InvalidReference(f"cannot write {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _storing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, KernelHubError):
-            raise
-        raise StoreError(
-            f"cannot write to {folder}: {error.strerror or error}", hint="KERNELHUB_CACHE names another folder."
-        ) from error
 
 
 @contextmanager

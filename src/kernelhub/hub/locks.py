@@ -9,7 +9,6 @@ import itertools
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +26,9 @@ from kernelhub.errors import (
     Yanked,
     context,
 )
+from kernelhub.hub.disk import writing
 from kernelhub.hub.verify import scan
+from kernelhub.warning import warn
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -88,7 +89,7 @@ def make_lock(
             locked = _locked_before(before, ref)
             if locked is None or locked.commit != error.commit:
                 raise
-            warnings.warn(f"{error.message}\n  It was locked before, and stays.", KernelHubWarning, stacklevel=2)
+            warn(f"{error.message}\n  It was locked before, and stays.", KernelHubWarning)
             _, depends = hub.lock(KernelRef(ref.repo, Revision(error.commit)), trust_remote_code=trust_remote_code)
             kernel = locked
         for item in depends:
@@ -107,8 +108,8 @@ def roots(lock: LockFile) -> list[LockedKernel]:
 
 
 def write_lock(path: Path, lock: LockFile) -> None:
-    """Write a lock file, whole or not at all. Raises `InvalidReference` where it cannot be written."""
-    try:
+    """Write a lock file, whole or not at all. Raises `StoreError` where it cannot be written."""
+    with writing(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         beside = Path(name)
         try:
@@ -118,8 +119,6 @@ def write_lock(path: Path, lock: LockFile) -> None:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise InvalidReference(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _locked_before(before: LockFile | None, ref: KernelRef) -> LockedKernel | None:

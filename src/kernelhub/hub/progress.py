@@ -1,4 +1,4 @@
-"""What a client says where nobody else shows how far it is: one line for each kernel that is built."""
+"""What a client says where nobody else shows how far it is: that a build begins, and how long it took."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import logging
 import sys
 
 from kernelhub.hub.sources.base import NoProgress
+
+# Its own, so that a program can show these lines and no others.
+LOGGER = "kernelhub.steps"
 
 
 class TerminalLine(NoProgress):
@@ -16,4 +19,4 @@ class TerminalLine(NoProgress):
             sys.stderr.write(f"kernelhub: {text}\n")
             sys.stderr.flush()
         else:
-            logging.getLogger("kernelhub").info("%s", text)
+            logging.getLogger(LOGGER).info("%s", text)

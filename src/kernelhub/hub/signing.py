@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kernelhub.core.canonical import b64
 from kernelhub.core.signatures import PublicKey, Signature
 from kernelhub.errors import InvalidReference, MissingDependency
+from kernelhub.hub.disk import writing
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -115,15 +116,14 @@ def _public(private: Any) -> PublicKey:
 
 def _create(path: Path, data: bytes, mode: int) -> None:
     """Write a file that is not there yet; it never has another mode, not for a moment."""
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(data)
-    except FileExistsError:
-        raise InvalidReference(
-            f"{path} is there already", hint="Keys are never overwritten: take another name."
-        ) from None
-    except OSError as error:
-        raise InvalidReference(f"cannot write the key {path}: {error.strerror}") from error
+    with writing(f"the key {path}"):
+        try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                file.write(data)
+        except FileExistsError:
+            raise InvalidReference(
+                f"{path} is there already", hint="Keys are never overwritten: take another name."
+            ) from None
 
 
 def _library() -> tuple[Any, Any]:

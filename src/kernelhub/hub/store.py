@@ -37,6 +37,7 @@ from kernelhub.core.canonical import canonical_json
 from kernelhub.core.refs import RepoId, is_commit
 from kernelhub.core.variants import BuildVariant, parse_variant
 from kernelhub.errors import IntegrityError, InvalidMetadata, KernelHubError, StoreError
+from kernelhub.hub.disk import writing
 from kernelhub.hub.opening import open_file
 from kernelhub.hub.verify import Known, Verified, learn, scan, verify, verify_tree
 
@@ -54,6 +55,9 @@ MANIFEST = "manifest.json"
 
 # How long to wait for another process that is fetching the same variant, in seconds.
 LOCK_TIMEOUT = 1800.0
+
+# What to do where the store cannot be written.
+ELSEWHERE = "KERNELHUB_CACHE names another folder; `kernelhub cache prune` frees what is not needed."
 
 # What file systems say that cannot lock files, as some over networks; `filelock` itself knows of ENOSYS.
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
@@ -418,27 +422,23 @@ class Store:
 
         key = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
         lock = FileLock(self.root / "locks" / f"{key}.lock", timeout=LOCK_TIMEOUT)
-        try:
-            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+        with writing(f"to the store {self.root}", ELSEWHERE):
             try:
-                lock.acquire()
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                # What appears by a rename is whole without a lock too; the same may then be fetched twice.
-                _log.info("files in %s cannot be locked: %s", self.root, error.strerror)
-            yield
-        except Timeout:
-            raise StoreError(f"another process has been writing {folder} for {LOCK_TIMEOUT / 60:.0f} minutes") from None
-        except OSError as error:
-            if isinstance(error, KernelHubError):
-                raise
-            raise StoreError(
-                f"cannot write to the store {self.root}: {error.strerror or error}",
-                hint="KERNELHUB_CACHE names another folder; `kernelhub cache prune` frees what is not needed.",
-            ) from error
-        finally:
-            lock.release()
+                (self.root / "locks").mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire()
+                except OSError as error:
+                    if error.errno not in _NO_LOCKS:
+                        raise
+                    # What appears by a rename is whole without a lock too; the same may then be fetched twice.
+                    _log.info("files in %s cannot be locked: %s", self.root, error.strerror)
+                yield
+            except Timeout:
+                raise StoreError(
+                    f"another process has been writing {folder} for {LOCK_TIMEOUT / 60:.0f} minutes"
+                ) from None
+            finally:
+                lock.release()
 
     def _check_owner(self, folder: Path) -> None:
         """Raises `StoreError` where another user owns a part of the way to the folder, and everybody may write to it."""

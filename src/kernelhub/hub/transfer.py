@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernelhub.errors import HubUnavailable, IntegrityError, KernelHubError, StoreError, Violation
+from kernelhub.errors import HubUnavailable, IntegrityError, Violation
+from kernelhub.hub.disk import writing
 from kernelhub.hub.http import Budget, Headers, HttpClient, Interrupted
 
 # How often a file is begun again: once for wrong bytes, and for hubs that do not resume.
@@ -118,16 +118,3 @@ def _content_hash(file: RemoteFile) -> hashlib._Hash:
     if file.algorithm == "sha256":
         return hashlib.sha256()
     return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the disk refuses, as the store's error. A hub's errors pass, though they are `OSError`s too."""
-    try:
-        yield
-    except KernelHubError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {path}: {error.strerror or error}", hint="Is the disk full, or the folder read-only?"
-        ) from error

@@ -8,7 +8,6 @@ model. A forward on the instance changes none of these, and the class still has 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +47,7 @@ from kernelhub.layers.repositories import Repository
 from kernelhub.layers.survey import Site, Survey, class_name, device_type, site_class, survey
 from kernelhub.layers.swap import USES, Transaction, functions_lock, has_users, in_effect
 from kernelhub.settings import Settings
+from kernelhub.warning import warn
 
 if TYPE_CHECKING:
     from kernelhub.hub.client import Hub
@@ -543,6 +543,4 @@ def _say(model: nn.Module, outcomes: list[Outcome]) -> None:
         _log.info("%d x %s run %s", count, name, kernel)
     if not swapped:
         why = reasons(kept) if kept else "it has no kernel-aware layers"
-        warnings.warn(
-            f"{type(model).__name__} was kernelized and runs no kernel: {why}", KernelHubWarning, stacklevel=3
-        )
+        warn(f"{type(model).__name__} was kernelized and runs no kernel: {why}", KernelHubWarning)

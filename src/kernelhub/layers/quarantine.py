@@ -13,7 +13,6 @@ does where the kernel raises, step by step:
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from kernelhub.errors import InvalidReference, KernelHubWarning
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.survey import class_name
 from kernelhub.layers.swap import MARKER, Taken, functions_lock, in_effect, take
+from kernelhub.warning import warn
 
 _PASSED_ON = (MemoryError, torch.OutOfMemoryError)
 
@@ -105,9 +105,7 @@ def _take_out(module: nn.Module, forward: Any, error: Exception, also: str) -> N
         take(module)
         reason = f"{marker.swap.repository} raised {type(error).__name__}: {said}"
         module.__dict__[MARKER] = Taken(marker.swap, reason)
-    warnings.warn(
-        f"{class_name(module)} runs its own forward from now on: {reason}{also}", KernelHubWarning, stacklevel=2
-    )
+    warn(f"{class_name(module)} runs its own forward from now on: {reason}{also}", KernelHubWarning)
 
 
 def _of_kernel(error: Exception, before: _Before) -> bool:

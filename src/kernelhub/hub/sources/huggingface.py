@@ -11,7 +11,6 @@ import re
 import sys
 import tempfile
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from kernelhub.core.metadata import MAX_BYTES as MAX_METADATA
-from kernelhub.core.paths import is_bytecode, safe_path
+from kernelhub.core.paths import Tree, clashing, is_bytecode, safe_path
 from kernelhub.core.refs import KernelRef, Pin, RepoId, Revision, Version, is_commit, parse_pin
 from kernelhub.core.trust import Origin
 from kernelhub.errors import (
@@ -31,9 +30,10 @@ from kernelhub.errors import (
     Violation,
 )
 from kernelhub.hub.addresses import Address, endpoint_address
+from kernelhub.hub.disk import writing
 from kernelhub.hub.http import EntryNotFound, HttpClient, Patience
 from kernelhub.hub.sources.base import BENCHMARKS, SOURCE, Listing, Moved, NoProgress, Progress
-from kernelhub.hub.transfer import Download, RemoteFile, writing
+from kernelhub.hub.transfer import Download, RemoteFile
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -327,23 +327,15 @@ def read_redirect(data: bytes) -> KernelRef | None:
 def _plan(entries: Iterator[_Entry], prefix: str) -> list[RemoteFile]:
     """The files to fetch, with paths relative to the variant. Raises for a tree of which any entry is unfit."""
     files: list[RemoteFile] = []
-    spelt: dict[str, str] = {}
-    folders: dict[str, bool] = {}
-    violations = []
+    violations, tree = [], Tree()
     for entry in entries:
         if entry.file is None and entry.path == prefix[:-1]:
             continue
         path = safe_path(_below(entry.path, prefix))
         if is_bytecode(path):
             violations.append(Violation("bytecode", path))
-        parts = path.split("/")
-        for depth in range(1, len(parts) + 1):
-            place = "/".join(parts[:depth])
-            is_folder = entry.file is None or depth < len(parts)
-            # Two names that one file system keeps apart are one file on another, where the second would win.
-            first = spelt.setdefault(_folded(place), place)
-            if first != place or folders.setdefault(place, is_folder) != is_folder:
-                raise InvalidMetadata(f"{prefix[:-1]}: {path!r} and {first!r} cannot both be there")
+        if (there := tree.clash(path, folder=entry.file is None)) is not None:
+            raise InvalidMetadata(f"{prefix[:-1]}: {clashing(path, there)}")
         if entry.file is not None:
             files.append(replace(entry.file, path=path))
     if violations:
@@ -352,8 +344,6 @@ def _plan(entries: Iterator[_Entry], prefix: str) -> list[RemoteFile]:
             violations,
             hint="The kernel's publisher has to remove it.",
         )
-    if len({file.path for file in files}) != len(files):
-        raise InvalidMetadata(f"{prefix[:-1]}: a path is listed twice")
     return files
 
 
@@ -365,11 +355,6 @@ def _below(path: str, prefix: str) -> str:
     if not path.startswith(prefix):
         raise InvalidMetadata(f"the hub lists {path!r} under {prefix[:-1]!r}")
     return path[len(prefix) :]
-
-
-def _folded(path: str) -> str:
-    """The path as a file system sees it that ignores case and composes letters."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
 def _is_revision(name: str) -> bool:

@@ -33,9 +33,9 @@ from kernelhub.errors import (
     InvalidReference,
     KernelNotFound,
     RepositoryNotFound,
-    StoreError,
     Violation,
 )
+from kernelhub.hub.disk import writing
 from kernelhub.hub.sources.base import Listing, Progress
 
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
@@ -186,11 +186,9 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    try:
+    with writing(f"{target} (a copy of {source})"):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target, follow_symlinks=False)
-    except OSError as error:
-        raise StoreError(f"cannot copy {source} to {target}: {error.strerror or error}") from error
 
 
 def _is_what_it_is_named(path: Path, name: str) -> bool:

@@ -7,6 +7,7 @@ first part.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,11 +142,13 @@ class ProjectSource:
         if self._commit(project, recipe)[:_SOURCES] != commit[:_SOURCES]:
             raise KernelNotFound(f"{project} changed while {repo} {variant} was made from it")
         target = self._target(recipe, variant, details["backend"])
-        workshop = None
         if target.compiled:
             progress.note(f"building {repo} {variant}")
-            workshop = Workshop(self._machine(recipe)[0], self.building.folder)
-        files = make_variant(project, recipe, target, workshop)
+            began = time.monotonic()
+            files = make_variant(project, recipe, target, Workshop(self._machine(recipe)[0], self.building.folder))
+            progress.note(f"built {repo} {variant} in {time.monotonic() - began:.1f} s")
+        else:
+            files = make_variant(project, recipe, target, None)
         progress.expect(sum(map(len, files.values())))
         for path, data in files.items():
             place = folder / path
