@@ -104,6 +104,32 @@ def test_silu_and_mul_rounds_as_the_two_steps_of_pytorch(activation: ModuleType)
         assert (got != expected).float().mean() <= (0 if dtype == torch.float32 else 0.002)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"])
+def test_gradients_with_the_result_are_those_and_the_result(
+    activation: ModuleType, name: str, dtype: torch.dtype
+) -> None:
+    """Bit for bit: whole and in parts of 16 bytes, a tail, rows that lie apart, and a row that is not aligned."""
+    forward, backward = getattr(activation, name), getattr(activation.functions, f"{name}_backward")
+    for shape in (*SHAPES, (4, 0)):
+        grad, a, b = (randn(*shape, dtype=dtype, seed=k) for k in range(3))
+        ways = [(grad, a, b), tuple(torch.stack([x, x], -2)[..., 0, :] for x in (grad, a, b))]
+        ways.append(tuple(torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in (grad, a, b)))
+        for operands in ways:
+            expected = forward(*operands[1:])
+            leaves = [x.detach().requires_grad_() for x in operands[1:]]
+            gradients = torch.autograd.grad(forward(*leaves), leaves, operands[0])
+            poison()
+            found = backward(*operands, result=True)
+            assert all(torch.equal(x, y) for x, y in zip(found, (*gradients, expected), strict=True)), shape
+            x = torch.cat(operands[1:], -1)
+            poison()
+            both, none, again = backward(operands[0], x, result=True)
+            assert none is None
+            assert torch.equal(both, torch.cat(gradients, -1)), shape
+            assert torch.equal(again, expected), shape
+
+
 def views(x: Tensor) -> list[Tensor]:
     width = x.shape[-1]
     return [
@@ -182,7 +208,10 @@ def test_tensors_of_more_than_2_31_elements(activation: ModuleType) -> None:
 
 def cases(activation: ModuleType | None) -> dict[str, tuple]:
     if activation is None:
-        return dict.fromkeys(("apply", "apply_backward", "multiply", "multiply_backward", "halves", "halves_backward"))  # type: ignore[arg-type]
+        both = ("multiply_backward_result", "halves_backward_result")
+        return dict.fromkeys(
+            ("apply", "apply_backward", "multiply", "multiply_backward", "halves", "halves_backward", *both)
+        )  # type: ignore[arg-type]
     a, b, grad, both = (randn(3, 40 * (1 + k // 3), dtype=torch.float32, seed=k) for k in range(4))
     return {
         "apply": (a, 2),
@@ -191,6 +220,8 @@ def cases(activation: ModuleType | None) -> dict[str, tuple]:
         "multiply_backward": (grad, a, b, 3),
         "halves": (both, 0),
         "halves_backward": (grad, both, 0),
+        "multiply_backward_result": (grad, a, b, 1),
+        "halves_backward_result": (grad, both, 2),
     }
 
 

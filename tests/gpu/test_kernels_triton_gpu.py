@@ -203,6 +203,21 @@ def test_activations(
             assert_as_near(triton["activation"], pytorch["activation"], name, operands)
 
 
+@pytest.mark.parametrize("name", ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"])
+def test_gradients_with_the_result_are_those_and_the_result(triton: dict[str, ModuleType], name: str) -> None:
+    forward = getattr(triton["activation"], name)
+    backward = getattr(triton["activation"].functions, f"{name}_backward")
+    for dtype in DTYPES:
+        for operands in activation_operands(dtype):
+            leaves = [x.detach().requires_grad_() for x in operands]
+            y = forward(*leaves)
+            grad = numbers(*y.shape, dtype=dtype, seed=9)
+            x_grad, other_grad, again = backward(grad, *operands, result=True)
+            found = [one for one in (x_grad, other_grad) if one is not None]
+            assert all(torch.equal(*pair) for pair in zip(found, torch.autograd.grad(y, leaves, grad), strict=True))
+            assert torch.equal(again, y)
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_silu_times_the_other_rounds_in_between(
@@ -447,6 +462,8 @@ def ops(triton: dict[str, ModuleType]) -> Iterator[tuple[str, str, tuple[Any, ..
     yield "activation", "multiply_backward", (y, x, y, 1)
     yield "activation", "halves", (x, 0)
     yield "activation", "halves_backward", (y[..., :20].contiguous(), x, 0)
+    yield "activation", "multiply_backward_result", (y, x, y, 0)
+    yield "activation", "halves_backward_result", (y[..., :20].contiguous(), x, 1)
     q, k, table = numbers(2, 4, 3, 16), numbers(2, 3, 2, 16).transpose(1, 2), numbers(1, 3, 16)
     yield "rotary", "rotate", (q, k, table, table, 1, 16, 0)
     labels = torch.tensor([1, 2, 3, 4, 5, -100], device=DEVICE)

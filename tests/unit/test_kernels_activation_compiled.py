@@ -233,8 +233,10 @@ def cases() -> dict[str, tuple]:
         "apply_backward": (y, x, 3),
         "multiply": (x, y, 0),
         "multiply_backward": (z, x, y, 1),
+        "multiply_backward_result": (z, x.transpose(0, 1).contiguous().transpose(0, 1), y, 0),
         "halves": (x[:, ::2], 1),
         "halves_backward": (half, x, 2),
+        "halves_backward_result": (half[:, ::2], x[:, ::2], 1),
     }
 
 

@@ -128,11 +128,13 @@ Tensor multiply(const Tensor& a, const Tensor& b, int64_t function) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> multiply_backward(
-    const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function) {
-  const Run run = pick(table_in_use().multiply_backward, "multiply_backward", a, function);
-  check_same("multiply_backward", "second operand", b, a);
-  check_same("multiply_backward", "gradient", grad, a);
+namespace {
+
+std::tuple<Tensor, Tensor> gradients(
+    const char* name, const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function, const Tensor* y) {
+  const Run run = pick(table_in_use().multiply_backward, name, a, function);
+  check_same(name, "second operand", b, a);
+  check_same(name, "gradient", grad, a);
   const Tensor a_grad = new_tensor(a, a.scalar_type()), b_grad = new_tensor(a, a.scalar_type());
   together<3>({&grad, &a, &b}, [&](const auto& from, int64_t begin, int64_t count) {
     Elements of{};
@@ -141,10 +143,25 @@ std::tuple<Tensor, Tensor> multiply_backward(
     of.b = from[2];
     of.a_grad = at(a_grad, begin);
     of.b_grad = at(b_grad, begin);
+    of.y = y == nullptr ? nullptr : at(*y, begin);
     of.n = count;
     run(of);
   });
   return {a_grad, b_grad};
+}
+
+} // namespace
+
+std::tuple<Tensor, Tensor> multiply_backward(
+    const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function) {
+  return gradients("multiply_backward", grad, a, b, function, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> multiply_backward_result(
+    const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function) {
+  const Tensor y = new_tensor(a, a.scalar_type());
+  const auto [a_grad, b_grad] = gradients("multiply_backward_result", grad, a, b, function, &y);
+  return {a_grad, b_grad, y};
 }
 
 Tensor halves(const Tensor& x, int64_t function) {
@@ -164,13 +181,15 @@ Tensor halves(const Tensor& x, int64_t function) {
   return y;
 }
 
-Tensor halves_backward(const Tensor& grad, const Tensor& x, int64_t function) {
-  const Run run = pick(table_in_use().multiply_backward, "halves_backward", x, function);
-  const int64_t half = half_of("halves_backward", x), rows = half == 0 ? 0 : x.numel() / half / 2;
+namespace {
+
+Tensor halves_gradient(const char* name, const Tensor& grad, const Tensor& x, int64_t function, const Tensor* y) {
+  const Run run = pick(table_in_use().multiply_backward, name, x, function);
+  const int64_t half = half_of(name, x), rows = half == 0 ? 0 : x.numel() / half / 2;
   STD_TORCH_CHECK(
       grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim() && grad.numel() == rows * half &&
           grad.size(grad.dim() - 1) == half,
-      "halves_backward: the gradient is not one of the result");
+      name, ": the gradient is not one of the result");
   const Tensor x_grad = new_tensor(x, x.scalar_type());
   const RowsOf inputs(x), grads(grad);
   const int64_t bytes = half * static_cast<int64_t>(x.element_size());
@@ -181,10 +200,23 @@ Tensor halves_backward(const Tensor& grad, const Tensor& x, int64_t function) {
     of.b = static_cast<const char*>(of.a) + bytes;
     of.a_grad = at(x_grad, row * 2 * half);
     of.b_grad = static_cast<char*>(of.a_grad) + bytes;
+    of.y = y == nullptr ? nullptr : at(*y, row * half);
     of.n = half;
     run(of);
   });
   return x_grad;
+}
+
+} // namespace
+
+Tensor halves_backward(const Tensor& grad, const Tensor& x, int64_t function) {
+  return halves_gradient("halves_backward", grad, x, function, nullptr);
+}
+
+std::tuple<Tensor, Tensor> halves_backward_result(const Tensor& grad, const Tensor& x, int64_t function) {
+  constexpr const char* name = "halves_backward_result";
+  const Tensor y = new_tensor(x, x.scalar_type(), half_of(name, x));
+  return {halves_gradient(name, grad, x, function, &y), y};
 }
 
 } // namespace kernelhub

@@ -17,10 +17,14 @@ Tensor apply_backward(const Tensor& grad, const Tensor& x, int64_t function);
 Tensor multiply(const Tensor& a, const Tensor& b, int64_t function);
 std::tuple<Tensor, Tensor> multiply_backward(
     const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function);
+// the gradients, and f(a) * b again, for a backward that did not keep it
+std::tuple<Tensor, Tensor, Tensor> multiply_backward_result(
+    const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function);
 
 // f(a) * b for the halves a and b of x's last dimension
 Tensor halves(const Tensor& x, int64_t function);
 Tensor halves_backward(const Tensor& grad, const Tensor& x, int64_t function);
+std::tuple<Tensor, Tensor> halves_backward_result(const Tensor& grad, const Tensor& x, int64_t function);
 
 // From now on no wider instructions than those of the level (level.h), for tests; returns the level in use.
 int64_t use_level(int64_t level);

@@ -114,7 +114,11 @@ void multiply_backward(const Elements& of) {
   for_each(of.n, [&](int64_t i, int64_t count) KH_LAMBDA {
     const V grad = get<T>(of.grad, i, count), a = get<T>(of.a, i, count), b = get<T>(of.b, i, count);
     put<T>(of.a_grad, i, count, grad * b * slope<FUNCTION>(a));
-    put<T>(of.b_grad, i, count, grad * rounded<T>(value<T, FUNCTION>(a)));
+    const V f = rounded<T>(value<T, FUNCTION>(a));
+    put<T>(of.b_grad, i, count, grad * f);
+    if (of.y != nullptr) {
+      put<T>(of.y, i, count, f * b);
+    }
   });
 }
 

@@ -26,7 +26,8 @@ struct Table {
   void (*apply[DTYPES][FUNCTIONS])(const Elements&);             // y = f(a)
   void (*apply_backward[DTYPES][FUNCTIONS])(const Elements&);    // a_grad = grad * f'(a)
   void (*multiply[DTYPES][FUNCTIONS])(const Elements&);          // y = f(a) * b
-  void (*multiply_backward[DTYPES][FUNCTIONS])(const Elements&); // a_grad = grad * b * f'(a), b_grad = grad * f(a)
+  void (*multiply_backward[DTYPES][FUNCTIONS])(const Elements&); // a_grad = grad * b * f'(a), b_grad = grad * f(a);
+                                                                 // y = f(a) * b where it is not null
 };
 
 // One source file each.

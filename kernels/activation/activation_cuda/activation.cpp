@@ -68,7 +68,7 @@ class Operands {
           rows->data += even * size_;
         }
         for (void** to : {&args.y, &args.a_grad, &args.b_grad}) {
-          *to = static_cast<char*>(*to) + even * size_;
+          *to = *to == nullptr ? nullptr : static_cast<char*>(*to) + even * size_;
         }
         check_launch(elements(args, op, dtype, false, device));
       }
@@ -147,9 +147,10 @@ Tensor multiply(const Tensor& a, const Tensor& b, int64_t function) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> multiply_backward(
-    const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function) {
-  constexpr const char* name = "multiply_backward";
+namespace {
+
+std::tuple<Tensor, Tensor> gradients(
+    const char* name, const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function, const Tensor* y) {
   check_input(name, a, function);
   check_same(name, "second operand", b, a);
   check_same(name, "gradient", grad, a);
@@ -163,9 +164,28 @@ std::tuple<Tensor, Tensor> multiply_backward(
     of.read(of.args.b, of.args.b_leading, b);
     of.write(of.args.a_grad, a_grad);
     of.write(of.args.b_grad, b_grad);
+    if (y != nullptr) {
+      of.write(of.args.y, *y);
+    }
     of.run(MULTIPLY_BACKWARD, dtype, device);
   }
   return {a_grad, b_grad};
+}
+
+} // namespace
+
+std::tuple<Tensor, Tensor> multiply_backward(
+    const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function) {
+  return gradients("multiply_backward", grad, a, b, function, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> multiply_backward_result(
+    const Tensor& grad, const Tensor& a, const Tensor& b, int64_t function) {
+  constexpr const char* name = "multiply_backward_result";
+  check_input(name, a, function);
+  const Tensor y = new_tensor(a);
+  const auto [a_grad, b_grad] = gradients(name, grad, a, b, function, &y);
+  return {a_grad, b_grad, y};
 }
 
 Tensor halves(const Tensor& x, int64_t function) {
@@ -185,8 +205,9 @@ Tensor halves(const Tensor& x, int64_t function) {
   return y;
 }
 
-Tensor halves_backward(const Tensor& grad, const Tensor& x, int64_t function) {
-  constexpr const char* name = "halves_backward";
+namespace {
+
+Tensor halves_gradient(const char* name, const Tensor& grad, const Tensor& x, int64_t function, const Tensor* y) {
   check_input(name, x, function);
   const int64_t half = half_of(name, x);
   check_device(name, "gradient", grad, x);
@@ -205,8 +226,24 @@ Tensor halves_backward(const Tensor& grad, const Tensor& x, int64_t function) {
   of.write(of.args.a_grad, x_grad);
   of.write(of.args.b_grad, x_grad, half);
   of.args.to_stride = 2 * half;
+  if (y != nullptr) {
+    of.write(of.args.y, *y);
+  }
   of.run(MULTIPLY_BACKWARD, dtype, device);
   return x_grad;
+}
+
+} // namespace
+
+Tensor halves_backward(const Tensor& grad, const Tensor& x, int64_t function) {
+  return halves_gradient("halves_backward", grad, x, function, nullptr);
+}
+
+std::tuple<Tensor, Tensor> halves_backward_result(const Tensor& grad, const Tensor& x, int64_t function) {
+  constexpr const char* name = "halves_backward_result";
+  check_input(name, x, function);
+  const Tensor y = new_tensor(x, half_of(name, x));
+  return {halves_gradient(name, grad, x, function, &y), y};
 }
 
 } // namespace kernelhub

@@ -71,8 +71,9 @@ struct Loaded {
 };
 
 template <typename T, int V, Op OP, int FUNCTION>
-__device__ __forceinline__ void finish(const ElementArgs& args, int64_t at, const Loaded<T, V, OP>& loaded) {
-  float a[V], b[V], grad[V], y[V], other[V];
+__device__ __forceinline__ void finish(
+    const ElementArgs& args, int64_t at, int64_t dense, const Loaded<T, V, OP>& loaded) {
+  float a[V], b[V], grad[V], y[V], other[V], again[V];
   unpack(loaded.a, a);
   if constexpr (OP == MULTIPLY || OP == MULTIPLY_BACKWARD) {
     unpack(loaded.b, b);
@@ -90,7 +91,9 @@ __device__ __forceinline__ void finish(const ElementArgs& args, int64_t at, cons
       y[v] = grad[v] * slope<T, FUNCTION>(a[v]);
     } else {
       y[v] = grad[v] * b[v] * slope<T, FUNCTION>(a[v]);
-      other[v] = grad[v] * rounded<T>(value<T, FUNCTION>(a[v]));
+      const float f = rounded<T>(value<T, FUNCTION>(a[v]));
+      other[v] = grad[v] * f;
+      again[v] = f * b[v];
     }
   }
   if constexpr (OP == APPLY || OP == MULTIPLY) {
@@ -100,6 +103,9 @@ __device__ __forceinline__ void finish(const ElementArgs& args, int64_t at, cons
   }
   if constexpr (OP == MULTIPLY_BACKWARD) {
     store<T, V>(args.b_grad, at, other);
+    if (args.y != nullptr) {
+      store<T, V>(args.y, dense, again);
+    }
   }
 }
 
@@ -141,7 +147,7 @@ __global__ void __launch_bounds__(THREADS) element_packs(const __grid_constant__
 #pragma unroll
       for (int k = 0; k < EACH; ++k) {
         if (first + k * THREADS < total) {
-          finish<T, V, OP, decltype(function)::value>(args, to[k], loaded[k]);
+          finish<T, V, OP, decltype(function)::value>(args, to[k], first + k * THREADS, loaded[k]);
         }
       }
     };

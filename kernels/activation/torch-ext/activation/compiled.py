@@ -20,7 +20,19 @@ from torch.compiler import is_dynamo_compiling
 from . import triton_here
 from ._ops import add_op_namespace_prefix, ops
 
-__all__ = ["GELU", "GELU_QUICK", "GELU_TANH", "HERE", "SILU", "apply", "halves", "multiply", "takes"]
+__all__ = [
+    "GELU",
+    "GELU_QUICK",
+    "GELU_TANH",
+    "HERE",
+    "SILU",
+    "apply",
+    "halves",
+    "halves_backward",
+    "multiply",
+    "multiply_backward",
+    "takes",
+]
 
 HERE = hasattr(ops, "apply")
 # A build has ops for the CPU or for CUDA.
@@ -71,8 +83,10 @@ if HERE:
     _apply_backward = ops.apply_backward.default
     _multiply = ops.multiply.default
     _multiply_backward = ops.multiply_backward.default
+    _multiply_backward_result = ops.multiply_backward_result.default
     _halves = ops.halves.default
     _halves_backward = ops.halves_backward.default
+    _halves_backward_result = ops.halves_backward_result.default
     _apply_now = _direct(_apply)
     _multiply_now = _direct(_multiply)
     _halves_now = _direct(_halves)
@@ -83,6 +97,8 @@ else:
     _multiply_backward = triton_here.op("multiply_backward")
     _halves = _halves_now = triton_here.op("halves")
     _halves_backward = triton_here.op("halves_backward")
+    _multiply_backward_result = triton_here.op("multiply_backward_result")
+    _halves_backward_result = triton_here.op("halves_backward_result")
 
 
 def apply(x: Tensor, function: int) -> Tensor:
@@ -105,6 +121,22 @@ def halves(x: Tensor, function: int) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return _Halves.apply(x, function)
     return _halves(x, function) if is_dynamo_compiling() else _halves_now(x, function)
+
+
+def multiply_backward(
+    grad: Tensor, a: Tensor, b: Tensor, function: int, result: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of f(a) * b by a and b, and with `result` f(a) * b again. None of the three has a gradient."""
+    if result:
+        return _multiply_backward_result(grad, a, b, function)
+    return (*_multiply_backward(grad, a, b, function), None)
+
+
+def halves_backward(grad: Tensor, x: Tensor, function: int, result: bool) -> tuple[Tensor, Tensor | None]:
+    """As `multiply_backward`, for the halves of x: the gradient by x, and the result."""
+    if result:
+        return _halves_backward_result(grad, x, function)
+    return _halves_backward(grad, x, function), None
 
 
 class _Refused(torch.autograd.Function):
@@ -207,6 +239,10 @@ def _register_shapes() -> None:
     def _(grad: Tensor, a: Tensor, b: Tensor, function: int) -> tuple[Tensor, Tensor]:
         return like(a), like(a)
 
+    @register("multiply_backward_result")
+    def _(grad: Tensor, a: Tensor, b: Tensor, function: int) -> tuple[Tensor, Tensor, Tensor]:
+        return like(a), like(a), like(a)
+
     @register("halves")
     def _(x: Tensor, function: int) -> Tensor:
         return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
@@ -214,6 +250,10 @@ def _register_shapes() -> None:
     @register("halves_backward")
     def _(grad: Tensor, x: Tensor, function: int) -> Tensor:
         return like(x)
+
+    @register("halves_backward_result")
+    def _(grad: Tensor, x: Tensor, function: int) -> tuple[Tensor, Tensor]:
+        return like(x), x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
 if HERE:

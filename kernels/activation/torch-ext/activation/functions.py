@@ -7,6 +7,8 @@ plain PyTorch, as are its gradients, vmap and forward-mode AD.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,15 +19,18 @@ from .compiled import takes
 __all__ = [
     "gelu",
     "gelu_and_mul",
+    "gelu_and_mul_backward",
     "gelu_fast",
     "gelu_new",
     "gelu_quick",
     "gelu_tanh",
     "gelu_tanh_and_mul",
+    "gelu_tanh_and_mul_backward",
     "mish",
     "relu_squared",
     "silu",
     "silu_and_mul",
+    "silu_and_mul_backward",
     "tanh",
 ]
 
@@ -125,6 +130,61 @@ def gelu_tanh_and_mul(x: Tensor, other: Tensor | None = None) -> Tensor:
         return compiled.multiply(x, other, compiled.GELU_TANH)
     gate, up = _pair("gelu_tanh_and_mul", x, other)
     return _times(F.gelu(gate, approximate="tanh"), up)
+
+
+Gradients = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def silu_and_mul_backward(grad: Tensor, x: Tensor, other: Tensor | None = None, *, result: bool = False) -> Gradients:
+    """The gradients of `silu_and_mul(x, other)` by x and by other, where there is one; with `result`, the result again.
+
+    For backwards of layers that did not keep the result: all of it is one pass where the ops compute it. It has no gradient.
+    """
+    return _backward(compiled.SILU, F.silu, torch.ops.aten.silu_backward, grad, x, other, result)
+
+
+def gelu_and_mul_backward(grad: Tensor, x: Tensor, other: Tensor | None = None, *, result: bool = False) -> Gradients:
+    """As `silu_and_mul_backward`, of `gelu_and_mul`."""
+    return _backward(compiled.GELU, F.gelu, torch.ops.aten.gelu_backward, grad, x, other, result)
+
+
+def gelu_tanh_and_mul_backward(
+    grad: Tensor, x: Tensor, other: Tensor | None = None, *, result: bool = False
+) -> Gradients:
+    """As `silu_and_mul_backward`, of `gelu_tanh_and_mul`."""
+    return _backward(compiled.GELU_TANH, _gelu_tanh, _gelu_tanh_backward, grad, x, other, result)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
+def _backward(
+    number: int,
+    function: Callable[[Tensor], Tensor],
+    function_backward: Callable[[Tensor, Tensor], Tensor],
+    grad: Tensor,
+    x: Tensor,
+    other: Tensor | None,
+    result: bool,
+) -> Gradients:
+    if other is None:
+        if _takes_halves(x) and grad.dtype is x.dtype:
+            x_grad, y = compiled.halves_backward(grad, x, number, result)
+            return x_grad, None, y
+    elif takes(x, other) and takes(x, grad):
+        return compiled.multiply_backward(grad, x, other, number, result)
+    gate, up = _pair("the backward of a product", x, other)
+    with torch.no_grad():
+        factor = function(gate)
+        up_grad = grad * factor
+        y = factor.mul_(up) if result else None
+        gate_grad = function_backward(grad * up, gate)
+    return (torch.cat([gate_grad, up_grad], -1), None, y) if other is None else (gate_grad, up_grad, y)
 
 
 def _takes_halves(x: Tensor) -> bool:

@@ -108,10 +108,11 @@ def forward(
 
 @triton.jit(do_not_specialize=["rows"])
 def backward(
-    grad_ptr, a_ptr, b_ptr, a_grad_ptr, b_grad_ptr, rows, n, grad_stride, a_stride, b_stride, to_stride,
-    FUNCTION: tl.constexpr, TIMES: tl.constexpr, HALVES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    grad_ptr, a_ptr, b_ptr, a_grad_ptr, b_grad_ptr, y_ptr, rows, n, grad_stride, a_stride, b_stride, to_stride,
+    FUNCTION: tl.constexpr, TIMES: tl.constexpr, HALVES: tl.constexpr, RESULT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a and b, one behind the other with HALVES."""
+    """The gradients of a and b, one behind the other with HALVES; with RESULT, f(a) * b again, too."""
     if HALVES:
         b_ptr = a_ptr + n
         b_grad_ptr = a_grad_ptr + n
@@ -122,6 +123,9 @@ def backward(
     to = row * to_stride + column
     if TIMES:
         b = tl.load(b_ptr + row * b_stride + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(b_grad_ptr + to, (grad * _rounded(_value(a, FUNCTION, T), T)).to(T), mask=inside)
+        f = _rounded(_value(a, FUNCTION, T), T)
+        tl.store(b_grad_ptr + to, (grad * f).to(T), mask=inside)
+        if RESULT:
+            tl.store(y_ptr + row * n + column, (f * b).to(T), mask=inside)
         grad = grad * b
     tl.store(a_grad_ptr + to, (grad * _slope(a, FUNCTION, T)).to(T), mask=inside)

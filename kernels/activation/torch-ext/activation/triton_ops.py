@@ -68,8 +68,8 @@ def apply_backward(grad: Tensor, x: Tensor, function: int) -> Tensor:
     if x.numel() > 0:
         rows, n, [(g, g_stride), (a, stride)] = _operands(grad, x)
         _start(
-            kernels.backward, rows, n, x, g, a, a, x_grad, a, rows, n, g_stride, stride, stride, n,
-            FUNCTION=function, TIMES=False, HALVES=False,
+            kernels.backward, rows, n, x, g, a, a, x_grad, a, a, rows, n, g_stride, stride, stride, n,
+            FUNCTION=function, TIMES=False, HALVES=False, RESULT=False,
         )  # fmt: skip
     return x_grad
 
@@ -99,13 +99,26 @@ def multiply(a: Tensor, b: Tensor, function: int) -> Tensor:
 
 def multiply_backward(grad: Tensor, a: Tensor, b: Tensor, function: int) -> tuple[Tensor, Tensor]:
     a_grad, b_grad = _new(a), _new(a)
+    _gradients(grad, a, b, function, a_grad, b_grad, None)
+    return a_grad, b_grad
+
+
+def multiply_backward_result(grad: Tensor, a: Tensor, b: Tensor, function: int) -> tuple[Tensor, Tensor, Tensor]:
+    a_grad, b_grad, y = _new(a), _new(a), _new(a)
+    _gradients(grad, a, b, function, a_grad, b_grad, y)
+    return a_grad, b_grad, y
+
+
+def _gradients(
+    grad: Tensor, a: Tensor, b: Tensor, function: int, a_grad: Tensor, b_grad: Tensor, y: Tensor | None
+) -> None:
     if a.numel() > 0:
         rows, n, [(g, g_stride), (first, stride), (second, other)] = _operands(grad, a, b)
+        again = first if y is None else y
         _start(
-            kernels.backward, rows, n, a, g, first, second, a_grad, b_grad, rows, n, g_stride, stride, other, n,
-            FUNCTION=function, TIMES=True, HALVES=False,
+            kernels.backward, rows, n, a, g, first, second, a_grad, b_grad, again, rows, n, g_stride, stride, other, n,
+            FUNCTION=function, TIMES=True, HALVES=False, RESULT=y is not None,
         )  # fmt: skip
-    return a_grad, b_grad
 
 
 def halves(x: Tensor, function: int) -> Tensor:
@@ -123,6 +136,17 @@ def halves(x: Tensor, function: int) -> Tensor:
 
 def halves_backward(grad: Tensor, x: Tensor, function: int) -> Tensor:
     x_grad = _new(x)
+    _halves_gradient(grad, x, function, x_grad, None)
+    return x_grad
+
+
+def halves_backward_result(grad: Tensor, x: Tensor, function: int) -> tuple[Tensor, Tensor]:
+    x_grad, y = _new(x), _new(x, x.shape[-1] // 2)
+    _halves_gradient(grad, x, function, x_grad, y)
+    return x_grad, y
+
+
+def _halves_gradient(grad: Tensor, x: Tensor, function: int, x_grad: Tensor, y: Tensor | None) -> None:
     if x.numel() > 0:
         n = x.shape[-1] // 2
         flat, stride = _rows(x)
@@ -131,10 +155,9 @@ def halves_backward(grad: Tensor, x: Tensor, function: int) -> Tensor:
         g, g_stride = _rows(grad)
         to = x_grad.view(-1, 2 * n)
         _start(
-            kernels.backward, rows, n, x, g, flat, flat, to, flat, rows, n, g_stride, stride, stride, 2 * n,
-            FUNCTION=function, TIMES=True, HALVES=True,
+            kernels.backward, rows, n, x, g, flat, flat, to, flat, flat if y is None else y, rows, n,
+            g_stride, stride, stride, 2 * n, FUNCTION=function, TIMES=True, HALVES=True, RESULT=y is not None,
         )  # fmt: skip
-    return x_grad
 
 
 def probe(device: torch.device) -> None:
@@ -153,8 +176,10 @@ _SHAPES = {
     apply_backward: lambda grad, x, function: _like(x),
     multiply: lambda a, b, function: _like(a),
     multiply_backward: lambda grad, a, b, function: (_like(a), _like(a)),
+    multiply_backward_result: lambda grad, a, b, function: (_like(a), _like(a), _like(a)),
     halves: lambda x, function: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
     halves_backward: lambda grad, x, function: _like(x),
+    halves_backward_result: lambda grad, x, function: (_like(x), x.new_empty((*x.shape[:-1], x.shape[-1] // 2))),
 }
 
 for _function, _shapes in _SHAPES.items():
