@@ -55,8 +55,9 @@ inline void check_same(const char* name, const char* what, const Tensor& other, 
 // The device that an op runs on, the current one while this lives; and its current stream.
 class OnDevice : public Device {
  public:
-  explicit OnDevice(const Tensor& x) {
-    const int32_t index = x.get_device_index();
+  explicit OnDevice(const Tensor& x) : OnDevice(x.get_device_index()) {}
+
+  explicit OnDevice(int32_t index) {
     int current = -1;
     STD_CUDA_CHECK(cudaGetDevice(&current));
     if (current != index) { // the guard costs more than to ask
