@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import warnings
@@ -259,3 +262,60 @@ def test_a_line_is_said_of_a_build_and_none_of_what_is_there(make_hub, tmp_path)
     begun, ended = notes.said
     assert begun == f"building acme/tiny {COMPILED}"
     assert re.fullmatch(rf"built acme/tiny {COMPILED} in \d+\.\d s", ended)
+
+
+def command(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """A command in a process of its own, whose output goes to pipes."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("KERNELHUB_", "LOCAL_KERNELS"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "kernelhub", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**known, "KERNELHUB_CACHE": str(tmp_path / "store"), "KERNELHUB_OFFLINE": "1", **environment},
+        # A background job's children inherit that SIGINT is ignored; whoever presses Ctrl-C has a foreground job.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_a_command_says_what_it_builds_where_nobody_sees_a_bar_and_the_library_logs_it(
+    make_hub, compiler, tmp_path, capfd, caplog
+):
+    project = tiny(tmp_path / "tiny")
+    ran = command(tmp_path, "get", str(NAME), LOCAL_KERNELS=f"acme/tiny={project}", CXX=str(compiler[0]))
+    _, said = ran.communicate(timeout=100)
+    begun, ended = said.splitlines()
+    assert begun == f"kernelhub: building acme/tiny {COMPILED}"
+    assert re.fullmatch(rf"kernelhub: built acme/tiny {COMPILED} in \d+\.\d s", ended)
+    project = tiny(tmp_path / "other", value=2)
+    with caplog.at_level("INFO", "kernelhub"):
+        make_hub(project).install(NAME)
+    assert capfd.readouterr() == ("", "")
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["building", "built"]
+
+
+def test_ctrl_c_while_it_builds_ends_the_compilers_and_says_one_line(make_hub, tmp_path):
+    project, begun, never = tiny(tmp_path / "tiny"), tmp_path / "begun", tmp_path / "never"
+    for pipe in (begun, never):
+        os.mkfifo(pipe)
+    script = tmp_path / "waiting-g++"
+    waiting = f'*" -c "*) exec 3> {begun}; echo compiling >&3; read line < {never};;'
+    script.write_text(f'#!/bin/sh\ncase "$*" in {waiting} esac\nexec g++ "$@"\n')
+    script.chmod(0o755)
+    ran = command(tmp_path, "get", str(NAME), LOCAL_KERNELS=f"acme/tiny={project}", CXX=str(script))
+    try:
+        with begun.open() as compiler:
+            assert compiler.readline() == "compiling\n"
+            ran.send_signal(signal.SIGINT)
+            out, said = ran.communicate(timeout=100)
+            ended, _, _ = select.select([compiler], [], [], 60)  # its end of the pipe is closed, by whatever ended it
+    finally:
+        ran.kill()
+    assert ended
+    assert (ran.returncode, out) == (130, "")
+    building, interrupted = said.splitlines()
+    assert building == f"kernelhub: building acme/tiny {COMPILED}"
+    assert interrupted.startswith("interrupted; the store and the hub hold nothing that is half done")
+    left = list((tmp_path / "store").rglob("*"))
+    assert [path for path in left if path.suffix in (".py", ".cpp", ".o", ".so") or path.name.startswith(".")] == []
+    assert make_hub(project, cxx="g++").load(NAME).module.VALUE == 1

@@ -98,8 +98,9 @@ def test_several_layers_with_one_kernel_are_saved_in_a_list(tmp_path: Path) -> N
 
 def test_a_file_with_fusions_grants_nothing_either(tmp_path: Path) -> None:
     trusted = {KEY: ("org/fused:Both", {"version": 1, "trust_remote_code": True})}
-    with pytest.warns(KernelHubWarning, match="asks for trust in fusions"):
+    with pytest.warns(KernelHubWarning, match="asks for trust in fusions") as warned:
         loaded = KernelConfig.from_dict(KernelConfig(trusted).to_dict())
+    assert [item.filename for item in warned] == [__file__]
     assert loaded.kernel_mapping == {KEY: ("org/fused:Both", {"version": 1})}
     local = KernelConfig({KEY: f"{tmp_path}:Both"}, use_local_kernel=True)
     with pytest.warns(KernelHubWarning, match="names folders in fusions"):

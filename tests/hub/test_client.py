@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from kernelfiles import MemorySource, kernel_files, write_files, write_kernel
 
-from kernelhub import Hub, Settings, get_kernel_dep
+from kernelhub import Hub, Settings, get_kernel, get_kernel_dep
 from kernelhub.core.host import Host
 from kernelhub.core.lockfile import LockedKernel, LockFile
 from kernelhub.core.refs import KernelRef, RepoId
@@ -33,7 +33,7 @@ from kernelhub.errors import (
     UntrustedKernel,
 )
 from kernelhub.hub import checks as checks_module
-from kernelhub.hub.client import loaded_kernels
+from kernelhub.hub.client import loaded_kernels, set_default_hub
 from kernelhub.hub.sources.base import Moved
 from kernelhub.hub.sources.local import local_source
 from kernelhub.hub.sources.project import ProjectSource
@@ -420,8 +420,13 @@ def overwrite(path: Path, text: str) -> None:
 def test_an_altered_file_in_the_store_is_set_aside_and_fetched_again(make_hub, tmp_path):
     source = source_of()
     overwrite(stored(make_hub(source)), f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.warns(KernelHubWarning, match="set aside and fetched again"):
-        module = make_hub(source).load(SMALL).module
+    set_default_hub(make_hub(source))
+    try:
+        with pytest.warns(KernelHubWarning, match="set aside and fetched again") as warned:
+            module = get_kernel(str(SMALL))
+    finally:
+        set_default_hub(None)
+    assert [item.filename for item in warned] == [__file__]
     assert module.double(4) == 8
     assert not (tmp_path / "ran").exists()
     assert source.asked.count("fetch") == 2

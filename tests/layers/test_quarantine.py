@@ -147,8 +147,11 @@ def test_the_original_answers_and_the_kernel_goes_once_with_a_warning(faults: li
     assert len(kernel_report(model).kernels) == 5
     first = model.layers[0].gate
     faults.append(lambda module, x: raising(ValueError("it broke\nbadly"))(module, x) if module is first else None)
-    with pytest.warns(KernelHubWarning, match="Gate runs its own forward from now on: .*ValueError: it broke$"):
+    with pytest.warns(
+        KernelHubWarning, match="Gate runs its own forward from now on: .*ValueError: it broke$"
+    ) as warned:
         answer = model(torch.ones(2, 8))
+    assert warned[0].filename == models.__file__  # the model's line that called the layer
     assert answer.shape == (2, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -140,7 +140,7 @@ class _Facts(NamedTuple):
 
 
 def _decide(site: Site, facts: _Facts) -> Decision:
-    module, aware, elsewhere = site.module, site.aware, site.elsewhere
+    aware, elsewhere = site.aware, site.elsewhere
     request, devices, rows, _ = facts
     reason = _left_out(site, request.selector)
     if reason is not None:
@@ -148,14 +148,9 @@ def _decide(site: Site, facts: _Facts) -> Decision:
     name = aware.layer_name
     if not request.table.get(name):
         return Decision(None, None, KernelizeFallback.NO_LAYER, f"no kernel is registered for {name}")
-    device = request.device or devices.of(site.at)
-    if device is None:
-        raise NoKernelForLayer(
-            f"{site.path or type(module).__name__}: neither the layer nor the model around it has parameters",
-            hint='Say where it will run: kernelize(model, mode=..., device="cuda").',
-        )
-    if device.type == "meta":
-        return Decision(device, None, None, "its parameters are on the meta device; say device= to kernelize it")
+    device = _device(site, facts)
+    if isinstance(device, Decision):
+        return device
     if elsewhere and request.device is None and (other := _other_device(elsewhere, device, devices)):
         return Decision(device, None, None, f"it is shared between {device} and {other}")
     decision = rows.get((name, device))
@@ -170,19 +165,27 @@ def _decide_group(site: Site, group: Group, facts: _Facts) -> Decision:
     for path, part in zip(group.paths, group.parts, strict=True):
         if reason := request.selector.refuses(path, part):
             return Decision(None, None, None, f"{path}: {reason}")
-    found = {request.device or devices.of(at) for at in group.at}
-    device = request.device or devices.of(site.at)
+    found = {request.device or devices.of(at) for at in group.at} - {None}
+    device = _device(site, facts)
+    if isinstance(device, Decision):
+        return device
+    if len(found) > 1:
+        return Decision(device, None, None, f"its layers are on {' and '.join(sorted(map(str, found)))}")
+    reason = unfit(group, [_apart(part, managed) for part in group.parts])
+    return Decision(device, None, None, reason) if reason else _row(group.key, device, request)
+
+
+def _device(site: Site, facts: _Facts) -> torch.device | Decision:
+    """Where the site will run, or the decision where that is no device. Raises `NoKernelForLayer` where none can be told."""
+    device = facts.request.device or facts.devices.of(site.at)
     if device is None:
         raise NoKernelForLayer(
-            f"{site.path}: neither the layers nor the model around them have parameters",
+            f"{site.path or type(site.module).__name__}: neither it nor the model around it has parameters",
             hint='Say where it will run: kernelize(model, mode=..., device="cuda").',
         )
     if device.type == "meta":
         return Decision(device, None, None, "its parameters are on the meta device; say device= to kernelize it")
-    if len(found - {None}) > 1:
-        return Decision(device, None, None, f"its layers are on {' and '.join(sorted(map(str, found)))}")
-    reason = unfit(group, [_apart(part, managed) for part in group.parts])
-    return Decision(device, None, None, reason) if reason else _row(group.key, device, request)
+    return device
 
 
 def _apart(part: nn.Module, managed: Callable[[], frozenset[int]]) -> str | None:
