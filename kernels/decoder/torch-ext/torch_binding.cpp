@@ -1,0 +1,26 @@
+#include <torch/csrc/stable/library.h>
+
+#include "registration.h"
+
+#if defined(CPU_KERNEL)
+#include "decoder_cpu/decoder.h"
+
+STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
+  ops.def(
+      "gated_mlp(Tensor x, Tensor? residual, Tensor? norm, float eps, int form, Tensor gate, Tensor? gate_bias, "
+      "Tensor? up, Tensor? up_bias, Tensor down, Tensor? down_bias, int function) -> Tensor");
+  ops.def("use_level(int level) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
+  ops.impl("gated_mlp", TORCH_BOX(&kernelhub::gated_mlp));
+}
+
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
+  ops.impl("use_level", TORCH_BOX(&kernelhub::use_level));
+}
+#endif
+
+#endif
+
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
