@@ -8,7 +8,7 @@ import pytest
 
 from kernelhub.build.assemble import Workshop, make_variant
 from kernelhub.build.recipe import Recipe
-from kernelhub.build.targets import Target, compiled_target
+from kernelhub.build.targets import Skipped, Target, compiled_target
 from kernelhub.build.toolchain import Toolchain
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -23,7 +23,7 @@ def cuda_target(name: str, toolchain: Toolchain) -> tuple[Recipe, Target]:
     return recipe, target
 
 
-@pytest.mark.parametrize("name", ["activation", "loss", "norm", "rotary"])
+@pytest.mark.parametrize("name", ["activation", "decoder", "loss", "norm", "rotary"])
 def test_every_cuda_source_is_listed(name: str, toolchain: Toolchain) -> None:
     _, target = cuda_target(name, toolchain)
     listed = {source for section, _ in target.sections for source in section.sources}
@@ -41,3 +41,19 @@ def test_cuda_sources_compile_for_one_architecture(toolchain: Toolchain, tmp_pat
     files = make_variant(KERNELS / "loss", recipe, target, Workshop(toolchain, tmp_path))
     (library,) = (data for path, data in files.items() if path.endswith(".so"))
     assert b"sm_90" in library
+
+
+@pytest.mark.slow
+def test_what_is_for_one_architecture_alone_compiles_for_it(toolchain: Toolchain, tmp_path: Path) -> None:
+    recipe, target = cuda_target("decoder", toolchain)
+    assert target.archs == ("9.0a",)
+    files = make_variant(KERNELS / "decoder", recipe, target, Workshop(toolchain, tmp_path))
+    (library,) = (data for path, data in files.items() if path.endswith(".so"))
+    assert b"sm_90a" in library
+
+
+def test_other_gpus_have_the_noarch_variant(toolchain: Toolchain) -> None:
+    cuda_target("decoder", toolchain)
+    skipped = compiled_target(Recipe.load(KERNELS / "decoder"), "cuda", toolchain, ["8.0"])
+    assert isinstance(skipped, Skipped)
+    assert "9.0a" in skipped.reason

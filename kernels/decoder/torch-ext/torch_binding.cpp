@@ -2,6 +2,21 @@
 
 #include "registration.h"
 
+// A build is for one of them.
+#if defined(CUDA_KERNEL)
+#include "decoder_cuda/decoder.h"
+
+STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
+  ops.def("gated_product(Tensor x, Tensor gate, Tensor up, int function) -> Tensor");
+  ops.def("gated_product_parts(Tensor x, Tensor gate, Tensor up, int function) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
+  ops.impl("gated_product", TORCH_BOX(&kernelhub::gated_product));
+  ops.impl("gated_product_parts", TORCH_BOX(&kernelhub::gated_product_parts));
+}
+#endif
+
 #if defined(CPU_KERNEL)
 #include "decoder_cpu/decoder.h"
 
@@ -19,8 +34,6 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
   ops.impl("use_level", TORCH_BOX(&kernelhub::use_level));
 }
-#endif
-
 #endif
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
