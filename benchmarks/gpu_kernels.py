@@ -1,11 +1,12 @@
-"""The CUDA kernels beside eager, `F.*`, torch.compile, Liger and quack, in one run.
+"""The CUDA kernels beside eager, `F.*`, torch.compile, Liger, quack and this package's own Triton kernels, in one run.
 
     python benchmarks/gpu_kernels.py [--json FILE] [--plot FILE] [--only TEXT] [--no-models]
 
 Two times for each: **device**, the median over replays of a CUDA graph of many calls, divided by the calls; and **host**, what
 200 calls without waiting take the processor, each. The share is the fewest bytes that the operation must move, over its
 device time, over the bandwidth of a copy measured in the same run; above 100 % data lies in the cache, or more is read than
-written. Peers that are not installed, or do not run here, are left out and the reason is printed. `NOTES.md` has figures.
+written. Peers that are not installed, or do not run here, are left out and the reason is printed; where one of ours fails, the
+run does. `NOTES.md` has figures.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -43,12 +45,30 @@ REPLAY_US = 3000.0  # of one graph, about
 REPLAYS = 15
 
 
-def kernel(name: str, folder: Path) -> ModuleType:
-    set_default_hub(Hub(settings=Settings(cache=folder, offline=True, build="always")))
-    try:
-        return kernelhub.get_kernel(f"kernelhub/{name}", version=1)
-    finally:
-        set_default_hub(None)
+# Ours compiled, ours in Triton (what a machine without a compiler runs), and the others.
+OURS = ("ours", "triton")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One starter kernel, compiled for this GPU, and its noarch build."""
+
+    compiled: ModuleType
+    noarch: ModuleType
+
+
+def kernel(name: str, folder: Path) -> Kernels:
+    found = []
+    for build in ("always", "never"):
+        set_default_hub(Hub(settings=Settings(cache=folder / build, offline=True, build=build)))
+        try:
+            found.append(kernelhub.get_kernel(f"kernelhub/{name}", version=1))
+        finally:
+            set_default_hub(None)
+    kernels = Kernels(*found)
+    if not kernels.compiled.compiled.HERE or kernels.noarch.compiled.HERE:
+        raise RuntimeError(f"expected kernelhub/{name} compiled and as a noarch build; found {found}")
+    return kernels
 
 
 @cache
@@ -151,14 +171,15 @@ def eager_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rms_norm(peers: Peers, norm: ModuleType, rows: int, width: int) -> dict[str, Way]:
+def rms_norm(peers: Peers, norm: Kernels, rows: int, width: int) -> dict[str, Way]:
     x, w = randn(rows, width), randn(width)
     compiled = torch.compile(eager_rms)
     ways: dict[str, Way] = {
         "eager": lambda: eager_rms(x, w, 1e-6),
         "F": lambda: F.rms_norm(x, (width,), w, 1e-6),
         "compile": lambda: compiled(x, w, 1e-6),
-        "ours": lambda: norm.rms_norm(x, w, 1e-6),
+        "ours": lambda: norm.compiled.rms_norm(x, w, 1e-6),
+        "triton": lambda: norm.noarch.rms_norm(x, w, 1e-6),
     }
     if peers.liger:
         ways["liger"] = lambda: peers.liger.LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False)
@@ -167,14 +188,15 @@ def rms_norm(peers: Peers, norm: ModuleType, rows: int, width: int) -> dict[str,
     return ways
 
 
-def rms_backward(peers: Peers, norm: ModuleType, rows: int, width: int) -> dict[str, Way]:
+def rms_backward(peers: Peers, norm: Kernels, rows: int, width: int) -> dict[str, Way]:
     x, w, grad = randn(rows, width).requires_grad_(), randn(width).requires_grad_(), randn(rows, width)
     compiled = torch.compile(eager_rms)
     ways = {
         "eager": lambda: eager_rms(x, w, 1e-6),
         "F": lambda: F.rms_norm(x, (width,), w, 1e-6),
         "compile": lambda: compiled(x, w, 1e-6),
-        "ours": lambda: norm.rms_norm(x, w, 1e-6),
+        "ours": lambda: norm.compiled.rms_norm(x, w, 1e-6),
+        "triton": lambda: norm.noarch.rms_norm(x, w, 1e-6),
     }
     if peers.liger:
         ways["liger"] = lambda: peers.liger.LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False)
@@ -184,22 +206,29 @@ def rms_backward(peers: Peers, norm: ModuleType, rows: int, width: int) -> dict[
 
 
 def backward_of(way: Callable[[], Tensor], of: tuple[Tensor, ...], grad: Tensor) -> Way:
-    """The backward of a forward that is done here, once: on the stream of all that is measured, where autograd will run it."""
-    with torch.enable_grad(), torch.cuda.stream(stream()):
-        out = way()
-    torch.cuda.synchronize()
-    return lambda: torch.autograd.grad(out, of, grad, retain_graph=True)
+    """The backward of a forward that the first call does: on the stream of all that is measured, where autograd will run it."""
+    kept: list[Tensor] = []
+
+    def backward() -> object:
+        if not kept:
+            with torch.enable_grad(), torch.cuda.stream(stream()):
+                kept.append(way())
+            torch.cuda.synchronize()
+        return torch.autograd.grad(kept[0], of, grad, retain_graph=True)
+
+    return backward
 
 
-def product(peers: Peers, activation: ModuleType, function: str, rows: int, width: int) -> dict[str, Way]:
+def product(peers: Peers, activation: Kernels, function: str, rows: int, width: int) -> dict[str, Way]:
     a, b = randn(rows, width), randn(rows, width)
     formula = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}[function]
     compiled = torch.compile(lambda a, b: formula(a) * b)
-    ours = getattr(activation, f"{function}_and_mul")
+    ours, triton = (getattr(build, f"{function}_and_mul") for build in (activation.compiled, activation.noarch))
     ways: dict[str, Way] = {
         "eager": lambda: formula(a) * b,
         "compile": lambda: compiled(a, b),
         "ours": lambda: ours(a, b),
+        "triton": lambda: triton(a, b),
     }
     if peers.liger:
         theirs = {"silu": "LigerSiLUMulFunction", "gelu_tanh": "LigerGELUMulFunction"}[function]
@@ -207,20 +236,21 @@ def product(peers: Peers, activation: ModuleType, function: str, rows: int, widt
     return ways
 
 
-def layer_norm(peers: Peers, norm: ModuleType, rows: int, width: int) -> dict[str, Way]:
+def layer_norm(peers: Peers, norm: Kernels, rows: int, width: int) -> dict[str, Way]:
     x, w, b = randn(rows, width), randn(width), randn(width)
     compiled = torch.compile(lambda x: F.layer_norm(x, (width,), w, b))
     ways: dict[str, Way] = {
         "F": lambda: F.layer_norm(x, (width,), w, b),
         "compile": lambda: compiled(x),
-        "ours": lambda: norm.layer_norm(x, w, b),
+        "ours": lambda: norm.compiled.layer_norm(x, w, b),
+        "triton": lambda: norm.noarch.layer_norm(x, w, b),
     }
     if peers.liger:
         ways["liger"] = lambda: peers.liger.LigerLayerNormFunction.apply(x, w, b, 1e-5)
     return ways
 
 
-def rotary(peers: Peers, rotary: ModuleType, batch: int, heads: int, few: int, tokens: int) -> dict[str, Way]:
+def rotary(peers: Peers, rotary: Kernels, batch: int, heads: int, few: int, tokens: int) -> dict[str, Way]:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     q, k = randn(batch, tokens, heads, 128).transpose(1, 2), randn(batch, tokens, few, 128).transpose(1, 2)
@@ -230,7 +260,8 @@ def rotary(peers: Peers, rotary: ModuleType, batch: int, heads: int, few: int, t
     ways: dict[str, Way] = {
         "eager": lambda: original(q, k, cos, sin),
         "compile": lambda: compiled(q, k, cos, sin),
-        "ours": lambda: rotary.apply_rotary(q, k, cos, sin),
+        "ours": lambda: rotary.compiled.apply_rotary(q, k, cos, sin),
+        "triton": lambda: rotary.noarch.apply_rotary(q, k, cos, sin),
     }
     if peers.liger:
         from liger_kernel.transformers.rope import liger_rotary_pos_emb
@@ -276,11 +307,13 @@ def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float
                         row["host_us"][way] = host_us(call)
                     if "backward" in name:
                         row["uncaptured_us"][way] = uncaptured_us(call)
-                except Exception as error:  # noqa: BLE001  (a peer that fails here is told, and the others run)
+                except Exception as error:
+                    if way in OURS:
+                        raise
                     torch.cuda.synchronize()
                     print(f"  {name} {shape}: {way} does not run: {type(error).__name__}: {str(error)[:200]}")
         row["share"] = {way: size / us / 1e3 / copy for way, us in row["device_us"].items()}
-        others = [us for way, us in row["device_us"].items() if way != "ours"]
+        others = [us for way, us in row["device_us"].items() if way not in OURS]
         if others and "ours" in row["device_us"]:
             row["best_peer_over_ours"] = min(others) / row["device_us"]["ours"]
         found.append(row)
@@ -318,7 +351,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     ways = [
-        way for way in ("eager", "F", "compile", "liger", "quack", "ours") if any(way in row["share"] for row in rows)
+        way
+        for way in ("eager", "F", "compile", "liger", "quack", "triton", "ours")
+        if any(way in row["share"] for row in rows)
     ]
     figure, axis = plt.subplots(figsize=(11, 0.62 * len(rows) + 1.5))
     height = 0.8 / len(ways)
@@ -359,7 +394,7 @@ def main() -> None:
         if not options.no_models:
             from gpu_models import measure_models
 
-            result["models"] = measure_models(Path(folder))
+            result["models"] = measure_models(Path(folder) / "always")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
