@@ -6,7 +6,7 @@ import pytest
 from kernelprojects import ROOT
 
 
-@pytest.mark.parametrize("name", ["level.h", "operands.h", "simd.h", "types.h"])
+@pytest.mark.parametrize("name", ["direct.h", "level.h", "operands.h", "simd.h", "types.h"])
 def test_copies_of_headers_are_alike(name: str) -> None:
     found = {path.parent.name: path.read_bytes() for path in sorted(ROOT.glob(f"*/*_cpu/{name}"))}
     assert len(found) >= 2
@@ -18,3 +18,9 @@ def test_copies_of_cuda_headers_are_alike(name: str) -> None:
     found = {path.parent.name: path.read_bytes() for path in sorted(ROOT.glob(f"*/*_cuda/{name}"))}
     assert len(found) >= 2
     assert len(set(found.values())) == 1, f"{name} differs between {', '.join(found)}: copy one over the others"
+
+
+def test_copies_of_python_files_are_alike() -> None:
+    found = {path.parent.name: path.read_bytes() for path in sorted(ROOT.glob("*/torch-ext/*/direct.py"))}
+    assert len(found) >= 2
+    assert len(set(found.values())) == 1, f"direct.py differs between {', '.join(found)}: copy one over the others"

@@ -98,6 +98,20 @@ Tensor apply(const Tensor& x, int64_t function) {
   return y;
 }
 
+void run_forward(const Contiguous& of, int64_t function) {
+  const Table& table = table_in_use();
+  const Run run = (of.b != nullptr ? table.multiply : table.apply)[of.dtype][function];
+  const int64_t bytes = of.dtype == FLOAT32 ? 4 : 2;
+  for_chunks(of.count, [&](int64_t begin, int64_t count) {
+    Elements some{};
+    some.a = static_cast<const char*>(of.a) + begin * bytes;
+    some.b = of.b != nullptr ? static_cast<const char*>(of.b) + begin * bytes : nullptr;
+    some.y = static_cast<char*>(of.y) + begin * bytes;
+    some.n = count;
+    run(some);
+  });
+}
+
 Tensor apply_backward(const Tensor& grad, const Tensor& x, int64_t function) {
   const Run run = pick(table_in_use().apply_backward, "apply_backward", x, function);
   check_same("apply_backward", "gradient", grad, x);

@@ -12,6 +12,26 @@ void check_input(const char* name, const Tensor& x, int64_t function) {
   STD_TORCH_CHECK(function >= 0 && function < FUNCTIONS, name, ": function is ", function, "; expected 0 to 3");
 }
 
+// As one row of all elements; those that do not fill 16 bytes by themselves.
+void run_dense(ElementArgs args, Op op, Dtype dtype, int64_t size, bool wide, const Device& device) {
+  const int64_t total = args.rows * args.n, fit = 16 / size, even = wide ? total / fit * fit : 0;
+  args.rows = 1;
+  if (even > 0) {
+    args.n = args.to_stride = even;
+    check_launch(elements(args, op, dtype, true, device));
+  }
+  if (even < total) {
+    args.n = args.to_stride = total - even;
+    for (RowsAt* rows : {&args.grad, &args.a, &args.b}) {
+      rows->data += even * size;
+    }
+    for (void** to : {&args.y, &args.a_grad, &args.b_grad}) {
+      *to = *to == nullptr ? nullptr : static_cast<char*>(*to) + even * size;
+    }
+    check_launch(elements(args, op, dtype, false, device));
+  }
+}
+
 // The operands of one op in step, as rows; all as one row where all are contiguous.
 class Operands {
  public:
@@ -54,27 +74,11 @@ class Operands {
     if (args.rows == 0) {
       return;
     }
-    bool wide = wide_;
-    if (dense_ && args.to_stride == args.n) { // one row of all elements; those that do not fill 16 bytes by themselves
-      const int64_t total = args.rows * args.n, fit = 16 / size_, even = wide ? total / fit * fit : 0;
-      args.rows = 1;
-      if (even > 0) {
-        args.n = args.to_stride = even;
-        check_launch(elements(args, op, dtype, true, device));
-      }
-      if (even < total) {
-        args.n = args.to_stride = total - even;
-        for (RowsAt* rows : {&args.grad, &args.a, &args.b}) {
-          rows->data += even * size_;
-        }
-        for (void** to : {&args.y, &args.a_grad, &args.b_grad}) {
-          *to = *to == nullptr ? nullptr : static_cast<char*>(*to) + even * size_;
-        }
-        check_launch(elements(args, op, dtype, false, device));
-      }
+    if (dense_ && args.to_stride == args.n) {
+      run_dense(args, op, dtype, size_, wide_, device);
       return;
     }
-    wide = wide && args.n * size_ % 16 == 0 && args.to_stride * size_ % 16 == 0;
+    const bool wide = wide_ && args.n * size_ % 16 == 0 && args.to_stride * size_ % 16 == 0;
     check_launch(elements(args, op, dtype, wide, device));
   }
 
@@ -109,6 +113,19 @@ Tensor apply(const Tensor& x, int64_t function) {
   of.write(of.args.y, y);
   of.run(APPLY, dtype, device);
   return y;
+}
+
+void run_forward(const Contiguous& of, int64_t function) {
+  const int64_t size = of.dtype == FLOAT32 ? 4 : 2;
+  ElementArgs args{};
+  args.a = RowsAt{static_cast<const char*>(of.a), of.count * size, 0};
+  args.b = RowsAt{static_cast<const char*>(of.b), of.count * size, 0};
+  args.y = of.y;
+  args.rows = 1;
+  args.n = args.to_stride = of.count;
+  args.function = static_cast<int>(function);
+  const bool wide = aligned(of.a) && aligned(of.b) && aligned(of.y);
+  run_dense(args, of.b != nullptr ? MULTIPLY : APPLY, static_cast<Dtype>(of.dtype), size, wide, OnDevice(of.device));
 }
 
 Tensor apply_backward(const Tensor& grad, const Tensor& x, int64_t function) {

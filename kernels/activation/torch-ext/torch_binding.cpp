@@ -1,3 +1,5 @@
+#include "activation_cpu/direct.h" // Python's header comes first
+
 #include <torch/csrc/stable/library.h>
 
 #include "activation_cpu/activation.h"
@@ -39,4 +41,58 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd
 }
 #endif
 
-REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
+namespace kernelhub {
+namespace {
+
+using namespace direct;
+
+constexpr int64_t FUNCTIONS = 4;
+
+// f(a), or with b f(a) * b.
+PyObject* forward(PyObject* a, PyObject* b, PyObject* function) {
+  Dense from, other;
+  int64_t which;
+  if (!read(a, from) || (b != nullptr && !(read(b, other) && other.like(from))) || !number(function, which) ||
+      which < 0 || which >= FUNCTIONS || !unseen<2>({a, b})) {
+    Py_RETURN_NONE;
+  }
+  Dense y;
+  PyObject* made = new_like(a, y);
+  if (made == nullptr) {
+    return nullptr;
+  }
+  const Contiguous of{from.data, b != nullptr ? other.data : nullptr, y.data, from.count, from.dtype, from.device};
+  if (!ran([&] { run_forward(of, which); })) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
+}
+
+// (x, function) -> y
+PyObject* direct_apply(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 2) {
+    Py_RETURN_NONE;
+  }
+  return forward(given[0], nullptr, given[1]);
+}
+
+// (a, b, function) -> y
+PyObject* direct_multiply(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 3) {
+    Py_RETURN_NONE;
+  }
+  return forward(given[0], given[1], given[2]);
+}
+
+PyMethodDef functions[] = {
+    function("prepare", prepare),
+    function("apply", direct_apply),
+    function("multiply", direct_multiply),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+} // namespace
+} // namespace kernelhub
+
+REGISTER_EXTENSION_WITH(TORCH_EXTENSION_NAME, kernelhub::functions)

@@ -32,6 +32,23 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight, double eps, bool needs_weight,
     bool needs_bias);
 
+// The forwards of contiguous operands that the caller has checked (direct.h), on the CPU or on the GPU of that number.
+// `rows` is at least 1, `dtype` is a Dtype. Pointers that an op has no use for are null.
+struct Contiguous {
+  const void* x;
+  const void* residual; // `sum` gets x + residual
+  const void* weight;
+  const void* bias;
+  void* y;
+  void* sum;
+  int64_t rows, n;
+  double eps;
+  int dtype, device;
+};
+
+void run_rms_norm(const Contiguous& of, int64_t form); // with a residual, add_rms_norm
+void run_layer_norm(const Contiguous& of);
+
 // From now on no wider instructions than those of the level (level.h), for tests; returns the level in use.
 int64_t use_level(int64_t level);
 

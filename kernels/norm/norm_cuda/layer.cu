@@ -7,35 +7,52 @@ namespace {
 
 template <typename T, int V>
 __device__ __forceinline__ void finish(
-    const LayerArgs& args, int64_t at, int64_t i, float mean, float scale, const float (&x)[V]) {
+    const LayerArgs& args, int64_t at, float mean, float scale, const Pack<T, V>& x, const Pack<T, V>& weight,
+    const Pack<T, V>& bias) {
   float y[V];
+  unpack(x, y);
+  const float shift = -mean * scale;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    y[v] = (x[v] - mean) * scale;
+    y[v] = sizeof(T) == 2 ? fmaf(y[v], scale, shift) : (y[v] - mean) * scale;
   }
-  float of[V];
-  if (args.weight != nullptr) {
-    unpack(load<T, V>(args.weight, i), of);
+  float w[V], b[V];
+  unpack(weight, w);
+  unpack(bias, b);
+  if (args.weight != nullptr && args.bias != nullptr) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      y[v] *= of[v];
+      y[v] = fmaf(y[v], w[v], b[v]);
     }
-  }
-  if (args.bias != nullptr) {
-    unpack(load<T, V>(args.bias, i), of);
+  } else if (args.weight != nullptr) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      y[v] += of[v];
+      y[v] *= w[v];
+    }
+  } else if (args.bias != nullptr) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      y[v] += b[v];
     }
   }
   store<T, V>(args.y, at, y);
 }
 
+// Of a weight or bias that there may not be.
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> load_if(const void* from, int64_t i) {
+  return from != nullptr ? load<T, V>(from, i) : zeros<T, V>();
+}
+
 // Rows of up to EACH packs to a thread, which are read once and held in registers. FULL: of exactly so many, by whole warps.
+// In 16 bits the sums of elements and of squares are taken together. Where the mean is more than FAR times the deviation the
+// difference of mean square and squared mean has lost FAR**2 * 2**-24 of itself, more than is rounded off the result: there
+// the squares of the differences from the mean are added up after all, as in float32.
 template <typename T, int V, int EACH, bool FULL>
 __global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) layer_rows(const __grid_constant__ LayerArgs args) {
-  constexpr bool WIDENED = EACH <= 2; // kept in float32
-  __shared__ float shared[2][SHARED<1>];
+  constexpr bool TOGETHER = sizeof(T) == 2, EARLY = EACH <= 2; // EARLY: weight and bias, where few registers wait for them
+  constexpr float FAR = 8.0f;
+  __shared__ float shared[2][SHARED<2>];
   wait_for_input();
   const Team team;
   const int count = FULL ? EACH * team.across : static_cast<int>(args.n) / V;
@@ -45,57 +62,77 @@ __global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) lay
   }
   const int here = FULL || row < args.rows ? count : 0;
   const auto within = [&](int i) { return FULL || i < here; };
-  Pack<T, V> x[EACH];
-  float wide[WIDENED ? EACH : 1][V];
+  const Pack<T, V> none = zeros<T, V>();
+  Pack<T, V> x[EACH], weight[EARLY ? EACH : 1], bias[EARLY ? EACH : 1];
   const char* from = row_at(args.x, args.x_leading, row);
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int i = team.lane + k * team.across;
-    x[k] = within(i) ? load<T, V>(from, i) : zeros<T, V>();
+    x[k] = within(i) ? load<T, V>(from, i) : none;
   }
-  float total[1] = {}, squares[1] = {};
+  if constexpr (EARLY) {
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int i = team.lane + k * team.across;
+      weight[k] = within(i) ? load_if<T, V>(args.weight, i) : none;
+      bias[k] = within(i) ? load_if<T, V>(args.bias, i) : none;
+    }
+  }
+  float totals[TOGETHER ? 2 : 1] = {};
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
-    float(&of)[V] = wide[WIDENED ? k : 0];
+    float of[V];
     unpack(x[k], of);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      total[0] += of[v];
+      totals[0] += of[v];
+      if constexpr (TOGETHER) {
+        totals[1] = fmaf(of[v], of[v], totals[1]);
+      }
     }
-    if constexpr (!WIDENED) {
+    if constexpr (!EARLY) {
       forget(x[k]);
     }
   }
-  team.sum(total, shared[0]);
-  const float mean = total[0] * args.inverse;
+  team.sum(totals, shared[0]);
+  const float mean = totals[0] * args.inverse;
+  float variance = 0.0f;
+  bool far = true;
+  if constexpr (TOGETHER) {
+    variance = fmaf(-mean, mean, totals[1] * args.inverse);
+    far = !(mean * mean <= FAR * FAR * variance); // also where the squares are not finite
+  }
+  if (!TOGETHER || __any_sync(0xffffffffu, far)) { // a warp may have several rows: each goes by its own
+    float squares[1] = {};
 #pragma unroll
-  for (int k = 0; k < EACH; ++k) {
-    if (within(team.lane + k * team.across)) {
-      float(&of)[V] = wide[WIDENED ? k : 0];
-      if constexpr (!WIDENED) {
+    for (int k = 0; k < EACH; ++k) {
+      if (within(team.lane + k * team.across)) {
+        float of[V];
         unpack(x[k], of);
-      }
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        of[v] -= mean;
-        squares[0] += of[v] * of[v];
+        for (int v = 0; v < V; ++v) {
+          const float away = of[v] - mean;
+          squares[0] = fmaf(away, away, squares[0]);
+        }
+      }
+      if constexpr (!EARLY) {
+        forget(x[k]);
       }
     }
-    if constexpr (!WIDENED) {
-      forget(x[k]);
-    }
+    team.sum(squares, shared[1]);
+    variance = far ? squares[0] * args.inverse : variance;
   }
-  team.sum(squares, shared[1]);
-  const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
+  const float scale = rsqrtf(variance + args.eps);
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int i = team.lane + k * team.across;
     if (within(i)) {
-      float(&of)[V] = wide[WIDENED ? k : 0];
-      if constexpr (!WIDENED) {
-        unpack(x[k], of);
+      if constexpr (EARLY) {
+        finish<T, V>(args, row * count + i, mean, scale, x[k], weight[k], bias[k]);
+      } else {
+        finish<T, V>(
+            args, row * count + i, mean, scale, x[k], load_if<T, V>(args.weight, i), load_if<T, V>(args.bias, i));
       }
-      finish<T, V>(args, row * count + i, i, WIDENED ? 0.0f : mean, scale, of);
     }
   }
 }
@@ -135,8 +172,9 @@ __global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ 
     const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
 #pragma unroll 2
     for (int64_t i = team.lane; i < here; i += team.across) {
-      unpack(load<T, V>(from, i), of);
-      finish<T, V>(args, row * count + i, i, mean, scale, of);
+      finish<T, V>(
+          args, row * count + i, mean, scale, load<T, V>(from, i), load_if<T, V>(args.weight, i),
+          load_if<T, V>(args.bias, i));
     }
   }
 }

@@ -139,6 +139,27 @@ RowGrads run_backward(
   return grads;
 }
 
+// What the args of contiguous operands begin with.
+template <typename Args>
+Args begin(const Contiguous& of) {
+  Args args{};
+  const int64_t bytes = of.n * (of.dtype == FLOAT32 ? 4 : 2);
+  args.x = RowsAt{static_cast<const char*>(of.x), bytes, 0};
+  args.weight = of.weight;
+  args.y = of.y;
+  args.rows = of.rows;
+  args.n = of.n;
+  args.inverse = 1.0f / static_cast<float>(of.n);
+  args.eps = static_cast<float>(of.eps);
+  return args;
+}
+
+bool wide_of(const Contiguous& of) {
+  const auto bits = [](const void* data) { return reinterpret_cast<uintptr_t>(data); };
+  const uintptr_t row = static_cast<uintptr_t>(of.n) * (of.dtype == FLOAT32 ? 4 : 2);
+  return (row | bits(of.x) | bits(of.residual) | bits(of.weight) | bits(of.bias) | bits(of.y) | bits(of.sum)) % 16 == 0;
+}
+
 } // namespace
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, int64_t form) {
@@ -167,6 +188,18 @@ Tensor rms_norm_gated(
   check_gate(name, kind);
   STD_TORCH_CHECK(form == CAST_FIRST || (form == CAST_LAST && kind != SILU_FIRST), name, ": there is no such form");
   return run_rms(name, x, &gate, weight, eps, form, kind, GATED, nullptr);
+}
+
+void run_rms_norm(const Contiguous& of, int64_t form) {
+  RmsArgs args = begin<RmsArgs>(of);
+  if (of.residual != nullptr) {
+    args.other = RowsAt{static_cast<const char*>(of.residual), args.x.stride, 0};
+  }
+  args.sum = of.sum;
+  args.offset = offset_of(form);
+  args.rounds = form == CAST_FIRST;
+  check_launch(rms(
+      args, of.residual != nullptr ? ADD : PLAIN, static_cast<Dtype>(of.dtype), wide_of(of), OnDevice(of.device)));
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(
@@ -234,6 +267,12 @@ Tensor layer_norm(
   const bool wide = whole(x, args.n) && inputs.wide && aligned(args.weight) && aligned(args.bias) && aligned(args.y);
   check_launch(layer(args, dtype, wide, device));
   return y;
+}
+
+void run_layer_norm(const Contiguous& of) {
+  LayerArgs args = begin<LayerArgs>(of);
+  args.bias = of.bias;
+  check_launch(layer(args, static_cast<Dtype>(of.dtype), wide_of(of), OnDevice(of.device)));
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(

@@ -1,3 +1,5 @@
+#include "norm_cpu/direct.h" // Python's header comes first
+
 #include <torch/csrc/stable/library.h>
 
 #include "norm_cpu/norm.h"
@@ -43,4 +45,145 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd
 }
 #endif
 
-REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
+namespace kernelhub {
+namespace {
+
+using namespace direct;
+
+// x and what is of its shape, weight and bias where there are any, as far as they fit together.
+struct Operands {
+  Dense x, other, weight, bias;
+  Contiguous of{};
+
+  bool read_all(PyObject* x_object, PyObject* residual, PyObject* weight_object, PyObject* bias_object) {
+    if (!read(x_object, x) || (residual != nullptr && !(read(residual, other) && other.like(x)))) {
+      return false;
+    }
+    return read_row(weight_object, weight, of.weight) && read_row(bias_object, bias, of.bias);
+  }
+
+  // Fills in what is known without the results.
+  void begin(double eps) {
+    of.x = x.data;
+    of.n = x.last();
+    of.rows = x.count / of.n;
+    of.eps = eps;
+    of.dtype = x.dtype;
+    of.device = x.device;
+  }
+
+ private:
+  bool read_row(PyObject* object, Dense& row, const void*& data) {
+    if (object == nullptr) {
+      return true;
+    }
+    if (!read(object, row) || row.dims != 1 || row.count != x.last() || !row.on_same(x)) {
+      return false;
+    }
+    data = row.data;
+    return true;
+  }
+};
+
+constexpr int64_t FORMS = 3;
+
+// (x, weight, eps, form) -> y
+PyObject* direct_rms_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Operands operands;
+  Contiguous& of = operands.of;
+  double eps;
+  int64_t form;
+  if (count != 4 || !operands.read_all(given[0], nullptr, given[1], nullptr) || !number(given[2], eps) ||
+      !number(given[3], form) || form < 0 || form >= FORMS || !unseen<2>({given[0], given[1]})) {
+    Py_RETURN_NONE;
+  }
+  operands.begin(eps);
+  Dense y;
+  PyObject* made = new_like(given[0], y);
+  if (made == nullptr) {
+    return nullptr;
+  }
+  of.y = y.data;
+  if (!ran([&] { run_rms_norm(of, form); })) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
+}
+
+// (x, residual, weight, eps, form) -> (y, sum)
+PyObject* direct_add_rms_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Operands operands;
+  Contiguous& of = operands.of;
+  double eps;
+  int64_t form;
+  if (count != 5 || !operands.read_all(given[0], given[1], given[2], nullptr) || !number(given[3], eps) ||
+      !number(given[4], form) || form < 0 || form >= FORMS || !unseen<3>({given[0], given[1], given[2]})) {
+    Py_RETURN_NONE;
+  }
+  operands.begin(eps);
+  of.residual = operands.other.data;
+  Dense y, sum;
+  PyObject* made = new_like(given[0], y);
+  PyObject* made_sum = made != nullptr ? new_like(given[0], sum) : nullptr;
+  PyObject* both = nullptr;
+  if (made_sum != nullptr) {
+    of.y = y.data;
+    of.sum = sum.data;
+    if (ran([&] { run_rms_norm(of, form); })) {
+      both = PyTuple_Pack(2, made, made_sum);
+    }
+  }
+  Py_XDECREF(made);
+  Py_XDECREF(made_sum);
+  return both;
+}
+
+// Whether a normalized_shape, None or a tuple, is that of the last dimension.
+bool is_last(PyObject* shape, const Dense& x) {
+  if (shape == Py_None) {
+    return true;
+  }
+  int64_t size;
+  return PyTuple_Check(shape) && PyTuple_Size(shape) == 1 && number(PyTuple_GetItem(shape, 0), size) && size == x.last();
+}
+
+// (x, weight or None, bias or None, eps, normalized_shape or None) -> y
+PyObject* direct_layer_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Operands operands;
+  Contiguous& of = operands.of;
+  double eps;
+  if (count != 5) {
+    Py_RETURN_NONE;
+  }
+  PyObject *weight = given[1] == Py_None ? nullptr : given[1], *bias = given[2] == Py_None ? nullptr : given[2];
+  if (!operands.read_all(given[0], nullptr, weight, bias) || !number(given[3], eps) ||
+      !is_last(given[4], operands.x) || !unseen<3>({given[0], weight, bias})) {
+    Py_RETURN_NONE;
+  }
+  operands.begin(eps);
+  Dense y;
+  PyObject* made = new_like(given[0], y);
+  if (made == nullptr) {
+    return nullptr;
+  }
+  of.y = y.data;
+  if (!ran([&] { run_layer_norm(of); })) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
+}
+
+PyMethodDef functions[] = {
+    function("prepare", prepare),
+    function("rms_norm", direct_rms_norm),
+    function("add_rms_norm", direct_add_rms_norm),
+    function("layer_norm", direct_layer_norm),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+} // namespace
+} // namespace kernelhub
+
+REGISTER_EXTENSION_WITH(TORCH_EXTENSION_NAME, kernelhub::functions)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from . import triton_here
+from . import direct, triton_here
 from ._ops import add_op_namespace_prefix, ops
 
 __all__ = [
+    "DIRECT",
     "GELU",
     "GELU_QUICK",
     "GELU_TANH",
@@ -37,6 +38,8 @@ __all__ = [
 HERE = hasattr(ops, "apply")
 # A build has ops for the CPU or for CUDA.
 _CUDA = HERE and torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("apply"), "CUDA")
+# Where there are any, functions around the dispatcher: each gives the op's result, or None where it does not take the call.
+DIRECT = direct.functions() if HERE else None
 
 # As in activation_cpu/elements.h and activation_cuda/launch.h.
 SILU, GELU, GELU_TANH, GELU_QUICK = range(4)

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import compiled
-from .compiled import takes
+from .compiled import DIRECT, takes
 
 __all__ = [
     "gelu",
@@ -63,6 +64,8 @@ def gelu(x: Tensor) -> Tensor:
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """`x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))`."""
+    if not is_dynamo_compiling() and DIRECT is not None and (y := DIRECT.apply(x, compiled.GELU_TANH)) is not None:
+        return y
     if takes(x):
         return compiled.apply(x, compiled.GELU_TANH)
     return F.gelu(x, approximate="tanh")
@@ -82,6 +85,8 @@ def gelu_fast(x: Tensor) -> Tensor:
 
 def gelu_quick(x: Tensor) -> Tensor:
     """`x * sigmoid(1.702 * x)`."""
+    if not is_dynamo_compiling() and DIRECT is not None and (y := DIRECT.apply(x, compiled.GELU_QUICK)) is not None:
+        return y
     if takes(x):
         return compiled.apply(x, compiled.GELU_QUICK)
     # By the mode: a tensor that vmap batches inside a gradient says of itself that it requires none.
@@ -98,6 +103,10 @@ def silu_and_mul(x: Tensor, other: Tensor | None = None) -> Tensor:
     if other is None:
         if _takes_halves(x):
             return compiled.halves(x, compiled.SILU)
+    elif (
+        not is_dynamo_compiling() and DIRECT is not None and (y := DIRECT.multiply(x, other, compiled.SILU)) is not None
+    ):
+        return y
     elif takes(x, other):
         return compiled.multiply(x, other, compiled.SILU)
     gate, up = _pair("silu_and_mul", x, other)
@@ -112,6 +121,10 @@ def gelu_and_mul(x: Tensor, other: Tensor | None = None) -> Tensor:
     if other is None:
         if _takes_halves(x):
             return compiled.halves(x, compiled.GELU)
+    elif (
+        not is_dynamo_compiling() and DIRECT is not None and (y := DIRECT.multiply(x, other, compiled.GELU)) is not None
+    ):
+        return y
     elif takes(x, other):
         return compiled.multiply(x, other, compiled.GELU)
     gate, up = _pair("gelu_and_mul", x, other)
@@ -126,6 +139,12 @@ def gelu_tanh_and_mul(x: Tensor, other: Tensor | None = None) -> Tensor:
     if other is None:
         if _takes_halves(x):
             return compiled.halves(x, compiled.GELU_TANH)
+    elif (
+        not is_dynamo_compiling()
+        and DIRECT is not None
+        and (y := DIRECT.multiply(x, other, compiled.GELU_TANH)) is not None
+    ):
+        return y
     elif takes(x, other):
         return compiled.multiply(x, other, compiled.GELU_TANH)
     gate, up = _pair("gelu_tanh_and_mul", x, other)

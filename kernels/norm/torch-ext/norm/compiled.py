@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from . import triton_here
+from . import direct, triton_here
 from ._ops import add_op_namespace_prefix, ops
 
 __all__ = [
     "CAST_FIRST",
     "CAST_LAST",
+    "DIRECT",
     "HERE",
     "SIGMOID",
     "SILU",
@@ -40,6 +41,8 @@ __all__ = [
 HERE = hasattr(ops, "rms_norm")
 # A build has ops for the CPU or for CUDA.
 _CUDA = HERE and torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("rms_norm"), "CUDA")
+# Where there are any, functions around the dispatcher: each gives the op's result, or None where it does not take the call.
+DIRECT = direct.functions() if HERE else None
 
 # As in norm_cpu/rows.h and norm_cuda/launch.h.
 CAST_FIRST, CAST_LAST, ZERO_CENTERED = 0, 1, 2

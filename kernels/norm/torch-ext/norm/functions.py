@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from . import compiled
-from .compiled import CAST_FIRST, CAST_LAST, SIGMOID, SILU, SILU_FIRST, ZERO_CENTERED, takes, takes_too
+from .compiled import CAST_FIRST, CAST_LAST, DIRECT, SIGMOID, SILU, SILU_FIRST, ZERO_CENTERED, takes, takes_too
 
 __all__ = [
     "add_rms_norm",
@@ -46,6 +47,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
     x: (..., hidden), weight: (hidden,) -> (..., hidden) in the dtype that x's and the weight's promote to.
     """
+    if (
+        not is_dynamo_compiling()
+        and DIRECT is not None
+        and (y := DIRECT.rms_norm(x, weight, eps, CAST_FIRST)) is not None
+    ):
+        return y
     if takes(x, weight):
         return compiled.rms_norm(x, weight, eps, CAST_FIRST)
     row = _row("rms_norm", weight)
@@ -62,6 +69,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
 
     x, residual: (..., hidden), weight: (hidden,) -> two tensors (..., hidden), in the dtypes of `rms_norm` and of the sum.
     """
+    if (
+        not is_dynamo_compiling()
+        and DIRECT is not None
+        and (both := DIRECT.add_rms_norm(x, residual, weight, eps, CAST_FIRST)) is not None
+    ):
+        return both
     if takes(x, weight) and takes_too(x, residual):
         return compiled.add_rms_norm(x, residual, weight, eps, CAST_FIRST)
     total = x + residual
@@ -73,6 +86,12 @@ def rms_norm_cast_last(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
     x: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype.
     """
+    if (
+        not is_dynamo_compiling()
+        and DIRECT is not None
+        and (y := DIRECT.rms_norm(x, weight, eps, CAST_LAST)) is not None
+    ):
+        return y
     if takes(x, weight):
         return compiled.rms_norm(x, weight, eps, CAST_LAST)
     row = _row("rms_norm_cast_last", weight)
@@ -86,6 +105,12 @@ def rms_norm_zero_centered(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tens
 
     x: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype.
     """
+    if (
+        not is_dynamo_compiling()
+        and DIRECT is not None
+        and (y := DIRECT.rms_norm(x, weight, eps, ZERO_CENTERED)) is not None
+    ):
+        return y
     if takes(x, weight):
         return compiled.rms_norm(x, weight, eps, ZERO_CENTERED)
     row = _row("rms_norm_zero_centered", weight)
@@ -101,6 +126,12 @@ def rms_norm_weight_dtype(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tenso
     x: (..., hidden), weight: (hidden,) -> (..., hidden), in the weight's dtype where that has 16 bits, else float32
     or wider.
     """
+    if (
+        not is_dynamo_compiling()
+        and DIRECT is not None
+        and (y := DIRECT.rms_norm(x, weight, eps, CAST_FIRST)) is not None
+    ):
+        return y
     if takes(x, weight):  # of one dtype
         return compiled.rms_norm(x, weight, eps, CAST_FIRST)
     row = _row("rms_norm_weight_dtype", weight)
@@ -163,6 +194,12 @@ def layer_norm(
     x: (..., *normalized_shape), weight and bias: normalized_shape or None -> x's shape, in x's dtype. Without a
     `normalized_shape`, the weight's shape, and without a weight the last dimension.
     """
+    if (
+        not is_dynamo_compiling()
+        and DIRECT is not None
+        and (y := DIRECT.layer_norm(x, weight, bias, eps, normalized_shape)) is not None
+    ):
+        return y
     if normalized_shape is None and weight is None:
         normalized_shape = x.shape[-1:]
     if compiled.takes_layer(x, weight, bias, normalized_shape):
@@ -175,6 +212,12 @@ def layer_norm_cast_last(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor
 
     x: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype.
     """
+    if (
+        not is_dynamo_compiling()
+        and DIRECT is not None
+        and (y := DIRECT.layer_norm(x, weight, None, eps, None)) is not None
+    ):
+        return y
     if compiled.takes_layer(x, weight, None, None):
         return compiled.layer_norm(x, weight, None, eps)
     row = _row("layer_norm_cast_last", weight)
