@@ -6,28 +6,42 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.compiler import is_compiling
 
 from kernelhub import get_kernel_dep
 
+from . import compiled
+from .gated import PRODUCTS, activation, gated_mlp
+from .plain import Weights, takes
+
 norm = get_kernel_dep("kernelhub/norm")
-activation = get_kernel_dep("kernelhub/activation")
 
-__all__ = ["FORMULAS", "PRODUCTS", "activation", "add_gated_mlp", "norm", "rms_norm_gated_mlp"]
+__all__ = [
+    "FORMS",
+    "FORMULAS",
+    "PRODUCTS",
+    "activation",
+    "add_gated_mlp",
+    "down",
+    "norm",
+    "rms_norm_and_input",
+    "rms_norm_gated_mlp",
+]
 
-# By the names that layers are marked with, and by those of the classes that transformers has.
+# By the names that layers are marked with.
 FORMULAS = {
     "RMSNorm": norm.rms_norm,
     "RMSNormCastLast": norm.rms_norm_cast_last,
     "RMSNormZeroCentered": norm.rms_norm_zero_centered,
     "RMSNormWeightDtype": norm.rms_norm_weight_dtype,
 }
-PRODUCTS = {
-    "SiLUActivation": activation.silu_and_mul,
-    "SiLU": activation.silu_and_mul,
-    "GELUActivation": activation.gelu_and_mul,
-    "GELUTanh": activation.gelu_tanh_and_mul,
-    "NewGELUActivation": activation.gelu_tanh_and_mul,
+# As the ops of the norms know them, where x and the weight have one dtype.
+FORMS = {
+    "RMSNorm": norm.compiled.CAST_FIRST,
+    "RMSNormCastLast": norm.compiled.CAST_LAST,
+    "RMSNormZeroCentered": norm.compiled.ZERO_CENTERED,
+    "RMSNormWeightDtype": norm.compiled.CAST_FIRST,
 }
 
 # In float32, without gradients, a CPU computes rows in blocks: what lies between the projections stays small, so that the
@@ -36,61 +50,96 @@ PRODUCTS = {
 # bfloat16 too, where each product packs its weights anew: 78, 93.
 _ROWS = 512
 _FROM_ROWS = 2048
-_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def rms_norm_gated_mlp(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    gate: nn.Linear,
-    up: nn.Linear,
-    down: nn.Linear,
-    formula: str = "RMSNorm",
-    product: str = "SiLUActivation",
+    x: Tensor, weight: Tensor, eps: float, weights: Weights, formula: str = "RMSNorm", product: str = "SiLUActivation"
 ) -> Tensor:
     """`down(f(gate(n)) * up(n))` with `n = rms_norm(x, weight, eps)`: (..., hidden) -> (..., hidden).
 
     `formula` names the norm, `product` the class of f.
     """
-    normalize, multiply = FORMULAS[formula], PRODUCTS[product]
-    gate, up, down = gate._parameters, up._parameters, down._parameters
-    if x.numel() < _FROM_ROWS * x.shape[-1] or not _free(x, gate, down):
+    if compiled.takes(x, weights, product, weight):
+        return compiled.gated_mlp(x, weights, product, None, weight, eps, FORMS[formula])
+    normalize = FORMULAS[formula]
+    if x.numel() < _FROM_ROWS * x.shape[-1] or not _free(x, weights):
         n = normalize(x, weight, eps)
-        inner = multiply(F.linear(n, gate["weight"], gate["bias"]), F.linear(n, up["weight"], up["bias"]))
-        return F.linear(inner, down["weight"], down["bias"])
-    down_weight, down_bias = down["weight"], down["bias"]
+        if torch.is_grad_enabled() and takes(n, weights):
+            return gated_mlp(n, weights, product)
+        return down(_inner(n, weights, product), weights)
     rows = x.reshape(-1, x.shape[-1])
-    made = rows.new_empty(rows.shape[0], down_weight.shape[0])
+    made = rows.new_empty(rows.shape[0], weights.down.shape[0])
     for block, out in zip(rows.split(_ROWS), made.split(_ROWS), strict=True):
-        n = normalize(block, weight, eps)
-        inner = multiply(F.linear(n, gate["weight"], gate["bias"]), F.linear(n, up["weight"], up["bias"]))
-        if down_bias is None:
-            torch.mm(inner, down_weight.t(), out=out)
+        inner = _inner(normalize(block, weight, eps), weights, product)
+        if weights.down_bias is None:
+            torch.mm(inner, weights.down.t(), out=out)
         else:
-            torch.addmm(down_bias, inner, down_weight.t(), out=out)
+            torch.addmm(weights.down_bias, inner, weights.down.t(), out=out)
     return made.view(*x.shape[:-1], -1)
 
 
 def add_gated_mlp(
-    x: Tensor, residual: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, product: str = "SiLUActivation"
+    x: Tensor, residual: Tensor, weights: Weights, product: str = "SiLUActivation", ours: bool = False
 ) -> Tensor:
-    """`residual + down(f(gate(x)) * up(x))`; without gradients, in float32 on a CPU, added where the product lies."""
-    gate, up, down = gate._parameters, up._parameters, down._parameters
-    inner = PRODUCTS[product](F.linear(x, gate["weight"], gate["bias"]), F.linear(x, up["weight"], up["bias"]))
-    made = F.linear(inner, down["weight"], down["bias"])
-    return made.add_(residual) if made.dtype is residual.dtype and _free(x, gate, down) else residual + made
+    """`residual + down(f(gate(x)) * up(x))`. Without gradients it is added where the product lies.
+
+    On a GPU that is in the residual's own memory, where it is `ours` to write to: the last product begins with it.
+    """
+    plain = residual.dtype is x.dtype and takes(x, weights)
+    if plain and torch.is_grad_enabled():
+        return gated_mlp(x, weights, product, residual)
+    inner = _inner(x, weights, product)
+    if not plain or is_compiling():
+        return residual + down(inner, weights)
+    if ours and x.is_cuda and weights.down_bias is None and residual.is_contiguous():
+        residual.view(-1, residual.shape[-1]).addmm_(inner.flatten(0, -2), weights.down.t())
+        return residual
+    return down(inner, weights).add_(residual)
 
 
-def _free(x: Tensor, gate: dict[str, Any], down: dict[str, Any]) -> bool:
+def down(inner: Tensor, weights: Weights) -> Tensor:
+    """The last product of a gated MLP."""
+    return F.linear(inner, weights.down, weights.down_bias)
+
+
+def _inner(x: Tensor, weights: Weights, product: str) -> Tensor:
+    gate = F.linear(x, weights.gate, weights.gate_bias)
+    if weights.up is None:
+        return PRODUCTS[product](gate)
+    return PRODUCTS[product](gate, F.linear(x, weights.up, weights.up_bias))
+
+
+def _free(x: Tensor, weights: Weights) -> bool:
     """Whether products may go where they are wanted: float32 on a CPU, and nothing records or transforms what is done."""
     return (
         x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not _transforms_active()
-        and type(x) is Tensor
         and x.dtype is torch.float32
-        and gate["weight"].dtype is down["weight"].dtype is torch.float32
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_grad_enabled()
+        and not is_compiling()
+        and takes(x, weights)
     )
+
+
+def rms_norm_and_input(x: Tensor, weight: Tensor, eps: float, form: int) -> tuple[Tensor, Tensor]:
+    """The norm of x, and x for whoever adds to it; the norm's backward adds that gradient to its own, which saves a pass.
+
+    For what the norm's ops take, where gradients are asked for.
+    """
+    return _RmsNormAndInput.apply(x, weight, eps, form)  # type: ignore[no-any-return]
+
+
+class _RmsNormAndInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.options = eps, form
+        return norm.compiled.rms_norm(x, weight, eps, form), x.view_as(x)
+
+    @staticmethod
+    @norm.compiled._differentiable_once
+    def backward(ctx: Any, grad: Tensor, input_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[1]
+        backward = norm.compiled._rms_norm_backward
+        x_grad, weight_grad = backward(grad, input_grad, x, weight, *ctx.options, needs_weight)
+        return x_grad, weight_grad if needs_weight else None, None, None

@@ -7,42 +7,98 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functions import FORMULAS, PRODUCTS, add_gated_mlp, norm, rms_norm_gated_mlp
+from . import compiled
+from .functions import (
+    FORMS,
+    FORMULAS,
+    PRODUCTS,
+    activation,
+    add_gated_mlp,
+    norm,
+    rms_norm_and_input,
+    rms_norm_gated_mlp,
+)
+from .gated import gated_mlp
+from .model import CausalDecoder
+from .plain import linears, runs, takes
 
-__all__ = ["DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP", "RMSNormGatedMLP"]
+__all__ = ["CausalDecoder", "DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP", "RMSNormGatedMLP"]
+
+
+# The kernels' forwards that compute what the modules' own do: a module that runs one of them may be passed by.
+_NORMS = tuple(getattr(norm.layers, name).forward for name in FORMS)
+_ACTIVATIONS = tuple(getattr(activation.layers, name).forward for name in ("SiLU", "GeLU", "GeluTanh", "NewGELU"))
 
 
 class GatedMLP(nn.Module):
-    """Reads `act_fn`, and calls `gate_proj`, `up_proj` and `down_proj`: `down(f(gate(x)) * up(x))`."""
+    """Reads `act_fn`, and calls `gate_proj`, `up_proj` and `down_proj`: `down(f(gate(x)) * up(x))`.
+
+    With gradients, of plain linear layers, it reads their weights and has a backward of its own: see `gated.py`.
+    """
 
     can_torch_compile = True
     has_backward = True
 
     def forward(self, x: Tensor) -> Tensor:
-        multiply = PRODUCTS[type(self.act_fn).__name__]
-        return self.down_proj(multiply(self.gate_proj(x), self.up_proj(x)))
+        product = _product(self.act_fn)
+        if product is None:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if torch.is_grad_enabled():
+            weights = linears(self, "gate_proj", "up_proj", "down_proj")
+            if weights is not None and takes(x, weights):
+                return gated_mlp(x, weights, product)
+        elif compiled.may_take(x):
+            weights = linears(self, "gate_proj", "up_proj", "down_proj")
+            if weights is not None and compiled.takes(x, weights, product):
+                return compiled.gated_mlp(x, weights, product)
+        return self.down_proj(PRODUCTS[product](self.gate_proj(x), self.up_proj(x)))
 
 
 class PackedGatedMLP(nn.Module):
-    """Reads `activation_fn`, and calls `gate_up_proj`, whose result is gate and up side by side, and `down_proj`."""
+    """Reads `activation_fn`, and calls `gate_up_proj`, whose result is gate and up side by side, and `down_proj`.
+
+    With gradients, of plain linear layers, as `GatedMLP`.
+    """
 
     can_torch_compile = True
     has_backward = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        multiply = PRODUCTS[type(self.activation_fn).__name__]
-        return self.down_proj(multiply(self.gate_up_proj(hidden_states)))
+        product = _product(self.activation_fn)
+        if product is None:
+            gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+            return self.down_proj(up * self.activation_fn(gate))
+        if torch.is_grad_enabled():
+            weights = linears(self, "gate_up_proj", None, "down_proj")
+            if weights is not None and takes(hidden_states, weights):
+                return gated_mlp(hidden_states, weights, product)
+        elif compiled.may_take(hidden_states):
+            weights = linears(self, "gate_up_proj", None, "down_proj")
+            if weights is not None and compiled.takes(hidden_states, weights, product):
+                return compiled.gated_mlp(hidden_states, weights, product)
+        return self.down_proj(PRODUCTS[product](self.gate_up_proj(hidden_states)))
 
 
 class GatedFeedForward(nn.Module):
-    """As T5 has it. Reads `act`, and calls `wi_0`, `wi_1`, `dropout` and `wo`, in the dtype of `wo` where that is another."""
+    """As T5 has it. Reads `act`, and calls `wi_0`, `wi_1`, `dropout` and `wo`, in the dtype of `wo` where that is another.
+
+    With gradients, of plain linear layers and without a dropout, as `GatedMLP`.
+    """
 
     can_torch_compile = True
     has_backward = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        multiply = PRODUCTS[type(self.act).__name__]
-        inner = self.dropout(multiply(self.wi_0(hidden_states), self.wi_1(hidden_states)))
+        product = _product(self.act)
+        if product is not None and torch.is_grad_enabled() and _keeps_all(self.dropout):
+            weights = linears(self, "wi_0", "wi_1", "wo")
+            if weights is not None and takes(hidden_states, weights):
+                return gated_mlp(hidden_states, weights, product)
+        if product is None:
+            inner = self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
+        else:
+            inner = PRODUCTS[product](self.wi_0(hidden_states), self.wi_1(hidden_states))
+        inner = self.dropout(inner)
         weight = getattr(self.wo, "weight", None)
         if isinstance(weight, Tensor) and weight.dtype not in (inner.dtype, torch.int8):
             inner = inner.to(weight.dtype)
@@ -50,7 +106,10 @@ class GatedFeedForward(nn.Module):
 
 
 class RMSNormGatedMLP(nn.Module):
-    """An RMS norm, and `down(f(gate(x)) * up(x))` of what it gives. Reads the modules' weights when it is called."""
+    """An RMS norm, and `down(f(gate(x)) * up(x))` of what it gives. Reads the modules' weights when it is called.
+
+    Where somebody listens to the MLP's projections, or put others in their place, they are called.
+    """
 
     can_torch_compile = True
     has_backward = True
@@ -58,17 +117,11 @@ class RMSNormGatedMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         # By the tables of the modules: each attribute that is none of an instance's own costs a third of a microsecond.
         norm, mlp = self.parts
-        mlp = mlp._modules
-        return rms_norm_gated_mlp(
-            hidden_states,
-            norm._parameters["weight"],
-            self.eps,
-            mlp["gate_proj"],
-            mlp["up_proj"],
-            mlp["down_proj"],
-            self.formula,
-            self.product,
-        )
+        weights = linears(mlp, "gate_proj", "up_proj", "down_proj")
+        weight = norm._parameters["weight"]
+        if weights is None or _product(mlp._modules["act_fn"]) is None:
+            return type(mlp).forward(mlp, FORMULAS[self.formula](hidden_states, weight, self.eps))
+        return rms_norm_gated_mlp(hidden_states, weight, self.eps, weights, self.formula, self.product)
 
 
 class RMSNormGatedMLPLayout(nn.Module):
@@ -114,8 +167,9 @@ class DecoderLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         parts = self._modules
+        normed, residual = _norm_and_input(parts["input_layernorm"], hidden_states)
         attended, _ = parts["self_attn"](
-            hidden_states=parts["input_layernorm"](hidden_states),
+            hidden_states=normed,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -123,25 +177,50 @@ class DecoderLayer(nn.Module):
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        between = parts["post_attention_layernorm"]
-        normed, residual = norm.add_rms_norm(attended, hidden_states, between.weight, _epsilon(between))
-        mlp = parts["mlp"]
-        if _plain_gated(mlp):
-            inner = mlp._modules
-            product = type(inner["act_fn"]).__name__
-            return add_gated_mlp(normed, residual, inner["gate_proj"], inner["up_proj"], inner["down_proj"], product)
-        return residual + mlp(normed)
+        between, mlp = parts["post_attention_layernorm"], parts["mlp"]
+        fused = runs(between, *_NORMS)
+        product = _gated(mlp)
+        weights = None if product is None else linears(mlp, "gate_proj", "up_proj", "down_proj")
+        if fused and weights is not None and compiled.takes(attended, weights, product, between.weight, residual):
+            return compiled.gated_mlp(attended, weights, product, residual, between.weight, _epsilon(between))
+        if fused:
+            normed, residual = norm.add_rms_norm(attended, residual, between.weight, _epsilon(between))
+        else:
+            residual = residual + attended
+            normed = between(residual)
+        product = _gated(mlp)
+        weights = None if product is None else linears(mlp, "gate_proj", "up_proj", "down_proj")
+        if product is None or weights is None:
+            return residual + mlp(normed)
+        return add_gated_mlp(normed, residual, weights, product, fused)
 
 
-def _plain_gated(mlp: nn.Module) -> bool:
-    """Whether the MLP is a gated one, by its mark, of plain linear layers, and nobody listens to it."""
-    if getattr(type(mlp), "kernel_layer_name", None) != "GatedMLP" or mlp._forward_hooks or mlp._forward_pre_hooks:
-        return False
-    parts = mlp._modules
-    return (
-        type(parts["gate_proj"]) is type(parts["up_proj"]) is type(parts["down_proj"]) is nn.Linear
-        and type(parts["act_fn"]).__name__ in PRODUCTS
-    )
+def _norm_and_input(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the module gives for x, and x; an RMS norm whose ops take x also takes the gradient that comes to x itself."""
+    form = FORMS.get(getattr(type(module), "kernel_layer_name", None))
+    if form is not None and torch.is_grad_enabled() and x.requires_grad and runs(module, *_NORMS):
+        weight = module._parameters.get("weight")
+        if weight is not None and norm.compiled.takes(x, weight):
+            return rms_norm_and_input(x, weight, _epsilon(module), form)
+    return module(x), x
+
+
+def _product(activation: nn.Module) -> str | None:
+    """By which name the product of that activation is known; None where the activation is to be called."""
+    name = type(activation).__name__
+    return name if name in PRODUCTS and runs(activation, *_ACTIVATIONS) else None
+
+
+def _gated(mlp: nn.Module) -> str | None:
+    """The product of a gated MLP, by its mark, that nobody listens to; None for any other, which is to be called."""
+    if getattr(type(mlp), "kernel_layer_name", None) != "GatedMLP" or not runs(mlp, GatedMLP.forward):
+        return None
+    activation = mlp._modules.get("act_fn")
+    return None if activation is None else _product(activation)
+
+
+def _keeps_all(dropout: nn.Module) -> bool:
+    return type(dropout) is nn.Dropout and (dropout.p == 0.0 or not dropout.training) and runs(dropout)
 
 
 def _epsilon(module: nn.Module) -> float:

@@ -1,0 +1,95 @@
+"""Whether calling a layer's parts would do nothing but compute: then a kernel may compute it, and else it calls them.
+
+Looked at in every call, because hooks, other forwards and other weights may come at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
+
+__all__ = ["Weights", "linears", "runs", "takes"]
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+class Weights(NamedTuple):
+    """The weights of a gated MLP; without `up`, gate and up are one projection, whose result is both side by side."""
+
+    gate: Tensor
+    gate_bias: Tensor | None
+    up: Tensor | None
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+def linears(mlp: nn.Module, gate: str, up: str | None, down: str) -> Weights | None:
+    """The weights of the projections of those names, if they are plain linear layers that nobody listens to."""
+    parts = mlp._modules
+    first = _linear(parts.get(gate))
+    second = (None, None) if up is None else _linear(parts.get(up))
+    last = _linear(parts.get(down))
+    if first is None or second is None or last is None:
+        return None
+    return Weights(*first, *second, *last)
+
+
+def _linear(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
+    if type(module) is not nn.Linear or not runs(module):
+        return None
+    own = module._parameters
+    weight = own.get("weight")  # FSDP and weight_norm of old keep it elsewhere
+    return None if weight is None or "bias" not in own else (weight, own["bias"])
+
+
+def runs(module: nn.Module, *forwards: Any) -> bool:
+    """Whether the module runs its class's forward or one of these kernels', and has no hooks."""
+    held = module.__dict__
+    if held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
+        return False
+    if (
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    ):
+        return False
+    forward = held.get("forward")
+    if forward is None:
+        return True
+    if getattr(forward, "__self__", None) is not module:
+        return False
+    function = forward.__func__
+    if function is type(module).forward:
+        return True
+    function = getattr(function, "__wrapped__", function)  # a watched kernel's
+    return any(function is known for known in forwards)
+
+
+def takes(x: Tensor, weights: Weights) -> bool:
+    """Whether x, (..., hidden), and the weights are plain tensors of one dtype, which nothing casts or transforms.
+
+    Subclasses (DTensor, quantised ones) know their own ways; there are no rules for `torch.func` and forward-mode AD;
+    programs of `torch.jit.trace` have no place for an `autograd.Function`.
+    """
+    dtype = x.dtype
+    if type(x) not in _PLAIN or dtype not in _DTYPES or x.dim() < 2:
+        return False
+    for weight in weights:
+        if weight is not None and (type(weight) not in _PLAIN or weight.dtype is not dtype):
+            return False
+    return not (
+        torch.is_autocast_enabled(x.device.type)
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or weights.gate.layout is not torch.strided
+        or weights.down.layout is not torch.strided
+    )
