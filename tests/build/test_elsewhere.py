@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from build_projects import copied
 
 from kernelhub.build.assemble import Workshop
@@ -13,12 +17,14 @@ from kernelhub.build.project import build_project
 from kernelhub.build.toolchain import find_toolchain, missing, ready
 from kernelhub.core.metadata import Metadata
 
+ROOT = Path(__file__).resolve().parents[2]
+
 # What a portable kernel is loaded with in a process of its own: an error that ended the process would be seen.
 USE = """
 import sys, torch
 from pathlib import Path
 from kernelhub import Hub, Settings
-kernel = Hub(Settings(cache=Path(sys.argv[2]))).load_local(Path(sys.argv[1])).module
+kernel = Hub(Settings(cache=Path(sys.argv[2]))).load_local(Path(sys.argv[1]), backend="cpu").module
 assert kernel.relu(torch.tensor([-1.0, 2.0])).tolist() == [0.0, 2.0]
 for _ in range(3):
     try:
@@ -90,3 +96,43 @@ def test_errors_arrive_where_the_compiler_has_only_a_static_cxx_library(names, t
         [sys.executable, "-c", USE, str(project), str(tmp_path / "store")], capture_output=True, text=True, timeout=300
     )
     assert (ran.returncode, ran.stdout.strip()) == (0, "fine"), ran.stderr
+
+
+# A Python with another torch, which this package is shown to by its path: that torch's own dependencies are enough.
+OTHER = os.environ.get("KERNELHUB_TEST_OTHER_PYTHON")
+
+NORM = """
+import sys, torch
+from pathlib import Path
+from kernelhub import Hub, Settings
+kernel = Hub(Settings(cache=Path(sys.argv[2]), build="never")).load_local(Path(sys.argv[1]), backend="cpu")
+assert str(kernel.variant).startswith("torch-stable-abi"), kernel.variant
+x, weight = torch.randn(3, 64, requires_grad=True), torch.rand(64)
+expected = torch.nn.functional.rms_norm(x.detach().double(), (64,), weight.double(), 1e-6)
+result = kernel.module.rms_norm(x, weight, 1e-6)
+assert result.grad_fn is not None
+assert torch.allclose(result.double(), expected, atol=1e-6)
+result.sum().backward()
+assert x.grad.isfinite().all()
+print("fine")
+"""
+
+
+@pytest.mark.skipif(OTHER is None, reason="KERNELHUB_TEST_OTHER_PYTHON names no Python with another torch")
+@pytest.mark.parametrize(("name", "code"), [("relu-stable", USE), ("norm", NORM)])
+def test_a_build_on_the_stable_abi_runs_under_another_torch(toolchain, tmp_path, name, code):
+    assert OTHER is not None
+    version = [OTHER, "-W", "ignore", "-c", "import torch; print(torch.__version__)"]
+    other = subprocess.run(version, capture_output=True, text=True, check=True).stdout.strip()
+    assert other.split("+")[0] != torch.__version__.split("+")[0], "it has the same torch"
+    source = ROOT / "kernels" / name
+    project = Path(shutil.copytree(source, tmp_path / name)) if source.is_dir() else copied(name, tmp_path)
+    assert any(item.path for item in build_project(project, Workshop(toolchain, tmp_path / "work"), backends=["cpu"]))
+    done = subprocess.run(
+        [OTHER, "-W", "ignore", "-c", code, str(project), str(tmp_path / "store")],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "KERNELHUB_BUILD": "never"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr
