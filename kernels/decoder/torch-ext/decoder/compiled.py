@@ -59,8 +59,10 @@ def may_take(x: Tensor) -> bool:
     return HERE and not torch.is_grad_enabled() and x.is_cpu and not is_compiling()
 
 
-def takes(x: Tensor, weights: Weights, product: str, norm: Tensor | None = None) -> bool:
-    """Whether the op takes x, (..., hidden), and is faster. The norm's weight is (hidden,)."""
+def takes(
+    x: Tensor, weights: Weights, product: str | None, norm: Tensor | None = None, residual: Tensor | None = None
+) -> bool:
+    """Whether the op takes x, (..., hidden), and is faster. The norm's weight is (hidden,), the residual of x's shape."""
     most = _MOST_ROWS.get(x.dtype)
     if most is None or not may_take(x) or product not in FUNCTIONS:
         return False
@@ -69,6 +71,7 @@ def takes(x: Tensor, weights: Weights, product: str, norm: Tensor | None = None)
         x.numel() <= most[gate.numel() >= _LARGE] * x.shape[-1]
         and plain.takes(x, weights)
         and (norm is None or (norm.dtype is x.dtype and type(norm) in _PLAIN and norm.is_contiguous()))
+        and (residual is None or (residual.dtype is x.dtype and type(residual) in _PLAIN and residual.shape == x.shape))
         and gate.is_contiguous()
         and (up is None or up.is_contiguous())
         and down.is_contiguous()
