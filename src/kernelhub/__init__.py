@@ -36,7 +36,8 @@ _NAMES = {
     ),
     "kernelhub.layers.mode": "KernelizeFallback Mode",
     "kernelhub.layers.plan": "KernelPlan plan_kernels",
-    "kernelhub.layers.report": "KernelReport kernel_report",
+    "kernelhub.layers.report": "kernel_report",
+    "kernelhub.layers.report_values": "KernelReport",
     "kernelhub.layers.repositories": (
         "FuncRepository LayerRepository LocalFuncRepository LocalLayerRepository LockedFuncRepository "
         "LockedLayerRepository"
@@ -102,7 +103,8 @@ if TYPE_CHECKING:
     )
     from kernelhub.layers.mode import KernelizeFallback, Mode
     from kernelhub.layers.plan import KernelPlan, plan_kernels
-    from kernelhub.layers.report import KernelReport, kernel_report
+    from kernelhub.layers.report import kernel_report
+    from kernelhub.layers.report_values import KernelReport
     from kernelhub.layers.repositories import (
         FuncRepository,
         LayerRepository,

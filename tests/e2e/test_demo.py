@@ -28,17 +28,15 @@ from transformers.activations import ACT2CLS
 
 from kernelhub.cli import demo as demo_module
 from kernelhub.cli.demo import (
-    Case,
     Comparison,
     Demo,
     Times,
-    built_in_cases,
     compare,
     demo,
     difference,
-    model_case,
     run_demo,
 )
+from kernelhub.cli.demo_models import Case, built_in_cases, default_device, model_case
 from kernelhub.cli.main import run
 from kernelhub.cli.render_demo import grouped, show_demo
 from kernelhub.errors import InvalidReference, MissingDependency, StoreError
@@ -145,7 +143,7 @@ def test_every_norm_and_every_activation_of_the_models_is_swapped(monkeypatch: p
         assert comparison.restored
         assert comparison.max_error <= comparison.tolerance
     assert result.ok
-    if demo_module.default_device().type == "cpu":
+    if default_device().type == "cpu":
         llama, gemma, bert = (comparison.max_error for comparison in result.comparisons)
         assert llama == 0.0  # RMSNorm, rotary embedding and SiLU give the same bits
         assert gemma < 1e-2 if cases[1].model.dtype is torch.bfloat16 else gemma < 1e-5

@@ -18,7 +18,7 @@ from kernelhub import LayerRepository, LocalLayerRepository, Mode, kernel_report
 from kernelhub.cli.main import run
 from kernelhub.hub.client import set_default_hub
 from kernelhub.layers.markers import use_kernel_forward_from_hub
-from kernelhub.layers.report import KernelReport, ReportRow
+from kernelhub.layers.report_values import KernelReport, ReportRow
 
 LAYERS = """
 import os

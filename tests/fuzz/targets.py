@@ -198,7 +198,7 @@ def config(data: bytes) -> None:
 
 
 def report(data: bytes) -> None:
-    from kernelhub.layers.report import KernelReport
+    from kernelhub.layers.report_values import KernelReport
 
     with documented(KernelHubError):
         try:

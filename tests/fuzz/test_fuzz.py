@@ -140,7 +140,7 @@ def test_a_small_input_takes_little_memory(bombs: dict[str, bytes], name: str) -
 def test_what_is_changed_was_right(name: str) -> None:
     """Seeds that no parser reads would not lead far."""
     from kernelhub.config import document
-    from kernelhub.layers.report import KernelReport
+    from kernelhub.layers.report_values import KernelReport
 
     read: dict[str, Callable[[bytes], Any]] = {
         "metadata": targets.Metadata.parse,

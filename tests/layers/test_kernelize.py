@@ -370,17 +370,17 @@ def test_a_build_that_does_not_cover_the_layers_own_device_cannot_load(
 ) -> None:
     """needs 6, needs 5: each layer's own device counts."""
     from kernelhub.errors import IncompatibleDevice
-    from kernelhub.layers import kernelize as module
+    from kernelhub.layers import loader as module
     from kernelhub.layers.kernel import load_layer
 
     loaded = load_layer(kernel("Gate"), "cpu", hub)
     built = type("M", (), {"backend": type("B", (), {"archs": ("9.0",)})()})()
     fake = type(loaded)(loaded.repository, "cuda", loaded.cls, loaded.forward, type("L", (), {"metadata": built})())
     monkeypatch.setattr(module, "visible_archs", lambda backend: ("9.0", "8.0"))
-    resolver = module._Resolver(hub, None, KernelizeFallback.ALL)  # type: ignore[arg-type]
-    resolver._check_device(fake, torch.device("cuda:0"))
+    loader = module.Loader(hub, None, KernelizeFallback.ALL)  # type: ignore[arg-type]
+    loader._check_device(fake, torch.device("cuda:0"))
     with pytest.raises(IncompatibleDevice, match="cuda:1 has 8.0"):
-        resolver._check_device(fake, torch.device("cuda:1"))
+        loader._check_device(fake, torch.device("cuda:1"))
 
 
 # Devices

@@ -27,7 +27,7 @@ from kernelhub import (
 )
 from kernelhub.errors import InvalidReference, NoKernelForLayer
 from kernelhub.hub.client import Hub
-from kernelhub.layers.report import ReportRow
+from kernelhub.layers.report_values import ReportRow
 
 pytestmark = pytest.mark.filterwarnings("ignore::kernelhub.errors.KernelHubWarning")
 

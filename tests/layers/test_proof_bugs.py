@@ -12,7 +12,7 @@ from kernels_for_tests import write_kernel
 from torch import nn
 
 from kernelhub import LocalLayerRepository, Mode, Tolerance, kernel_report, kernelize, register_kernel_mapping
-from kernelhub.layers.report import ReportRow
+from kernelhub.layers.report_values import ReportRow
 
 pytestmark = pytest.mark.filterwarnings("ignore::kernelhub.errors.KernelHubWarning")
 

@@ -26,7 +26,7 @@ from kernelhub import (
 from kernelhub.errors import InvalidReference, KernelNotFound, NoKernelForLayer
 from kernelhub.layers import proof, timing
 from kernelhub.layers.mapping import parse
-from kernelhub.layers.report import ReportRow
+from kernelhub.layers.report_values import ReportRow
 from kernelhub.layers.timing import Speed
 
 pytestmark = [pytest.mark.usefixtures("hub"), pytest.mark.filterwarnings("ignore::kernelhub.errors.KernelHubWarning")]

@@ -21,7 +21,7 @@ from kernelhub import (
     register_kernel_mapping,
     use_kernel_forward_from_hub,
 )
-from kernelhub.layers.report import ReportRow
+from kernelhub.layers.report_values import ReportRow
 
 pytestmark = [pytest.mark.usefixtures("hub"), pytest.mark.filterwarnings("ignore::kernelhub.errors.KernelHubWarning")]
 

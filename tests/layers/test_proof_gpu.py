@@ -14,7 +14,7 @@ from torch import nn
 from kernelhub import LocalLayerRepository, Mode, kernel_report, kernelize, register_kernel_mapping
 from kernelhub.hub.client import Hub
 from kernelhub.layers import capture
-from kernelhub.layers.report import ReportRow
+from kernelhub.layers.report_values import ReportRow
 
 pytestmark = [
     pytest.mark.gpu,

@@ -28,9 +28,10 @@ from kernelhub import KernelizeFallback, LayerRepository, Mode, kernel_report, k
 from kernelhub.errors import InvalidReference, KernelHubError, RankFailed, RanksDisagree
 from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.layers import ranks as ranks_module
+from kernelhub.layers.agreement import agree, check_same, place_of, prove_together
 from kernelhub.layers.evidence import Evidence
 from kernelhub.layers.outcome import Outcome
-from kernelhub.layers.ranks import Ranks, _Session, agree, check_same, deciding, place_of, prove_together
+from kernelhub.layers.ranks import Ranks, _Session, deciding
 from kernelhub.settings import Settings
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")

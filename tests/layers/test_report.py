@@ -17,7 +17,7 @@ from kernelhub.layers import report
 from kernelhub.layers import survey as survey_module
 from kernelhub.layers.mapping import use_kernel_mapping
 from kernelhub.layers.mode import KernelizeFallback
-from kernelhub.layers.report import KernelReport, ReportRow
+from kernelhub.layers.report_values import KernelReport, ReportRow
 from kernelhub.layers.repositories import Repository
 from kernelhub.layers.tables import table
 

@@ -32,7 +32,7 @@ from kernelhub.hub.store import MAX_VERDICT, Store
 from kernelhub.layers import describe, machine, proof, timing, verdicts
 from kernelhub.layers.capture import capture
 from kernelhub.layers.kernel import load_layer
-from kernelhub.layers.report import ReportRow
+from kernelhub.layers.report_values import ReportRow
 from kernelhub.layers.verdicts import Equality, Memory, Timing, key_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::kernelhub.errors.KernelHubWarning")

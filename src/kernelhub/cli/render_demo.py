@@ -10,7 +10,7 @@ from kernelhub.cli.render import show_line, show_table
 
 if TYPE_CHECKING:
     from kernelhub.cli.demo import Comparison, Demo, Times
-    from kernelhub.layers.report import KernelReport, ReportRow
+    from kernelhub.layers.report_values import KernelReport, ReportRow
 
 
 def show_demo(demo: Demo) -> None:

@@ -22,7 +22,7 @@ def verify_report(
     """
     from kernelhub.hub.client import Hub
     from kernelhub.layers.receipt import DIFFERENT, SAME, check_report
-    from kernelhub.layers.report import KernelReport
+    from kernelhub.layers.report_values import KernelReport
 
     read = KernelReport.load(report)
     with progress_bar(str(report)) as progress:

@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import stat
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kernelhub.core.canonical import sha256_hex
-from kernelhub.core.digest import Digest
 from kernelhub.core.manifest import (
     MAX_BYTES,
     Manifest,
@@ -32,11 +29,9 @@ from kernelhub.core.manifest import (
     hub_file,
     parse_hub_file,
 )
-from kernelhub.core.metadata import Metadata
-from kernelhub.core.paths import is_bytecode, safe_path
+from kernelhub.core.paths import safe_path
 from kernelhub.core.refs import RepoId, is_commit, parse_pin
 from kernelhub.core.signatures import MAX_SIGNATURES
-from kernelhub.core.variants import BuildVariant
 from kernelhub.errors import (
     HubUnavailable,
     IntegrityError,
@@ -44,22 +39,20 @@ from kernelhub.errors import (
     InvalidReference,
     KernelNotFound,
     PublishConflict,
-    Violation,
     context,
 )
 from kernelhub.hub.addresses import shown
-from kernelhub.hub.archive import check_paths, pack, same_files
+from kernelhub.hub.archive import pack, same_files
 from kernelhub.hub.declared import declared_layers
 from kernelhub.hub.files import WritableFiles, open_files
 from kernelhub.hub.signing import Signer
 from kernelhub.hub.sources.layout import blob_path
+from kernelhub.hub.unpublished import CARDS, check_repository, read_folder, read_source, read_variant, variant_folders
 
 _SMALL = 64 * 1024
 _MAX_BLOB = 16 * 1024**3
 # How often to sign again where somebody else signs at the same time.
 _SIGN_TRIES = 5
-
-_CARDS = ("CARD.md", "README.md")
 
 
 @dataclass(frozen=True)
@@ -129,21 +122,6 @@ def put_file(hub_url: str, repo: RepoId, name: str, data: bytes) -> str:
     with context(f"writing {path} to {shown(hub_url)}"):
         writable_hub(hub_url).replace(path, data)
     return path
-
-
-def check_repository(folder: Path) -> int:
-    """Look whether a kernel repository's folder is fit to be published; the version that all of its variants name.
-
-    Raises `InvalidReference`, `InvalidMetadata` or `IntegrityError`, which name the variant and the file.
-    """
-    names: dict[str, tuple[str, int]] = {}
-    for path in _variant_folders(folder):
-        metadata, _ = _read_variant(path)
-        names[path.name] = (metadata.name, metadata.version)
-    if len(set(names.values())) != 1:
-        told = ", ".join(f"{variant} is {name} version {version}" for variant, (name, version) in names.items())
-        raise InvalidMetadata(f"the variants are not of one kernel: {told}")
-    return next(iter(names.values()))[1]
 
 
 def _publish(chain: _Chain, folder: Path, version: int, time: str, signer: Signer | None) -> Published:
@@ -319,8 +297,8 @@ def _same_archive(files: WritableFiles, ours: str | None, theirs: str | None) ->
 def _draft(chain: _Chain, folder: Path, version: int, time: str) -> Manifest:
     """The manifest without its parent; the blobs that it names are written, one variant in memory at a time."""
     files, variants = chain.files, {}
-    for path in _variant_folders(folder):
-        _, contents = _read_variant(path)
+    for path in variant_folders(folder):
+        _, contents = read_variant(path)
         archive = pack(contents)
         variants[path.name] = ManifestVariant(
             archive=_write_blob(files, archive),
@@ -328,9 +306,9 @@ def _draft(chain: _Chain, folder: Path, version: int, time: str) -> Manifest:
             metadata=contents["metadata.json"].decode(),
             layers=declared_layers(contents),
         )
-    card = next((folder / name for name in _CARDS if (folder / name).is_file()), None)
-    benchmarks = _read_folder(folder / "benchmarks", bytecode=False) if (folder / "benchmarks").is_dir() else {}
-    source = _read_source(folder) if (folder / "build.toml").is_file() else {}
+    card = next((folder / name for name in CARDS if (folder / name).is_file()), None)
+    benchmarks = read_folder(folder / "benchmarks", bytecode=False) if (folder / "benchmarks").is_dir() else {}
+    source = read_source(folder) if (folder / "build.toml").is_file() else {}
     return Manifest(
         repo=chain.repo,
         version=version,
@@ -341,98 +319,6 @@ def _draft(chain: _Chain, folder: Path, version: int, time: str) -> Manifest:
         source=_write_blob(files, pack(source)) if source else None,
         benchmarks=_write_blob(files, pack(benchmarks)) if benchmarks else None,
     )
-
-
-def _variant_folders(folder: Path) -> list[Path]:
-    """The variants' folders, by name; what else lies in `build/` is no variant only if its name is hidden."""
-    build = folder / "build"
-    if not build.is_dir():
-        raise InvalidReference(f"{folder} is no kernel repository", hint="Expected a folder with build/<variant>/.")
-    found = sorted(path for path in build.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not found:
-        raise InvalidReference(f"{build} has no variants", hint="`kernelhub build` makes them.")
-    for path in found:
-        BuildVariant.parse(path.name)
-    return found
-
-
-def _read_variant(path: Path) -> tuple[Metadata, dict[str, bytes]]:
-    """A variant's files, fit to be published: with metadata that holds their digest."""
-    with context(path.name):
-        contents = _read_folder(path)
-        for name in ("metadata.json", "__init__.py"):
-            if name not in contents:
-                raise InvalidMetadata(f"{name} is not there")
-        try:
-            metadata = Metadata.parse(contents["metadata.json"].decode())
-        except UnicodeDecodeError as error:
-            raise InvalidMetadata(f"metadata.json is not UTF-8: {error}") from error
-        if metadata.digest is None:
-            if "metadata.json.sigstore" in contents:
-                raise InvalidMetadata("metadata.json is signed and has no digest, and adding one breaks the signature")
-            metadata = dataclasses.replace(metadata, digest=Digest.of(contents))
-            contents["metadata.json"] = metadata.to_text().encode()
-        check_paths(contents)
-        violations = _violations(metadata.digest or Digest.of(contents), contents)
-        if violations:
-            raise IntegrityError(
-                "the files are not those of the digest in metadata.json", violations, hint="Build the kernel again."
-            )
-        return metadata, contents
-
-
-def _violations(digest: Digest, contents: Mapping[str, bytes]) -> list[Violation]:
-    return digest.violations(Digest.of(contents, digest.algorithm).files)
-
-
-def _read_source(folder: Path) -> dict[str, bytes]:
-    """The project's own files: not what was built, is published beside them, is hidden, or bytecode."""
-    found: dict[str, bytes] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in ("build", "benchmarks", "__pycache__", *_CARDS):
-            continue
-        if path.is_dir():
-            found |= {f"{path.name}/{name}": data for name, data in _read_folder(path, bytecode=False).items()}
-        else:
-            _check_kind(path)
-            found[path.name] = path.read_bytes()
-    return found
-
-
-def _read_folder(top: Path, *, bytecode: bool = True) -> dict[str, bytes]:
-    """The files of a folder, by their paths in it.
-
-    Raises `IntegrityError` for a link, a device or the like. Bytecode is an error too, or passed over where `bytecode`
-    is False (importing a benchmark leaves some behind).
-    """
-    found: dict[str, bytes] = {}
-    compiled: list[Violation] = []
-    _check_kind(top)
-    for path in sorted(_walk(top)):
-        name = path.relative_to(top).as_posix()
-        if is_bytecode(name):
-            compiled.append(Violation("bytecode", name))
-        else:
-            found[name] = path.read_bytes()
-    if compiled and bytecode:
-        raise IntegrityError("there is bytecode, which is never published", compiled, hint="Delete it.")
-    return found
-
-
-def _walk(top: Path) -> Iterator[Path]:
-    for path in top.iterdir():
-        _check_kind(path)
-        if path.is_dir():
-            yield from _walk(path)
-        else:
-            yield path
-
-
-def _check_kind(path: Path) -> None:
-    mode = path.lstat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        kind = "a link" if stat.S_ISLNK(mode) else "no regular file"
-        raise IntegrityError(f"{path} is {kind}, which is never published", hint="Put the file itself there.")
 
 
 def _writable(hub_url: str) -> WritableFiles:

@@ -14,7 +14,7 @@ from kernelhub.errors import IntegrityError, InvalidMetadata, InvalidReference, 
 from kernelhub.hub.client import Hub
 from kernelhub.hub.sources.local import local_source
 from kernelhub.hub.verify import verify
-from kernelhub.layers.report import KernelReport
+from kernelhub.layers.report_values import KernelReport
 
 SAME, DIFFERENT, UNCHECKED = "same", "different", "not checked"
 

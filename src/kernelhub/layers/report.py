@@ -7,22 +7,20 @@ after others changed the model. Only the reasons why layers kept their forwards 
 
 from __future__ import annotations
 
-import json
 import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from kernelhub.errors import InvalidMetadata, InvalidReference, KernelHubError, context
+from kernelhub.errors import KernelHubError
 from kernelhub.layers.evidence import Evidence
 from kernelhub.layers.machine import summary
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.plan import Request, decide
+from kernelhub.layers.report_values import KernelReport, ReportRow
 from kernelhub.layers.survey import (
     AwareClass,
     Devices,
@@ -35,169 +33,6 @@ from kernelhub.layers.survey import (
     uncompiled,
 )
 from kernelhub.layers.swap import MARKER, USES, Lost, Marker, Taken, Uses, holds, in_effect
-from kernelhub.layers.tables import table
-
-SCHEMA_VERSION = 1
-MAX_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class ReportRow:
-    """One kernel-aware layer. `outcome` is `kernel` or `original`.
-
-    `stale` says that the layer moved or changed mode since its kernel was chosen: kernelize again. `shared` marks a
-    function, which is one module for all models. What was measured is there where it was: see `Evidence`. `lost` says of the
-    kernels that were registered beside the one that runs why it is none of them.
-    """
-
-    path: str
-    class_name: str
-    layer_name: str
-    device: str | None
-    mode: str | None
-    outcome: str
-    reason: str = ""
-    repository: str | None = None
-    layer: str | None = None
-    commit: str | None = None
-    variant: str | None = None
-    digest: str | None = None
-    reference: str | None = None
-    calls: int = 0
-    max_error: float | None = None
-    max_relative_error: float | None = None
-    worst: str | None = None
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
-    timed_on: str | None = None
-    remembered: str | None = None
-    lost: tuple[str, ...] = ()
-    shared: bool = False
-    stale: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class KernelReport:
-    """A row per kernel-aware layer, in the model's order. `str()` is a table.
-
-    `notes` are about what is no layer and could run a kernel: functions that nothing has made kernel-aware. `machine` is where
-    it was made: torch, the devices of the rows by name, and under torch.distributed the rank.
-    """
-
-    model: str
-    rows: tuple[ReportRow, ...]
-    notes: tuple[str, ...] = ()
-    machine: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-    @property
-    def kernels(self) -> tuple[ReportRow, ...]:
-        """The layers that run a kernel."""
-        return tuple(row for row in self.rows if row.outcome == "kernel")
-
-    def to_dict(self) -> dict[str, Any]:
-        rows = [row.to_dict() for row in self.rows]
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "model": self.model,
-            "summary": self.summary(),
-            "machine": dict(self.machine),
-            "rows": rows,
-            "notes": list(self.notes),
-        }
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> KernelReport:
-        """The report that `to_dict` was made of. Raises `InvalidMetadata` [ValueError] for what is none."""
-        if not isinstance(value, Mapping) or value.get("schema_version") != SCHEMA_VERSION:
-            version = value.get("schema_version") if isinstance(value, Mapping) else None
-            raise InvalidMetadata(
-                f"a kernel report is an object with schema_version {SCHEMA_VERSION}, got {version!r:.40}",
-                hint="KernelReport.save writes it; a newer kernelhub may have written this one.",
-            )
-        model, rows, notes = value.get("model"), value.get("rows"), value.get("notes", [])
-        machine = value.get("machine", {})
-        if not isinstance(model, str) or not isinstance(rows, list):
-            raise InvalidMetadata("a kernel report has the text `model` and the list `rows`")
-        if not isinstance(machine, Mapping) or not _texts(machine.values()) or not _texts(notes):
-            raise InvalidMetadata("a kernel report's `machine` is an object of text, and its `notes` a list of it")
-        return cls(model, tuple(map(_read_row, range(len(rows)), rows)), tuple(notes), dict(machine))
-
-    @classmethod
-    def load(cls, path: str | Path) -> KernelReport:
-        """Read a report that `save` wrote. Raises `InvalidReference` where there is none, `InvalidMetadata`."""
-        try:
-            with Path(path).open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise InvalidReference(f"cannot read the report {path}: {error.strerror or error}") from error
-        with context(str(path)):
-            if len(data) > MAX_BYTES:
-                raise InvalidMetadata(f"it has more than {MAX_BYTES:,} bytes")
-            try:
-                value = json.loads(data)
-            except (ValueError, RecursionError) as error:
-                raise InvalidMetadata(f"it is not JSON: {error}") from error
-            return cls.from_dict(value)
-
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON: a receipt, which `kernelhub verify-report` checks against the kernels it names."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-    def diff(self, other: KernelReport) -> tuple[str, ...]:
-        """What is different in `other`, a line each: of the machine or rank, and of each layer.
-
-        Of a layer that runs the same kernel, errors count from a tenth of their size on, and speeds where their intervals do
-        not meet.
-        """
-        facts = dict.fromkeys((*self.machine, *other.machine))
-        lines = [
-            f"{name}: {self.machine.get(name, 'not known')} -> {other.machine.get(name, 'not known')}"
-            for name in facts
-            if self.machine.get(name) != other.machine.get(name)
-        ]
-        ours, theirs = ({row.path: row for row in report.rows} for report in (self, other))
-        for path in dict.fromkeys((*ours, *theirs)):
-            here, there = ours.get(path), theirs.get(path)
-            named = path or "(the model)"
-            if here is None or there is None or _ran(here) != _ran(there):
-                lines.append(f"{named}: {_shown(here)} -> {_shown(there)}")
-            else:
-                lines += [f"{named}: {text}" for text in _changed(here, there)]
-        return tuple(lines)
-
-    def summary(self) -> str:
-        """One line: how many layers run kernels, of which repositories."""
-        repositories = Counter(row.repository for row in self.kernels)
-        named = ", ".join(f"{count} x {name}" for name, count in sorted(repositories.items(), key=str))
-        stale = sum(row.stale for row in self.rows)
-        text = f"{len(self.kernels)} of {len(self.rows)} kernel-aware layers run a kernel"
-        return text + (f": {named}" if named else "") + (f"; {stale} stale, kernelize again" if stale else "")
-
-    def __str__(self) -> str:
-        head = (
-            "path",
-            "class",
-            "layer",
-            "device",
-            "mode",
-            "runs",
-            "commit",
-            "variant",
-            "file digest",
-            "error",
-            "of largest",
-            "worst",
-            "against",
-            "calls",
-            "speed",
-            "remembered of",
-            "reason",
-        )
-        return "\n".join([self.summary(), table(head, [_cells(row) for row in self.rows]), *self.notes])
 
 
 def kernel_report(model: nn.Module) -> KernelReport:
@@ -426,107 +261,3 @@ def _planned(model: nn.Module, found: Survey) -> dict[str, _Kept]:
         site.path: _Kept(decision.reason or "a kernel is registered for it; kernelize to run it", mode)
         for site, decision in zip(plain.sites, decisions, strict=True)
     }
-
-
-# Reports from files
-
-_TYPES: dict[str, Callable[[Any], bool]] = {
-    "str": lambda value: isinstance(value, str),
-    "bool": lambda value: isinstance(value, bool),
-    "int": lambda value: type(value) is int,
-    "float": lambda value: type(value) in (int, float),
-    "None": lambda value: value is None,
-    "tuple[str, ...]": lambda value: isinstance(value, (list, tuple)) and _texts(value),
-}
-
-
-def _read_row(number: int, value: Any) -> ReportRow:
-    """A row as `to_dict` writes it. Raises `InvalidMetadata`, which names what is wrong with it."""
-    if not isinstance(value, Mapping):
-        raise InvalidMetadata(f"row {number} is no object")
-    known = {field.name: field for field in fields(ReportRow)}
-    for name, item in value.items():
-        if name not in known:
-            raise InvalidMetadata(
-                f"row {number}: {name!r:.40} is nothing that this version knows",
-                hint="A newer kernelhub may have written it.",
-            )
-        kinds = str(known[name].type).split(" | ")
-        if not any(_TYPES[kind](item) for kind in kinds):
-            raise InvalidMetadata(f"row {number}: {name} is {' or '.join(kinds)}, got {item!r:.60}")
-    missing = [name for name, one in known.items() if one.default is MISSING and name not in value]
-    if missing:
-        raise InvalidMetadata(f"row {number} has no {', '.join(missing)}")
-    read: Any = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
-    return ReportRow(**read)
-
-
-def _texts(values: Any) -> bool:
-    listed = isinstance(values, Collection) and not isinstance(values, (str, bytes, Mapping))
-    return listed and all(isinstance(value, str) for value in values)
-
-
-# How rows look
-
-
-def _ran(row: ReportRow) -> tuple[object, ...]:
-    return row.outcome, row.repository, row.layer, row.commit, row.variant, row.digest
-
-
-def _shown(row: ReportRow | None) -> str:
-    if row is None:
-        return "not there"
-    if row.outcome != "kernel":
-        return f"original ({row.reason})" if row.reason else "original"
-    return f"{row.repository}:{row.layer} {row.variant or ''} {row.digest or ''}".replace("  ", " ")
-
-
-def _changed(here: ReportRow, there: ReportRow) -> list[str]:
-    """What else is different about a layer that runs the same."""
-    found = [
-        f"{name.replace('_', ' ')} {getattr(here, name) or 'none'} -> {getattr(there, name) or 'none'}"
-        for name in ("device", "mode", "reason", "reference", "calls", "worst")
-        if getattr(here, name) != getattr(there, name)
-    ]
-    one, other = here.max_error, there.max_error
-    if one is not None and other is not None and abs(one - other) > 0.1 * max(one, other):
-        found.append(f"error {one:.2g} -> {other:.2g}")
-    if _apart(here, there) or _apart(there, here):
-        found.append(f"speed {_speed(here)} -> {_speed(there)}")
-    return found
-
-
-def _apart(slower: ReportRow, faster: ReportRow) -> bool:
-    high, low = slower.speedup_high, faster.speedup_low
-    return high is not None and low is not None and high < low
-
-
-def _speed(row: ReportRow) -> str:
-    if row.speedup is None:
-        return ""
-    elsewhere = f" on {row.timed_on}" if row.timed_on != row.path else ""
-    return f"{row.speedup:.2f}x ({row.speedup_low:.2f} to {row.speedup_high:.2f}){elsewhere}"
-
-
-def _cells(row: ReportRow) -> tuple[str, ...]:
-    runs = f"{row.repository}:{row.layer}" if row.outcome == "kernel" else "original"
-    flags = [flag for flag, on in (("shared", row.shared),) if on]
-    return (
-        row.path or "(the model)",
-        row.class_name,
-        row.layer_name,
-        row.device or "",
-        row.mode or "",
-        runs,
-        (row.commit or "")[:12],
-        row.variant or "",
-        (row.digest or "")[:19],
-        "" if row.max_error is None else f"{row.max_error:.2g}",
-        "" if row.max_relative_error is None else f"{row.max_relative_error:.2g}",
-        row.worst or "",
-        row.reference or "",
-        str(row.calls or ""),
-        _speed(row),
-        row.remembered or "",
-        "; ".join([*flags, *([row.reason] if row.reason else []), *(f"lost: {text}" for text in row.lost)]),
-    )
