@@ -1,41 +1,26 @@
-"""The op for GPUs of compute capability 9.0: both first products of a gated MLP with theirs, against float64 and PyTorch's."""
+"""kernelhub/decoder on a GPU: gated MLPs and a decoder layer against float64, what they keep, and what is written where."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from kernelprojects import load_compiled
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, Phi3Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available() or bool(torch.version.hip), reason="needs CUDA"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-        reason="needs compute capability 9.0",
-    ),
 ]
 
-DTYPES = (torch.bfloat16, torch.float16)
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "SiLUActivation": F.silu,
-    "GELUTanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-# Rows, depth, columns: whole tiles, tails of each, fewer steps than a tile is written in, more tiles than blocks.
-SIZES = (
-    (256, 64, 128),
-    (257, 2048, 136),
-    (1000, 200, 344),
-    (513, 72, 1000),
-    (300, 576, 8),
-    (5000, 640, 2304),
-    (1, 8, 8),
-)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HIDDEN, BETWEEN = 256, 704
 
 
 @pytest.fixture(scope="session")
@@ -43,185 +28,138 @@ def decoder(request: pytest.FixtureRequest) -> ModuleType:
     return load_compiled("decoder", request.config)
 
 
-def operands(rows: int, depth: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(rows)
-    made = [torch.randn(n, depth, generator=generator, device="cuda") for n in (rows, columns, columns)]
-    return made[0].to(dtype), *((2 * weight * depth**-0.5).to(dtype) for weight in made[1:])
+@pytest.fixture(autouse=True)
+def marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "kernel_layer_name", "GatedMLP", raising=False)
+    monkeypatch.setattr(LlamaRMSNorm, "kernel_layer_name", "RMSNorm", raising=False)
 
 
-def weights_of(decoder: ModuleType, gate: Tensor, up: Tensor | None) -> tuple[Tensor | None, ...]:
-    return decoder.plain.Weights(gate, None, up, None, gate.t(), None)  # type: ignore[no-any-return]
+def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
 
 
-def poison() -> None:
-    """Fills the allocator's free memory with NaN, so that an element that nothing writes is seen."""
-    for size in (1 << 12, 1 << 18, 1 << 20, 1 << 24):
-        kept = [torch.full((size,), float("nan"), device="cuda") for _ in range(4)]
-        del kept
+class Layer(nn.Module):
+    """A decoder layer with its positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.layer, self.rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tables = self.rotary(x, torch.arange(x.shape[1], device=x.device)[None])
+        return self.layer(x, position_embeddings=tuple(table.to(x.dtype) for table in tables))
 
 
-def distance(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
+def pair(decoder: ModuleType, layer: str, dtype: torch.dtype, bias: bool = False) -> tuple[nn.Module, nn.Module]:
+    """A model's layer, and the same with the kernel's forward."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=BETWEEN, num_attention_heads=4, num_key_value_heads=2, mlp_bias=bias
+    )
+    config._attn_implementation = "sdpa"
+    phi = Phi3Config(hidden_size=HIDDEN, intermediate_size=BETWEEN, pad_token_id=0)
+    made: dict[str, Callable[[], nn.Module]] = {
+        "GatedMLP": lambda: LlamaMLP(config),
+        "PackedGatedMLP": lambda: Phi3MLP(phi),
+        "DecoderLayer": lambda: Layer(config),
+    }
+    original = made[layer]().to("cuda", dtype)
+    for name, parameter in original.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+    kernelized = copy.deepcopy(original)
+    inner = kernelized.layer if layer == "DecoderLayer" else kernelized
+    inner.forward = getattr(decoder.layers, layer).forward.__get__(inner)
+    return original, kernelized
+
+
+def step(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    out = module(x)
+    out.backward(values(*out.shape, dtype=out.dtype, seed=9))
+    found = {"result": out.detach(), "input": x.grad, **{name: p.grad for name, p in module.named_parameters()}}
+    module.zero_grad()
+    return found
+
+
+def assert_as_near(got: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    for name, reference in exact.items():
+        assert got[name].dtype == eager[name].dtype, name
+        error, allowed = (float((x[name].double() - reference).norm()) for x in (got, eager))
+        unit = torch.finfo(got[name].dtype).eps * float(reference.norm()) / 8
+        assert error <= 1.25 * allowed + unit, (name, error, allowed, unit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("product", FUNCTIONS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_is_as_near_to_float64_as_the_products_apart(
-    decoder: ModuleType, sizes: tuple[int, int, int], product: str, dtype: torch.dtype
+@pytest.mark.parametrize(
+    ("layer", "bias"),
+    [
+        ("GatedMLP", False),
+        ("GatedMLP", True),
+        ("PackedGatedMLP", False),
+        ("DecoderLayer", False),
+        ("DecoderLayer", True),
+    ],
+)
+def test_result_and_gradients_are_as_near_to_float64_as_the_models_own(
+    decoder: ModuleType, layer: str, bias: bool, dtype: torch.dtype
 ) -> None:
-    f = FUNCTIONS[product]
-    x, gate, up = operands(*sizes, dtype)
-    exact = f(x.double() @ gate.double().t()) * (x.double() @ up.double().t())
-    apart = f(F.linear(x, gate)) * F.linear(x, up)
-    poison()
-    got = decoder.hopper.gated_product(x, weights_of(decoder, gate, up), product)
-    assert got.dtype is dtype
-    assert got.shape == apart.shape
-    assert distance(got, exact) <= 1.02 * distance(apart, exact)
-    poison()
-    again, a, b = decoder.hopper.gated_product_parts(x, weights_of(decoder, gate, up), product)
-    assert torch.equal(again, got)
-    for part, weight in ((a, gate), (b, up)):
-        exact_part = x.double() @ weight.double().t()
-        assert distance(part, exact_part) <= 1.02 * distance(F.linear(x, weight), exact_part)
-
-
-def test_halves_of_one_weight_are_the_two(decoder: ModuleType) -> None:
-    x, gate, up = operands(300, 128, 264, torch.bfloat16)
-    packed = torch.cat((gate, up))
-    expected = decoder.hopper.gated_product(x, weights_of(decoder, gate, up), "SiLU")
-    assert torch.equal(decoder.hopper.gated_product(x, weights_of(decoder, packed, None), "SiLU"), expected)
-
-
-def test_leading_dimensions_strides_and_places(decoder: ModuleType) -> None:
-    """Rows apart, columns apart, and memory that does not begin at a multiple of 16 bytes."""
-    x, gate, up = operands(512, 128, 256, torch.bfloat16)
-    weights = weights_of(decoder, gate, up)
-    expected = decoder.hopper.gated_product(x, weights, "SiLU")
-    assert torch.equal(decoder.hopper.gated_product(x.view(2, 4, 64, 128), weights, "SiLU").view(512, 256), expected)
-    apart = torch.zeros(512, 200, device="cuda", dtype=x.dtype)[:, :128].copy_(x)
-    assert torch.equal(decoder.hopper.gated_product(apart, weights, "SiLU"), expected)
-    odd = torch.empty(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view_as(x).copy_(x)
-    assert odd.data_ptr() % 16
-    assert torch.equal(decoder.hopper.gated_product(odd, weights, "SiLU"), expected)
-    turned = weights_of(decoder, gate.t().contiguous().t(), up)
-    assert torch.equal(decoder.hopper.gated_product(x, turned, "SiLU"), expected)
-    assert decoder.hopper.gated_product(x[:0], weights, "SiLU").shape == (0, 256)
-
-
-def test_what_does_not_fit_is_said(decoder: ModuleType) -> None:
-    x, gate, up = operands(256, 64, 128, torch.bfloat16)
-    op = decoder.hopper.ops.gated_product
-    for wrong in (
-        (x.float(), gate.float(), up.float(), 0),
-        (x, gate.half(), up, 0),
-        (x, gate[:, :32], up, 0),
-        (x, gate[:100], up, 0),
-        (x, gate[:, :60], up[:, :60], 0),
-        (x[:, :60], gate[:, :60], up[:, :60], 0),
-        (x, gate, up, 1),
-        (x, gate.cpu(), up, 0),
-    ):
-        with pytest.raises(RuntimeError, match="gated_product|expected"):
-            op(*wrong)
-
-
-def test_runs_give_the_same_bits_and_graphs_can_hold_it(decoder: ModuleType) -> None:
-    x, gate, up = operands(3000, 1024, 1536, torch.bfloat16)
-    weights = weights_of(decoder, gate, up)
-    first = decoder.hopper.gated_product(x, weights, "SiLU")
-    assert all(torch.equal(decoder.hopper.gated_product(x, weights, "SiLU"), first) for _ in range(20))
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.graph(graph, stream=stream):
-        held = decoder.hopper.gated_product(x, weights, "SiLU")
-    x.mul_(0.5)
-    graph.replay()
-    assert torch.equal(held, decoder.hopper.gated_product(x, weights, "SiLU"))
-
-
-def test_on_the_tensors_device_whichever_is_current(decoder: ModuleType) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    x, gate, up = operands(300, 128, 256, torch.bfloat16)
-    expected = decoder.hopper.gated_product(x, weights_of(decoder, gate, up), "SiLU")
-    there = [of.to("cuda:1") for of in (x, gate, up)]
-    got = decoder.hopper.gated_product(there[0], weights_of(decoder, *there[1:]), "SiLU")
-    assert got.device == torch.device("cuda:1")
-    assert torch.equal(got.to("cuda:0"), expected)
-
-
-class Seen(TorchDispatchMode):
-    """The names of the ops that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name().rpartition("::")[2])
-        return func(*args, **(kwargs or {}))
-
-
-class MLP(nn.Module):
-    def __init__(self, hidden: int, features: int, bias: bool = False) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, features, bias=bias)
-        self.up_proj = nn.Linear(hidden, features, bias=bias)
-        self.down_proj = nn.Linear(features, hidden, bias=bias)
-        self.act_fn = SiLUActivation()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class SiLUActivation(nn.SiLU):
-    """Of the name that transformers' has."""
-
-
-def run(decoder: ModuleType, mlp: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
-    with Seen() as seen:
-        made = decoder.layers.GatedMLP.forward(mlp, x)
-    return made, seen.names
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_gated_mlps_of_many_rows_run_it(decoder: ModuleType, training: bool) -> None:
-    torch.manual_seed(0)
-    mlp = MLP(128, 256).to("cuda", torch.bfloat16)
-    x = torch.randn(2, 300, 128, device="cuda", dtype=torch.bfloat16, requires_grad=training)
-    with torch.set_grad_enabled(training):
-        expected = mlp(x)
-        got, names = run(decoder, mlp, x)
-    assert ("gated_product_parts" if training else "gated_product") in names
-    torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-2)
-    if training:
-        grad = torch.randn_like(got)
-        wanted = torch.autograd.grad(expected, (x, *mlp.parameters()), grad)
-        for one, other in zip(torch.autograd.grad(got, (x, *mlp.parameters()), grad), wanted, strict=True):
-            assert distance(one, other.double()) <= 0.01
-
-
-def test_others_run_as_before(decoder: ModuleType) -> None:
-    for mlp, rows in (
-        (MLP(128, 256).to("cuda", torch.bfloat16), 255),
-        (MLP(128, 256).cuda(), 300),
-        (MLP(128, 256, bias=True).to("cuda", torch.bfloat16), 300),
-        (MLP(100, 256).to("cuda", torch.bfloat16), 300),
-    ):
-        weight = mlp.gate_proj.weight
-        x = torch.randn(rows, weight.shape[1], device="cuda", dtype=weight.dtype)
-        with torch.no_grad():
-            _, names = run(decoder, mlp, x)
-        assert not any(name.startswith("gated_product") for name in names)
-
-
-def test_it_compiles_in_one_graph_for_any_number_of_rows(decoder: ModuleType) -> None:
-    torch.manual_seed(0)
-    mlp = MLP(128, 256).to("cuda", torch.bfloat16)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: decoder.layers.GatedMLP.forward(mlp, x), fullgraph=True, dynamic=True)
+    original, kernelized = pair(decoder, layer, dtype, bias)
+    x = values(2, 300, HIDDEN, dtype=dtype)
+    exact = step(copy.deepcopy(original).double(), x.double())
+    eager, got = step(original, x), step(kernelized, x)
+    assert_as_near(got, eager, exact)
     with torch.no_grad():
-        for rows in (300, 500, 513):
-            x = torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16)
-            torch.testing.assert_close(compiled(x), mlp(x), atol=2e-3, rtol=2e-2)
+        before = x.clone()
+        assert_as_near({"result": kernelized(x)}, eager, {"result": exact["result"]})
+        assert torch.equal(x, before)
+
+
+def test_a_layer_leaves_what_others_hold(decoder: ModuleType) -> None:
+    """The sum within is the layer's own: nothing that it was called with, or that a hook has seen, is written to."""
+    _, kernelized = pair(decoder, "DecoderLayer", torch.bfloat16)
+    seen: list[tuple[Tensor, Tensor]] = []
+    x = values(2, 64, HIDDEN, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = kernelized(x)
+        for name in ("layer.self_attn", "layer.post_attention_layernorm", "layer.mlp"):
+            part = kernelized.get_submodule(name)
+            handle = part.register_forward_hook(
+                lambda _, args, out: seen.extend(
+                    (one, one.clone())
+                    for one in (*args, *(out if isinstance(out, tuple) else (out,)))
+                    if isinstance(one, Tensor)
+                )
+            )
+            torch.testing.assert_close(kernelized(x), expected, rtol=2e-2, atol=2e-2)
+            handle.remove()
+            assert all(torch.equal(*held) for held in seen)
+    assert len(seen) >= 5
+
+
+def adds(module: nn.Module, x: Tensor) -> int:
+    """Passes that add, without gradients."""
+    with torch.no_grad():
+        module(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            module(x)
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert names
+    return sum("CUDAFunctor_add<c10::BFloat16>" in name for name in names)
+
+
+def test_the_residuals_are_added_by_the_norm_and_by_the_product(decoder: ModuleType) -> None:
+    original, kernelized = pair(decoder, "DecoderLayer", torch.bfloat16)
+    x = values(4, 1024, HIDDEN, dtype=torch.bfloat16)
+    assert adds(original, x) - adds(kernelized, x) == 2  # the rotation of q and k, which is transformers', adds, too
+
+
+def test_the_product_is_not_kept(decoder: ModuleType) -> None:
+    _, kernelized = pair(decoder, "DecoderLayer", torch.bfloat16)
+    x = values(2, 64, HIDDEN, dtype=torch.bfloat16).requires_grad_()
+    held: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (held.setdefault(t.data_ptr(), t.shape[-1] if t.dim() else 0), t)[1], lambda t: t
+    ):
+        kernelized(x)
+    weights = {parameter.data_ptr() for parameter in kernelized.parameters()}
+    assert sum(width == BETWEEN for at, width in held.items() if at not in weights) == 2

@@ -129,14 +129,17 @@ def counted(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("layer", "act", "bias"),
-    [
-        ("GatedMLP", "silu", False), ("GatedMLP", "gelu", True), ("GatedMLP", "gelu_new", False),
-        ("GatedMLP", "gelu_pytorch_tanh", True), ("PackedGatedMLP", "silu", True), ("GatedFeedForward", "gelu_new", True),
-    ],
-)  # fmt: skip
+FORMS = [("GatedMLP", "silu", False, dtype) for dtype in DTYPES] + [
+    (*form, dtype)
+    for form in (
+        ("GatedMLP", "gelu", True), ("GatedMLP", "gelu_new", False), ("PackedGatedMLP", "silu", True),
+        ("PackedGatedMLP", "gelu_pytorch_tanh", False), ("GatedFeedForward", "gelu_new", True),
+    )
+    for dtype in DTYPES[:2]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "act", "bias", "dtype"), FORMS, ids=str)
 @pytest.mark.usefixtures("way")
 def test_result_and_gradients_are_as_near_to_float64_as_the_models_own(
     decoder: ModuleType, layer: str, act: str, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -275,8 +278,9 @@ def test_no_gradient_of_a_decoder_layer_is_added_in_a_pass_of_its_own(decoder: M
     """But for those of q, k and v, which are products of transformers'."""
     original, kernelized = layers(decoder)
     x = values(2, 5, HIDDEN).requires_grad_()
-    assert joined(kernelized(x)) == {"_RmsNormAndInputBackward": 3}
-    assert sum(joined(original(x)).values()) > 3
+    rotary = {"TransposeBackward0": 3}  # of q and k, as transformers rotates them
+    assert joined(kernelized(x)) == {"_RmsNormAndInputBackward": 3} | rotary
+    assert joined(original(x)).keys() > rotary.keys() | {"AddBackward0", "MulBackward0"}
 
 
 HOOKS = {
