@@ -59,7 +59,7 @@ ACTIVATION_LAYERS = (
     "TorchGELU",
 )
 # Those for single modules; `RMSNormGatedMLP` is for two.
-DECODER_LAYERS = ("DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP")
+DECODER_LAYERS = ("CausalDecoder", "DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP")
 ROTARY_LAYERS = ("rotary_pos_emb",)
 LOSS_LAYERS = ("ForCausalLMLoss",)
 
@@ -146,12 +146,16 @@ def _shape(value: object) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """Classes whose forward one layer of ours computes; `unfit` says of an instance why the kernel cannot read it."""
+    """Classes whose forward one layer of ours computes; `unfit` says of an instance why the kernel cannot read it.
+
+    `calls_children`: its kernel reads no weights, and calls each child as a module: hooks and adapters run.
+    """
 
     layer: str
     names: str
     unfit: Callable[[nn.Module], str | None] = _nothing
     package: str = "transformers."
+    calls_children: bool = False
 
     def condition(self, module: nn.Module) -> bool:
         """Whether a kernel may stand in for this instance: it can be read, and for a torch class `mark` named it."""
@@ -319,6 +323,16 @@ FAMILIES = (
         """,
         _decoder_layer,
     ),
+    Family(
+        "CausalDecoder",
+        """
+        ApertusModel ArceeModel BitNetModel CohereModel CsmBackboneModel DiffLlamaModel Emu3TextModel
+        Ernie4_5Model GemmaModel Glm4Model GlmModel HeliumModel HunYuanDenseV1Model Jais2Model LlamaModel
+        MiniCPM3Model Ministral3Model MinistralModel MistralModel Olmo2Model OlmoModel Phi3Model Qwen2Model
+        Qwen3Model SeedOssModel SmolLM3Model VoxtralRealtimeTextModel YoutuModel
+        """,
+        calls_children=True,
+    ),
     Family("SiLU", "SiLUActivation"),
     Family("GeLU", "GELUActivation", _calls_torch),
     Family("GeluTanh", "GELUTanh"),
@@ -393,6 +407,8 @@ def mark(model: nn.Module) -> Marks:
         if family.package == TORCH:
             module.__dict__[MARKED] = family.layer
         replace_kernel_forward_from_hub(cls, family.layer, family.condition)
+        if family.calls_children:
+            cls.kernel_calls_children = True  # type: ignore[assignment]
         marks.layers[path] = family.layer
     note(model, _notes(marks))
     return marks

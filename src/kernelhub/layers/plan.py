@@ -212,7 +212,8 @@ def _fit(site: Site, decision: Decision, facts: _Facts) -> Decision:
     if site.user is None and reason is None:
         readable = weights(module, facts.managed)
         reason = readable.reason
-        if reason is None and module._modules:
+        # Kernels for such a class call its children as modules, and so all that is on them.
+        if reason is None and module._modules and not getattr(type(module), "kernel_calls_children", False):
             reason = children(module, facts.managed)
     if reason is not None:
         return Decision(decision.device, None, None, reason)

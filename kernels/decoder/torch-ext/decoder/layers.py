@@ -14,6 +14,8 @@ from .functions import (
     PRODUCTS,
     activation,
     add_gated_mlp,
+    gated_mlp_as_one,
+    may_be_one,
     norm,
     rms_norm_and_input,
     rms_norm_gated_mlp,
@@ -47,10 +49,11 @@ class GatedMLP(nn.Module):
             weights = linears(self, "gate_proj", "up_proj", "down_proj")
             if weights is not None and takes(x, weights):
                 return gated_mlp(x, weights, product)
-        elif compiled.may_take(x):
+        elif may_be_one(x):
             weights = linears(self, "gate_proj", "up_proj", "down_proj")
-            if weights is not None and compiled.takes(x, weights, product):
-                return compiled.gated_mlp(x, weights, product)
+            made = None if weights is None else gated_mlp_as_one(x, weights, product)
+            if made is not None:
+                return made
         return self.down_proj(PRODUCTS[product](self.gate_proj(x), self.up_proj(x)))
 
 
@@ -72,10 +75,11 @@ class PackedGatedMLP(nn.Module):
             weights = linears(self, "gate_up_proj", None, "down_proj")
             if weights is not None and takes(hidden_states, weights):
                 return gated_mlp(hidden_states, weights, product)
-        elif compiled.may_take(hidden_states):
+        elif may_be_one(hidden_states):
             weights = linears(self, "gate_up_proj", None, "down_proj")
-            if weights is not None and compiled.takes(hidden_states, weights, product):
-                return compiled.gated_mlp(hidden_states, weights, product)
+            made = None if weights is None else gated_mlp_as_one(hidden_states, weights, product)
+            if made is not None:
+                return made
         return self.down_proj(PRODUCTS[product](self.gate_up_proj(hidden_states)))
 
 
