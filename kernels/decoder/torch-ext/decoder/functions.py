@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from kernelhub import get_kernel_dep
 
-from . import compiled
+from . import compiled, hopper
 from .gated import PRODUCTS, activation, gated_mlp
 from .plain import Weights, takes
 
@@ -24,6 +24,8 @@ __all__ = [
     "activation",
     "add_gated_mlp",
     "down",
+    "gated_mlp_as_one",
+    "may_be_one",
     "norm",
     "rms_norm_and_input",
     "rms_norm_gated_mlp",
@@ -97,12 +99,28 @@ def add_gated_mlp(
     return down(inner, weights).add_(residual)
 
 
+def may_be_one(x: Tensor) -> bool:
+    """Whether there may be an op for a gated MLP of x without gradients, so that it is worth while to look for the weights."""
+    return not torch.is_grad_enabled() and (compiled.may_take(x) or hopper.may_take(x))
+
+
+def gated_mlp_as_one(x: Tensor, weights: Weights, product: str) -> Tensor | None:
+    """`down(f(gate(x)) * up(x))` by an op for all or the first part of it, without gradients; None where there is none."""
+    if compiled.takes(x, weights, product):
+        return compiled.gated_mlp(x, weights, product)
+    if hopper.takes(x, weights, product):
+        return down(hopper.gated_product(x, weights, product), weights)
+    return None
+
+
 def down(inner: Tensor, weights: Weights) -> Tensor:
     """The last product of a gated MLP."""
     return F.linear(inner, weights.down, weights.down_bias)
 
 
 def _inner(x: Tensor, weights: Weights, product: str) -> Tensor:
+    if hopper.takes(x, weights, product):
+        return hopper.gated_product(x, weights, product)
     gate = F.linear(x, weights.gate, weights.gate_bias)
     if weights.up is None:
         return PRODUCTS[product](gate)

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from kernelhub import get_kernel_dep
 
+from . import hopper
 from .plain import Weights
 
 activation = get_kernel_dep("kernelhub/activation")
@@ -86,9 +87,13 @@ class _GatedMLP(torch.autograd.Function):
     ) -> Tensor:
         multiply = PRODUCTS[product]
         rows = x.reshape(-1, x.shape[-1])
-        gate = F.linear(rows, gate_weight, gate_bias)
-        up = None if up_weight is None else F.linear(rows, up_weight, up_bias)
-        inner = multiply(gate) if up is None else multiply(gate, up)
+        weights = Weights(gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias)
+        if up_weight is not None and hopper.takes(rows, weights, product):
+            inner, gate, up = hopper.gated_product_parts(rows, weights, product)
+        else:
+            gate = F.linear(rows, gate_weight, gate_bias)
+            up = None if up_weight is None else F.linear(rows, up_weight, up_bias)
+            inner = multiply(gate) if up is None else multiply(gate, up)
         inner = inner.view(*x.shape[:-1], inner.shape[-1])
         kept = x if ctx.needs_input_grad[3] or ctx.needs_input_grad[5] else None  # frozen weights need none
         ctx.save_for_backward(kept, gate, up, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias)

@@ -15,7 +15,7 @@ from . import plain
 from ._ops import add_op_namespace_prefix, ops
 from .plain import Weights
 
-__all__ = ["HERE", "gated_product", "gated_product_parts", "takes"]
+__all__ = ["HERE", "gated_product", "gated_product_parts", "may_take", "takes"]
 
 HERE = hasattr(ops, "gated_product")
 
@@ -26,15 +26,23 @@ _DTYPES = frozenset((torch.bfloat16, torch.float16))
 _FEWEST_ROWS = 256
 
 
+def may_take(x: Tensor) -> bool:
+    """Whether it is worth while to look for the weights."""
+    return HERE and x.is_cuda and x.dtype in _DTYPES
+
+
 def takes(x: Tensor, weights: Weights, product: str) -> bool:
-    """Whether the op takes x, (..., hidden), and is faster."""
-    if not HERE or not x.is_cuda or x.dtype not in _DTYPES or product not in _FUNCTIONS:
+    """Whether the op takes x, (..., hidden), and is faster.
+
+    Not in exported programs, where the number of rows may be left open. Compiled ones are made anew for fewer rows.
+    """
+    if not may_take(x) or product not in _FUNCTIONS or _exporting():
         return False
     gate, hidden = weights.gate, x.shape[-1]
     return (
-        x.numel() >= _FEWEST_ROWS * hidden
-        and hidden % 8 == 0
-        and gate.shape[0] % 16 == 0  # a packed one's halves are multiples of 8
+        hidden % 8 == 0
+        and x.numel() >= _FEWEST_ROWS * hidden
+        and gate.shape[0] % (8 if weights.up is not None else 16) == 0  # a packed weight's halves are multiples of 8
         and weights.gate_bias is None
         and weights.up_bias is None
         and _capable(x.get_device())
@@ -57,6 +65,11 @@ def _both(weights: Weights) -> tuple[Tensor, Tensor]:
         return weights.gate, weights.up
     gate, up = weights.gate.chunk(2)
     return gate, up
+
+
+def _exporting() -> bool:
+    # Not by `torch.compiler.is_exporting()`, which up to torch 2.13 is true of everything that is compiled.
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 @torch.compiler.assume_constant_result
