@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +23,16 @@ from transformers.models.phi3 import modeling_phi3
 
 from kernelhub.errors import InvalidReference
 from kernelhub.hub.client import Hub, default_hub, set_default_hub
+from kernelhub.integrations import transformers as integration
 from kernelhub.integrations.rotary import FUNCTION, OTHER_FORMULAS, PARAMETERS, aware
-from kernelhub.integrations.transformers import FAMILIES, MARKED, TORCH, default_mapping, mark
+from kernelhub.integrations.transformers import (
+    FAMILIES,
+    MARKED,
+    TORCH,
+    default_mapping,
+    kernelize_pretrained,
+    mark,
+)
 from kernelhub.layers.kernelize import kernelize, unkernelize
 from kernelhub.layers.mapping import use_kernel_mapping
 from kernelhub.layers.markers import FunctionModule, replace_kernel_forward_from_hub
@@ -246,10 +255,40 @@ def test_the_default_mapping_has_every_layer_of_the_embedded_kernels_on_every_de
         single = set(loaded.module.layers.__all__) - {"RMSNormGatedMLP", "FusedForCausalLM"}
         layers |= single
         for layer in single:
-            assert {str(repository) for repository in mapping[layer].values()} == {f"kernelhub/{name}@v1:{layer}"}
+            by_device = [value if isinstance(value, dict) else {None: value} for value in mapping[layer].values()]
+            found = {str(repository) for modes in by_device for repository in modes.values()}
+            assert found == {f"kernelhub/{name}@v1:{layer}"}
     assert set(mapping) == layers
     assert all(set(devices) == {"cpu", "cuda", "rocm", "xpu", "mps"} for devices in mapping.values())
     assert {family.layer for family in FAMILIES} <= layers
+
+
+def test_what_inductor_computes_faster_is_left_to_it_where_the_mode_is_of_torch_compile() -> None:
+    """On a GPU, which is not needed to plan."""
+    model = llama()
+    mark(model)
+    with use_kernel_mapping(default_mapping(), inherit_mapping=False):
+        for device, kept in (("cuda", {"RMSNorm"}), ("cpu", set())):
+            for mode in (Mode.INFERENCE, Mode.TRAINING):
+                assert {row.action for row in plan_kernels(model, mode=mode, device=device).rows} == {"try"}
+                rows = plan_kernels(model, mode=mode | Mode.TORCH_COMPILE, device=device).rows
+                assert {row.layer_name for row in rows if row.action == "keep"} == kept
+                reasons = {row.reason for row in rows if row.action == "keep"}
+                assert all(reason.startswith("no kernel for RMSNorm on cuda serves") for reason in reasons)
+
+
+def test_the_report_says_what_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = Mode.INFERENCE | Mode.TORCH_COMPILE
+    assert kernel_report(kernelize_pretrained(llama(), mode=compiled)).notes == ()
+    monkeypatch.setattr(integration, "LEFT_TO_INDUCTOR", {"cpu": ("RMSNorm",)})
+    report = kernel_report(kernelize_pretrained(llama(), mode=compiled))
+    assert {row.layer_name for row in report.rows if row.outcome == "original"} == {"RMSNorm"}
+    (said,) = report.notes
+    assert said.startswith("RMSNorm keeps its forward on cpu: compiled together with what stands around it")
+    assert said in str(report)
+    report = kernel_report(kernelize_pretrained(llama(), mode=Mode.INFERENCE))
+    assert {row.outcome for row in report.rows} == {"kernel"}
+    assert report.notes == ()
 
 
 # Marking
@@ -298,6 +337,29 @@ def test_kernelized_and_back(make: type) -> None:
     assert {path: dict(module.__dict__) for path, module in model.named_modules()} == dictionaries
     assert torch.equal(run(model), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("hidden", [32, 64, 192])
+def test_a_llama_in_float32_gives_the_same_logits_bit_for_bit(hidden: int) -> None:
+    """With the compiled norms, activations and rotary embedding: what rounds, rounds where eager does."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "vocab_size": 64}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    before = run(model)
+    mark(model)
+    layers = ("RMSNorm", "SiLU", "rotary_pos_emb")
+    with use_kernel_mapping({name: default_mapping()[name] for name in layers}, inherit_mapping=False):
+        kernelize(model, mode=Mode.INFERENCE)
+    rows = kernel_report(model).kernels
+    assert Counter(row.layer_name for row in rows) == {"RMSNorm": 5, "SiLU": 2, "rotary_pos_emb": 2}
+    assert all("stable-abi" in row.variant for row in rows), "compiled"
+    assert torch.equal(run(model), before)
+    unkernelize(model)
 
 
 def test_marking_changes_nothing_but_the_names() -> None:
