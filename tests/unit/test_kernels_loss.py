@@ -453,6 +453,47 @@ def test_the_projection_never_has_all_logits_in_memory(
     assert peak(lambda: separate(*operands[:2], None, labels).backward()) > 3 * all_logits
 
 
+def test_the_logits_are_freed_before_there_is_a_second_copy_of_the_weights_gradient(
+    loss: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits the logits of a part take as much as the gradient, and the sum it is rounded from twice as much."""
+    monkeypatch.setattr(loss.functions.projection, "_FEW", 0)
+    monkeypatch.setattr(loss.functions.projection, "_CLASSES", 100)
+    monkeypatch.setattr(loss.functions.parts, "_ON_CPU", 4000)
+    operands, labels = projected(320, 80, 4000, torch.bfloat16)
+    hidden, weight = (2 * operand.numel() for operand in operands[:2])
+    most = peak(lambda: loss.linear_cross_entropy(*operands[:2], labels).backward())
+    assert 3 * weight <= most <= 3.4 * weight + hidden
+
+
+def test_parts_are_of_about_the_same_size(noarch: ModuleType) -> None:
+    rows = noarch.functions.projection._rows
+    found = [rows(8192, 2048), rows(8193, 2048), rows(2049, 2048), rows(200, 100), rows(7, 3), rows(2, 3), rows(1, 1)]
+    assert found == [2048, 1664, 1088, 100, 3, 2, 1]
+    for count, most in itertools.product(range(300), range(1, 200, 7)):
+        found = rows(count, most)
+        assert found <= min(most, count)
+        assert -(-count // max(found, 1)) == -(-count // most), "no more parts than there need be"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_in_new_memory_does_not_reach_the_weights_gradient(
+    in_parts: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    operands, labels = projected(10, 8, 23, dtype)
+    plain = in_parts.linear_cross_entropy(*operands[:2], labels, operands[2])
+    expected = torch.autograd.grad(plain, operands)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        found = in_parts.linear_cross_entropy(*operands[:2], labels, operands[2])
+        got = torch.autograd.grad(found, operands)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found, plain)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_there_is_no_float32_copy_of_the_logits(
     loss: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

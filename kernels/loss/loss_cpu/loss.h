@@ -22,6 +22,9 @@ Tensor cross_entropy_gradient_(
     const Tensor& logits, const Tensor& labels, const Tensor& scale, int64_t ignore_index, double label_smoothing,
     double z_loss);
 
+// x times one number, in float32, in place.
+void scale_(const Tensor& x, const Tensor& by);
+
 // From now on no wider instructions than those of the level (level.h), for tests; returns the level in use.
 int64_t use_level(int64_t level);
 

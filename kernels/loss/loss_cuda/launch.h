@@ -24,9 +24,18 @@ struct LossArgs {
   Leading logits_leading;
 };
 
+// n elements from x on, and the number to multiply them with.
+struct ScaleArgs {
+  void* x;
+  int64_t n;
+  const float* by;
+};
+
 // Losses and what the gradient needs to know of each row; and the gradient, which may be where the logits are, if asked for.
 int losses(const LossArgs& args, Dtype dtype, bool wide, const Device& device);
 // The gradient, of what `losses` kept.
 int gradients(const LossArgs& args, Dtype dtype, bool wide, const Device& device);
+// x times a number, in place.
+int scale(const ScaleArgs& args, Dtype dtype, bool wide, const Device& device);
 
 } // namespace kernelhub

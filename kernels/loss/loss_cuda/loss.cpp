@@ -136,4 +136,20 @@ Tensor cross_entropy_gradient_(
   return losses;
 }
 
+void scale_(const Tensor& x, const Tensor& by) {
+  constexpr const char* name = "scale_";
+  const Dtype dtype = dtype_of(x, name);
+  check_on(name, "tensor", x, x);
+  check_on(name, "factor", by, x);
+  STD_TORCH_CHECK(x.is_contiguous(), name, ": the tensor, which is written to, is not contiguous");
+  STD_TORCH_CHECK(
+      by.scalar_type() == ScalarType::Float && by.numel() == 1, name, ": the factor is not one number in float32");
+  if (x.numel() == 0) {
+    return;
+  }
+  const OnDevice device(x);
+  const ScaleArgs args{x.data_ptr(), x.numel(), static_cast<const float*>(by.data_ptr())};
+  check_launch(scale(args, dtype, aligned(args.x), device));
+}
+
 } // namespace kernelhub

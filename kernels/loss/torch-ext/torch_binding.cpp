@@ -15,6 +15,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "float label_smoothing, float z_loss) -> Tensor");
 #if defined(CPU_KERNEL)
   ops.def("use_level(int level) -> int");
+#else
+  ops.def("scale_(Tensor(a!) x, Tensor by) -> ()");
 #endif
 }
 
@@ -27,6 +29,9 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("cross_entropy", TORCH_BOX(&kernelhub::cross_entropy));
   ops.impl("cross_entropy_backward", TORCH_BOX(&kernelhub::cross_entropy_backward));
   ops.impl("cross_entropy_gradient_", TORCH_BOX(&kernelhub::cross_entropy_gradient_));
+#if defined(CUDA_KERNEL)
+  ops.impl("scale_", TORCH_BOX(&kernelhub::scale_));
+#endif
 }
 
 #if defined(CPU_KERNEL)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import triton_here
 from ._ops import add_op_namespace_prefix, ops
 
-__all__ = ["HERE", "PLAIN", "backward", "gradient_", "losses", "takes"]
+__all__ = ["HERE", "PLAIN", "backward", "gradient_", "losses", "scale_", "takes"]
 
 HERE = hasattr(ops, "cross_entropy")
 # A build has ops for the CPU or for CUDA.
@@ -46,6 +46,8 @@ def takes(logits: Tensor, labels: Tensor) -> bool:
     )
 
 
+if _CUDA:
+    _scale = ops.scale_.default
 if HERE:
     _cross_entropy = ops.cross_entropy.default
     _cross_entropy_backward = ops.cross_entropy_backward.default
@@ -69,6 +71,14 @@ def backward(grad: Tensor, logits: Tensor, labels: Tensor, sums: Tensor, *option
 def gradient_(logits: Tensor, labels: Tensor, scale: Tensor, *options: Any) -> Tensor:
     """The losses; the logits become the gradient of sum(scale * losses)."""
     return _checked(_cross_entropy_gradient, logits, labels, scale, *options)
+
+
+def scale_(x: Tensor, by: Tensor) -> None:
+    """x *= by, where by, (), is wider than a 16-bit x and not rounded to it. Both are on one GPU, x is contiguous."""
+    if _CUDA and x.dtype in _DTYPES and by.dtype is torch.float32:
+        _scale(x, by)  # nothing is read or written where `by` is 1, as for most losses
+    else:
+        x.mul_(by.reshape(1))  # a tensor of no dimension would be rounded to x's dtype first
 
 
 def _checked(op: Any, *arguments: Any) -> Any:
@@ -123,6 +133,12 @@ def _register_shapes() -> None:
     ) -> Tensor:
         together("cross_entropy_gradient_", logits, labels, scale)
         return like(labels)
+
+    if _CUDA:
+
+        @register("scale_")
+        def _(x: Tensor, by: Tensor) -> None:
+            together("scale_", x, by)
 
 
 if HERE:

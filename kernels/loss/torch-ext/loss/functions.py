@@ -211,6 +211,9 @@ def _scaled(gradients: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:
     if grad.is_cpu and grad.item() == 1.0:
         return list(gradients)
     for x in gradients:
+        if x.is_cuda:
+            compiled.scale_(x, grad)
+            continue
         for some in x.view(-1).split(_TOGETHER):
             some.copy_(parts.wide(some) * grad)  # multiplied in 16 bits, grad would be rounded first
     return list(gradients)
@@ -243,7 +246,7 @@ def _pytorchs() -> bool:
 
 def _autocast(*operands: Tensor | None) -> list[Tensor | None]:
     """The operands of a projection in the dtype that autocast would give them."""
-    kind = operands[0].device.type  # type: ignore[union-attr]
+    kind = operands[0].device.type
     if not torch.is_autocast_enabled(kind):
         return list(operands)
     dtype = torch.get_autocast_dtype(kind)

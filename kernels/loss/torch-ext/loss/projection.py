@@ -16,15 +16,17 @@ __all__ = ["gradients", "losses", "rows_together"]
 _FEW = 1 << 24
 # Classes whose part of the weight's gradient is added at a time, where that takes a copy.
 _CLASSES = 8192
-# Whether a product of 16-bit matrices can be asked for in float32: on CUDA, from torch 2.8.
-_MIXED = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
+# Whether a product of 16-bit matrices can be added to a float32 sum: on CUDA, from torch 2.8.
+_MIXED = torch.version.hip is None and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def rows_together(features: int, classes: int) -> int:
-    """The rows whose logits are in memory at a time.
+    """The most rows whose logits are in memory at a time.
 
     As many as there are features: their logits then take as much as the weight, of which training keeps several copies
-    anyway, and the products stay large (each passes over the weight three times). More where that would be next to none.
+    anyway, and the products stay large (each passes over the weight three times). Fewer would hardly lower the peak of
+    training in 16 bits: once the logits are freed, the weight's gradient in its own dtype, as large as they were, joins
+    the float32 sum that it is rounded from. More where that would be next to none.
     """
     return max(features, _FEW // classes, 1)
 
@@ -73,18 +75,20 @@ def _compute(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = _empty(hidden, weight, labels, needs_hidden, needs_weight, needs_bias)
-    all_losses, hidden_grad, weight_grad, bias_grad = found
-    options = ignore_index, label_smoothing, z_loss
     (count, features), classes = hidden.shape, weight.shape[0]
-    rows = min(count, rows_together(features, classes))
+    rows = _rows(count, rows_together(features, classes))
     # A sum over several parts is taken in float32: each addition in 16 bits would round.
-    several = count > rows and hidden.element_size() == 2
-    weight_sum = weight_grad.new_zeros(weight_grad.shape, dtype=torch.float32) if several else weight_grad.zero_()
+    several = count > rows and hidden.element_size() == 2 and needs_weight
+    found = _empty(hidden, weight, labels, needs_hidden, needs_weight and not several, needs_bias)
+    all_losses, hidden_grad, weight_grad, bias_grad = found
+    if count == 0:
+        return all_losses, hidden_grad, weight_grad.zero_(), bias_grad.zero_()
+    weight_sum = weight.new_empty(weight.shape, dtype=torch.float32) if several else weight_grad
     bias_sum = bias_grad.new_zeros(bias_grad.shape, dtype=parts.wide_dtype(bias_grad))
+    options = ignore_index, label_smoothing, z_loss
     memory = hidden.new_empty((rows, classes))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, count, max(rows, 1)):
+        for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
             x, y, logits = hidden[part], labels[part], memory[: min(rows, count - start)]
             if bias is None:
@@ -98,14 +102,21 @@ def _compute(
             if needs_hidden:
                 torch.mm(logits, weight, out=hidden_grad[part])
             if needs_weight:
-                _add_product(weight_sum, logits, x)
+                _add_product(weight_sum, logits, x, beta=0 if start == 0 else 1)
             if needs_bias:
                 bias_sum += logits.sum(0, dtype=bias_sum.dtype)
-        del memory
-        if several and needs_weight:
-            weight_grad.copy_(weight_sum)
+        del memory, logits  # before there is a second copy of the weight's gradient
         bias_grad.copy_(bias_sum)
-    return found
+        return all_losses, hidden_grad, weight_sum.to(weight.dtype), bias_grad
+
+
+def _rows(count: int, most: int) -> int:
+    """The rows of a part, where `count` are in as few parts of at most `most` as can be: about the same in each.
+
+    But multiples of 64, which products are fastest at, where that is no more than `most`.
+    """
+    each = -(-count // max(1, -(-count // most)))
+    return min(-(-each // 64) * 64, most, count)
 
 
 def _losses(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float) -> Tensor:
@@ -121,17 +132,20 @@ def _gradient_(
     return way(logits, labels, scale, ignore_index, label_smoothing, z_loss)
 
 
-def _add_product(total: Tensor, logits: Tensor, x: Tensor) -> None:
-    """`total += logits.T @ x`; where only the total is in float32, without rounding the product to 16 bits."""
+def _add_product(total: Tensor, logits: Tensor, x: Tensor, beta: int) -> None:
+    """`total = beta * total + logits.T @ x`; where only the total is in float32, without rounding the product to 16 bits.
+
+    With a beta of 0 what is in the total, NaNs too, does not matter.
+    """
     if total.dtype is x.dtype:
-        total.addmm_(logits.t(), x)
-        return
-    for start in range(0, len(total), _CLASSES):  # what is copied is copied of some classes at a time
-        some = slice(start, start + _CLASSES)
-        if x.is_cuda and _MIXED:
-            total[some] += torch.mm(logits[:, some].t(), x, out_dtype=total.dtype)
-        else:
-            total[some].addmm_(logits[:, some].t().to(total.dtype), x.to(total.dtype))
+        total.addmm_(logits.t(), x, beta=beta)
+    elif x.is_cuda and _MIXED:  # in place: the product is nowhere but in the sum
+        torch.addmm(total, logits.t(), x, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        wide = x.to(total.dtype)
+        for start in range(0, len(total), _CLASSES):  # what is copied is copied of some classes at a time
+            some = slice(start, start + _CLASSES)
+            total[some].addmm_(logits[:, some].t().to(total.dtype), wide, beta=beta)
 
 
 def _empty(
