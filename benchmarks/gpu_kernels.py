@@ -1,6 +1,6 @@
 """The CUDA kernels beside eager, `F.*`, torch.compile, Liger, quack and this package's own Triton kernels, in one run.
 
-    python benchmarks/gpu_kernels.py [--json FILE] [--plot FILE] [--only TEXT] [--no-models]
+    python benchmarks/gpu_kernels.py [--json FILE] [--plot FILE] [--only TEXT] [--no-models] [--cache DIR]
 
 Two times for each: **device**, the median over replays of a CUDA graph of many calls, divided by the calls; and **host**, what
 200 calls without waiting take the processor, each. The share is the fewest bytes that the operation must move, over its
@@ -375,6 +375,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--only", metavar="TEXT", help="operations and shapes with this in their names")
     parser.add_argument("--no-models", action="store_true")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep the kernels built for this there")
     options = parser.parse_args()
     torch.manual_seed(0)
     peers = Peers()
@@ -388,13 +389,14 @@ def main() -> None:
         "copy_gb_s": copy,
         "without": peers.missing,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        result["operations"] = measure_operations(peers, Path(folder), options.only, copy)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.cache or Path(temporary)
+        result["operations"] = measure_operations(peers, folder, options.only, copy)
         result["copy_gb_s_after"] = copy_bandwidth()
         if not options.no_models:
             from gpu_models import measure_models
 
-            result["models"] = measure_models(Path(folder) / "always")
+            result["models"] = measure_models(folder / "always")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
