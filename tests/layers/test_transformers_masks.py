@@ -17,6 +17,8 @@ from transformers.masking_utils import sdpa_mask
 from kernelhub import Mode, kernel_report, kernelize, unkernelize, use_kernel_mapping
 from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.integrations.transformers import default_mapping, mark
+from kernelhub.layers import replay
+from kernelhub.layers.capture import snapshot
 from kernelhub.layers.markers import FunctionModule
 from kernelhub.settings import Settings
 
@@ -402,6 +404,27 @@ def test_it_is_proven_like_any_other() -> None:
     assert row.max_relative_error < 1e-5
     unkernelize(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_proof_of_it_takes_no_second_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights that only its children read, few are copied, and few gradients kept; below, they are as of any layer."""
+    monkeypatch.setattr(replay, "_MOST_OF_CHILDREN", 1000)
+    model = made()
+    mark(model)
+    taken = snapshot(model.model).tensors
+    assert set(taken) == {name for name, _ in model.model.named_buffers()}
+    compared = [name for name, _ in replay._compared(model.model)]
+    assert compared == [f"layers.{at}.{norm}.weight" for at in (0, 1) for norm in NORMS] + ["norm.weight"]
+    layer = model.model.layers[0]
+    assert len(replay._compared(layer)) == len(list(layer.parameters()))
+    assert set(snapshot(layer).tensors) == {name for name, _ in layer.named_parameters()}
+    with use_kernel_mapping({LAYER: default_mapping()[LAYER]}, inherit_mapping=False):
+        kernelize(model, mode=Mode.TRAINING, sample_inputs={"input_ids": IDS}, verify=True, refresh=True)
+    (row,) = kernel_report(model).kernels
+    assert (row.reference, row.max_error) == ("original", 0.0)
+
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def test_hooks_and_adapters_of_its_children_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from kernelhub.errors import InvalidReference
 from kernelhub.layers.fusion import recorded_at
+from kernelhub.layers.markers import calls_children
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.survey import uncompiled
 from kernelhub.layers.swap import slot
@@ -425,9 +426,13 @@ def same_random_state(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 def snapshot(module: nn.Module) -> Snapshot:
-    """What a call of the module could change: its weights, buffers and attributes, those of its children too."""
+    """What a call of the module could change: its weights, buffers and attributes, those of its children too.
+
+    Not the weights that only its children read, which may be a whole model's.
+    """
     tables = [child.__dict__ for child in module.modules()]
-    held = dict((*module.named_parameters(), *module.named_buffers()))
+    weights = module.named_parameters(recurse=not calls_children(module))
+    held = dict((*weights, *module.named_buffers()))
     return Snapshot(
         [(table, copy.copy(table)) for table in tables],
         {name: (item, item.detach().clone()) for name, item in held.items()},

@@ -10,7 +10,7 @@ import torch
 from kernelhub.layers.capture import Call
 from kernelhub.layers.compare import COMPUTED, Comparison, compare, together
 from kernelhub.layers.evidence import Evidence
-from kernelhub.layers.replay import Effects, Replay, poisoned_memory
+from kernelhub.layers.replay import Effects, Replay, may_be_lifted, poisoned_memory
 from kernelhub.layers.tolerance import Tolerance
 from kernelhub.layers.values import tensors_in
 from kernelhub.layers.workload import Side
@@ -113,6 +113,8 @@ def _precise(
 ) -> Effects | None:
     """The original in float64; None where it cannot be run so, or is then another function than before."""
     if not any(leaf.dtype.is_floating_point for leaf in tensors_in(dict(expected.values))):
+        return None
+    if not may_be_lifted(replay.module):
         return None
     try:
         precise = replay.run_in_float64(original.written, call)

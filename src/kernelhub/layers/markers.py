@@ -116,3 +116,11 @@ def _function_module(function: Any, layer_name: str, condition: Condition | None
     module: nn.Module = cls()
     functools.update_wrapper(module, function)
     return module
+
+
+def calls_children(module: nn.Module) -> bool:
+    """Whether a kernel for the module's class reads no weights of it, and calls each child as a module.
+
+    So it says in `kernel_calls_children`. What is on the children (hooks, adapters, other kernels) runs.
+    """
+    return getattr(type(module), "kernel_calls_children", False) is True

@@ -21,6 +21,7 @@ from kernelhub.layers.fitness import READABLE, children, foreign_forward, gather
 from kernelhub.layers.fusion import Group, unfit, with_groups
 from kernelhub.layers.keys import title
 from kernelhub.layers.mapping import Name, Row, Table, choose, current_table, needs_capability
+from kernelhub.layers.markers import calls_children
 from kernelhub.layers.mode import KernelizeFallback, Mode, serving
 from kernelhub.layers.survey import Devices, Site, Survey, capability, device_type, site_class, survey
 from kernelhub.layers.tables import table
@@ -212,8 +213,7 @@ def _fit(site: Site, decision: Decision, facts: _Facts) -> Decision:
     if site.user is None and reason is None:
         readable = weights(module, facts.managed)
         reason = readable.reason
-        # Kernels for such a class call its children as modules, and so all that is on them.
-        if reason is None and module._modules and not getattr(type(module), "kernel_calls_children", False):
+        if reason is None and module._modules and not calls_children(module):
             reason = children(module, facts.managed)
     if reason is not None:
         return Decision(decision.device, None, None, reason)

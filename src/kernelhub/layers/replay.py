@@ -14,9 +14,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernelhub.layers.capture import Call, same_random_state, snapshot
+from kernelhub.layers.markers import calls_children
 from kernelhub.layers.values import leaves, tensors_in
 
 _SEED = 20240229
+# Bytes of weights, of a module whose children may be a whole model: so many are copied to float64, and have gradients that
+# are compared. A second model in memory would be more than it takes to run it.
+_MOST_OF_CHILDREN = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Replay:
     def _run(self, forward: Any, call: Call, dtype: torch.dtype | None) -> tuple[dict[str, Any], frozenset[str]]:
         args, kwargs = call.again(dtype)
         named = argument_names(self.module, args, kwargs)
-        weights = [(name, item) for name, item in self.module.named_parameters() if item.requires_grad]
+        weights = _compared(self.module)
         with surroundings(call, self.training, _devices(args, kwargs), lifted=dtype is not None):
             output = forward(*args, **kwargs)
             values = dict(leaves(output, "output"))
@@ -90,6 +94,24 @@ class Replay:
             if gradient is None:
                 missing.add(name)
         return values, frozenset(missing)
+
+
+def may_be_lifted(module: nn.Module) -> bool:
+    """Whether there is room for the module's weights in float64."""
+    return not calls_children(module) or sum(8 * item.numel() for item in module.parameters()) <= _MOST_OF_CHILDREN
+
+
+def _compared(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The weights whose gradients are compared: all, or the smallest of a module that only its children read."""
+    weights = [(name, item) for name, item in module.named_parameters() if item.requires_grad]
+    if not calls_children(module):
+        return weights
+    room, found = _MOST_OF_CHILDREN, []
+    for name, item in sorted(weights, key=lambda weight: (weight[1].numel(), weight[0])):
+        room -= item.numel() * item.element_size()
+        if room >= 0:
+            found.append((name, item))
+    return found
 
 
 def gradients_of(outputs: Iterable[Any], wanted: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
