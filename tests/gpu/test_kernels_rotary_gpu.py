@@ -46,11 +46,15 @@ def rotary(request: pytest.FixtureRequest) -> ModuleType:
     return load_compiled("rotary", request.config)
 
 
-def operands(width: int, dtype: torch.dtype, tables: torch.dtype | None = None, tokens: int = 5) -> list[Tensor]:
+def operands(
+    width: int, dtype: torch.dtype, tables: torch.dtype | None = None, tokens: int = 5, heads: tuple[int, int] = (4, 2)
+) -> list[Tensor]:
     """q, k, cos and sin as a model makes them; the tables' halves differ, as nothing says that they are alike."""
     generator = torch.Generator("cuda").manual_seed(width)
-    q = torch.randn(2, tokens, 4, width, generator=generator, device="cuda").to(dtype).transpose(1, 2)
-    k = torch.randn(2, tokens, 2, width, generator=generator, device="cuda").to(dtype).transpose(1, 2)
+    q, k = (
+        torch.randn(2, tokens, count, width, generator=generator, device="cuda").to(dtype).transpose(1, 2)
+        for count in heads
+    )
     angles = torch.randn(2, tokens, width, generator=generator, device="cuda") * 3
     return [q, k, angles.cos().to(tables or dtype), angles.sin().to(tables or dtype)]
 
@@ -70,6 +74,13 @@ def test_equals_the_models_own_code_bit_for_bit(rotary: ModuleType, form: str, d
         got, expected = rotary.apply_rotary(*arguments, **options), original(*arguments)
         assert same(got, expected), (width, tables, tokens)
         assert [one.stride() for one in got] == [one.stride() for one in arguments[:2]]
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (71, 1), (1, 1)], ids=str)
+def test_any_number_of_heads(rotary: ModuleType, heads: tuple[int, int]) -> None:
+    for width, tokens in ((64, 3), (128, 300), (256, 3)):
+        arguments = operands(width, torch.bfloat16, tokens=tokens, heads=heads)
+        assert same(rotary.apply_rotary(*arguments), llama.apply_rotary_pos_emb(*arguments)), (width, tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
