@@ -6,6 +6,7 @@
 # make bench   the library beside its peer, and the CPU kernels beside PyTorch, each in one run
 # make bench-gpu   the CUDA kernels beside eager, torch.compile, Liger and quack, in one run on this machine's GPU; GPU_PYTHON
 #              is a Python with torch for CUDA, and liger-kernel==0.8.5
+# make sanitize-gpu   compute-sanitizer (memcheck, racecheck, initcheck) over every CUDA kernel, on this machine's GPU
 #
 # Each makes .venv and installs what it needs. PYTHON chooses the interpreter.
 
@@ -13,7 +14,7 @@ PYTHON ?= python3
 GPU_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 
-.PHONY: demo test lint format faults fuzz bench bench-gpu clean
+.PHONY: demo test lint format faults fuzz bench bench-gpu sanitize-gpu clean
 
 demo: .venv/installed
 	$(BIN)/kernelhub demo
@@ -48,8 +49,18 @@ bench: .venv/installed .peers/installed
 bench-gpu:
 	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu_kernels.py --json benchmarks/results/gpu.json --plot benchmarks/results/gpu.png
 
+# The kernels are built once, and all of them seen to run, before they are watched; each tool then looks at no others.
+sanitize-gpu: export PYTHONPATH := src
+sanitize-gpu: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+sanitize-gpu:
+	$(GPU_PYTHON) tests/gpu/sanitize.py --cache .sanitize --covered
+	for tool in memcheck racecheck initcheck; do \
+	  compute-sanitizer --tool $$tool --kernel-name kns=kernelhub --error-exitcode 1 --print-limit 20 \
+	    $(GPU_PYTHON) tests/gpu/sanitize.py --cache .sanitize || exit 1; \
+	done
+
 clean:
-	rm -rf .venv .peers dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .sanitize .venv .peers dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: a later release may not be taken for another package's sake
 .venv/installed: pyproject.toml constraints.txt
