@@ -1,7 +1,7 @@
 """A gated MLP with a backward of its own: what it keeps is the input, gate and up, not their product.
 
 The product is made again in the pass that makes the gradients of gate and up, which reads all that it takes. On an H200
-that adds 30 us to 170 (8192 rows of 8192, bfloat16), for 134 MB less in each layer from forward to backward.
+that adds 24 us to 172 (8192 rows of 8192, bfloat16), for 134 MB less in each layer from forward to backward.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def gated_mlp(x: Tensor, weights: Weights, product: str, residual: Tensor | None
 def add_product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """`residual + F.linear(x, weight, bias)`, without a graph: the product starts from the residual, on a GPU.
 
-    On a CPU it is added where the product lies.
+    On a CPU it is added where the product lies. The residual is kept for the norm's backward, so PyTorch copies it first: on
+    an H200 16 us, and 5 in the product, where an addition takes 23 (8192 x 2048, bfloat16); rounded once less.
     """
     if is_compiling() or residual.dtype is not x.dtype:
         return residual + F.linear(x, weight, bias)

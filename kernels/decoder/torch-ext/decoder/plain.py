@@ -10,13 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as _module
+from torch.nn.modules import module as everywhere
 
 __all__ = ["Weights", "linears", "runs", "takes"]
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _transforms_active = torch._C._are_functorch_transforms_active
+# Hooks of all modules, in the tables that torch has of them.
+_HOOKS_OF_ALL = (
+    everywhere._global_forward_hooks,
+    everywhere._global_forward_pre_hooks,
+    everywhere._global_backward_hooks,
+    everywhere._global_backward_pre_hooks,
+)
 
 
 class Weights(NamedTuple):
@@ -32,6 +39,8 @@ class Weights(NamedTuple):
 
 def linears(mlp: nn.Module, gate: str, up: str | None, down: str) -> Weights | None:
     """The weights of the projections of those names, if they are plain linear layers that nobody listens to."""
+    if any(_HOOKS_OF_ALL):
+        return None
     parts = mlp._modules
     first = _linear(parts.get(gate))
     second = (None, None) if up is None else _linear(parts.get(up))
@@ -42,24 +51,26 @@ def linears(mlp: nn.Module, gate: str, up: str | None, down: str) -> Weights | N
 
 
 def _linear(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
-    if type(module) is not nn.Linear or not runs(module):
+    if type(module) is not nn.Linear:
         return None
-    own = module._parameters
+    held = module.__dict__
+    if _listened(held) or "forward" in held:
+        return None
+    own = held["_parameters"]
     weight = own.get("weight")  # FSDP and weight_norm of old keep it elsewhere
     return None if weight is None or "bias" not in own else (weight, own["bias"])
+
+
+def _listened(held: dict[str, Any]) -> bool:
+    return bool(
+        held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]
+    )
 
 
 def runs(module: nn.Module, *forwards: Any) -> bool:
     """Whether the module runs its class's forward or one of these kernels', and has no hooks."""
     held = module.__dict__
-    if held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
-        return False
-    if (
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    ):
+    if any(_HOOKS_OF_ALL) or _listened(held):
         return False
     forward = held.get("forward")
     if forward is None:
