@@ -173,7 +173,7 @@ def test_the_functions_take_the_direct_way(
 def test_nothing_is_kept_and_nothing_lost(make: Callable[..., Case]) -> None:
     """References are counted by hand."""
     case = make()
-    held = [*case.tensors, None, True, torch.empty_like, Tensor.is_neg]
+    held = [*case.tensors, None, True, torch.empty_like]
     with torch.no_grad():
         before = [sys.getrefcount(x) for x in held]
         for _ in range(200):
@@ -246,6 +246,50 @@ def test_not_where_a_gradient_is_asked_for(make: Callable[..., Case]) -> None:
             assert case.taken()
         sum(y.float().sum() for y in flat(case.function(*case.tensors))).backward()
         assert case.tensors[position].grad is not None
+
+
+def test_forwards_of_gradients_take_it(
+    make: Callable[..., Case], norm: ModuleType, activation: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make()
+    leaves = [x.requires_grad_() for x in case.tensors]
+    with Seen() as dispatched:  # the op's, then
+        expected = torch.autograd.grad(sum(y.square().sum() for y in flat(case.function(*leaves))), leaves)
+    assert case.op_name in dispatched.names
+    with profile() as found:
+        case.function(*leaves)
+    assert case.op_name in {event.name for event in found.events()}
+    called = []
+    for compiled in (norm.compiled, activation.compiled):
+        for name in list(vars(compiled)):
+            if name.endswith("_inside") and name != "_inside":
+                original = getattr(compiled, name)
+                short = original.__closure__[[*original.__code__.co_freevars].index("short")].cell_contents
+
+                def directly(*arguments: Any, short: Any = short) -> Any:
+                    called.append(short.__name__)
+                    result = short(*arguments)
+                    assert result is not None
+                    return result
+
+                monkeypatch.setattr(compiled, name, directly)
+    got = torch.autograd.grad(sum(y.square().sum() for y in flat(case.function(*leaves))), leaves)
+    assert called == [case.op_name.split("::")[1]]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_tensor_that_outlived_its_transform_is_what_it_holds(make: Callable[..., Case]) -> None:
+    case = make()
+    x, *others = (t.requires_grad_() for t in case.tensors)
+    kept: list[Tensor] = []
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(x.detach())
+    with torch.no_grad():
+        assert case.direct(kept[0], *others) is None
+        assert torch.equal(flat(case.function(kept[0], *others))[0], flat(case.function(x, *others))[0])
+    if others:
+        got = torch.autograd.grad(flat(case.function(kept[0], *others))[0].square().sum(), others)
+        expected = torch.autograd.grad(flat(case.function(x, *others))[0].square().sum(), others)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_not_under_transforms(make: Callable[..., Case]) -> None:

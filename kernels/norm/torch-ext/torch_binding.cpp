@@ -148,17 +148,17 @@ bool is_last(PyObject* shape, const Dense& x) {
   return PyTuple_Check(shape) && PyTuple_Size(shape) == 1 && number(PyTuple_GetItem(shape, 0), size) && size == x.last();
 }
 
-// (x, weight or None, bias or None, eps, normalized_shape or None) -> y
+// (x, weight or None, bias or None, eps[, normalized_shape or None]) -> y
 PyObject* direct_layer_norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
   Operands operands;
   Contiguous& of = operands.of;
   double eps;
-  if (count != 5) {
+  if (count != 4 && count != 5) {
     Py_RETURN_NONE;
   }
   PyObject *weight = given[1] == Py_None ? nullptr : given[1], *bias = given[2] == Py_None ? nullptr : given[2];
   if (!operands.read_all(given[0], nullptr, weight, bias) || !number(given[3], eps) ||
-      !is_last(given[4], operands.x) || !unseen<3>({given[0], weight, bias})) {
+      (count == 5 && !is_last(given[4], operands.x)) || !unseen<3>({given[0], weight, bias})) {
     Py_RETURN_NONE;
   }
   operands.begin(eps);

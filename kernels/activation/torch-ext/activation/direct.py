@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from . import _ops
 
@@ -28,12 +28,12 @@ def functions() -> Any:
         Tensor,
         nn.Parameter,
         torch.empty_like,
-        Tensor.is_neg,
+        torch.empty(0).is_neg,
         vars(forward_ad),
+        vars(profiler),
         torch._C._len_torch_dispatch_stack,
         torch._C._len_torch_function_stack,
-        torch._C._get_tracing_state,
+        torch._C._is_tracing,
         torch._C._are_functorch_transforms_active,
-        torch._C._autograd._profiler_enabled,
     )
     return extension if ready else None

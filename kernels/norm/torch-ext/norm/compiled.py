@@ -156,18 +156,34 @@ else:
     _layer_norm_backward = triton_here.op("layer_norm_backward")
 
 
+def _inside(name: str, op: Any) -> Callable[..., Any]:
+    """An op as the forward of an autograd function calls it: directly, where that is possible."""
+    short = getattr(DIRECT, name, None)
+    if short is None:
+        return op
+
+    def call(*arguments: Any) -> Any:
+        if not is_dynamo_compiling() and (found := short(*arguments)) is not None:
+            return found
+        return op(*arguments)
+
+    return call
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
     """x: (..., hidden), weight: (hidden,) -> (..., hidden)."""
     # The op by itself has no gradient. It is called where none can be asked for, because it costs half as much.
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _RmsNorm.apply(x, weight, eps, form)
+        apply = _RmsNorm.apply if is_dynamo_compiling() else _rms_norm_plainly
+        return apply(x, weight, eps, form)
     return _rms_norm(x, weight, eps, form) if is_dynamo_compiling() else _rms_norm_now(x, weight, eps, form)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: int) -> tuple[Tensor, Tensor]:
     """x, residual: (..., hidden), weight: (hidden,) -> the norm of their sum, and the sum: (..., hidden) each."""
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
-        return _AddRmsNorm.apply(x, residual, weight, eps, form)
+        apply = _AddRmsNorm.apply if is_dynamo_compiling() else _add_rms_norm_plainly
+        return apply(x, residual, weight, eps, form)
     return (
         _add_rms_norm(x, residual, weight, eps, form)
         if is_dynamo_compiling()
@@ -178,7 +194,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: 
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float, form: int, kind: int) -> Tensor:
     """x, gate: (..., hidden), weight: (hidden,) -> (..., hidden)."""
     if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad or weight.requires_grad):
-        return _RmsNormGated.apply(x, gate, weight, eps, form, kind)
+        apply = _RmsNormGated.apply if is_dynamo_compiling() else _rms_norm_gated_plainly
+        return apply(x, gate, weight, eps, form, kind)
     return (
         _rms_norm_gated(x, gate, weight, eps, form, kind)
         if is_dynamo_compiling()
@@ -191,8 +208,14 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        return _LayerNorm.apply(x, weight, bias, eps)
+        apply = _LayerNorm.apply if is_dynamo_compiling() else _layer_norm_plainly
+        return apply(x, weight, bias, eps)
     return _layer_norm(x, weight, bias, eps) if is_dynamo_compiling() else _layer_norm_now(x, weight, bias, eps)
+
+
+_rms_norm_inside = _inside("rms_norm", _rms_norm)
+_add_rms_norm_inside = _inside("add_rms_norm", _add_rms_norm)
+_layer_norm_inside = _inside("layer_norm", _layer_norm)
 
 
 class _Refused(torch.autograd.Function):
@@ -236,7 +259,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.options = eps, form
-        return _rms_norm(x, weight, eps, form)
+        return _rms_norm_inside(x, weight, eps, form)
 
     @staticmethod
     @_differentiable_once
@@ -250,7 +273,7 @@ class _RmsNorm(torch.autograd.Function):
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: int) -> tuple[Tensor, Tensor]:
-        y, total = _add_rms_norm(x, residual, weight, eps, form)
+        y, total = _add_rms_norm_inside(x, residual, weight, eps, form)
         ctx.save_for_backward(total, weight)
         ctx.options = eps, form
         return y, total
@@ -282,7 +305,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return _layer_norm(x, weight, bias, eps)
+        return _layer_norm_inside(x, weight, bias, eps)
 
     @staticmethod
     @_differentiable_once
@@ -291,6 +314,20 @@ class _LayerNorm(torch.autograd.Function):
         _, needs_weight, needs_bias, _ = ctx.needs_input_grad
         x_grad, weight_grad, bias_grad = _layer_norm_backward(grad, x, weight, ctx.eps, needs_weight, needs_bias)
         return x_grad, weight_grad if needs_weight else None, bias_grad if needs_bias else None, None
+
+
+def _plainly(function: Any) -> Callable[..., Any]:
+    """`function.apply` without what it does for `torch.func`, which the ops are not called under: 3 of 14 us on a GPU's host.
+
+    Not for Dynamo, which knows `apply`.
+    """
+    return super(torch.autograd.Function, function).apply
+
+
+_rms_norm_plainly = _plainly(_RmsNorm)
+_add_rms_norm_plainly = _plainly(_AddRmsNorm)
+_rms_norm_gated_plainly = _plainly(_RmsNormGated)
+_layer_norm_plainly = _plainly(_LayerNorm)
 
 
 def _register_shapes() -> None:
