@@ -115,6 +115,22 @@ def test_is_at_most_twice_as_far_from_float64_as_the_models_own_code(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_of_rows_whose_mean_is_far_from_zero(norm: ModuleType, dtype: torch.dtype) -> None:
+    """Where the mean square is nearly all the mean's square no digits are lost, whatever the rows beside it are like."""
+    for rows, width in ((700, 64), (67, 70), (5, 1000), (600, 4096), (600, 8192), (5, 40004), (3, 131072)):
+        original, kernelized = pair(norm, "LayerNorm", width, dtype)
+        (x,) = inputs("LayerNorm", (rows, width), torch.float32, 1.0)
+        x += torch.tensor([0.0, 0.5, 7.0, 9.0, 100.0, 1000.0], device="cuda")[torch.arange(rows) % 6, None]
+        x[2::5] = 7.9  # no deviation at all
+        x = x.to(dtype)
+        with torch.no_grad():
+            reference, eager = widened("LayerNorm", norm, original)(x.double()), original(x)
+            got = kernelized(x)
+        unit = torch.finfo(dtype).eps * float(reference.abs().max())
+        assert error(got, reference) <= 2 * error(eager, reference) + 2 * unit, (rows, width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layer", [*RMS, *GATED])
 def test_rounds_where_the_models_own_code_rounds(norm: ModuleType, layer: str, dtype: torch.dtype) -> None:
     """Only the order of the sum differs: where a value lies between two of the dtype it seldom decides. Rounding once less

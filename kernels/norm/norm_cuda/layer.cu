@@ -45,9 +45,10 @@ __device__ __forceinline__ Pack<T, V> load_if(const void* from, int64_t i) {
 }
 
 // Rows of up to EACH packs to a thread, which are read once and held in registers. FULL: of exactly so many, by whole warps.
-// In 16 bits the sums of elements and of squares are taken together. Where the mean is more than FAR times the deviation the
-// difference of mean square and squared mean has lost FAR**2 * 2**-24 of itself, more than is rounded off the result: there
-// the squares of the differences from the mean are added up after all, as in float32.
+// In 16 bits the sums of elements and of squares are taken together. Where the mean is more than FAR times the deviation, the
+// difference of mean square and squared mean has lost FAR**2 of its precision: there the squares of the differences from the
+// mean are added up after all, as in float32. So are the differences, by whose mean the mean itself was rounded wrong: of a
+// row of equal elements every difference is 0 then.
 template <typename T, int V, int EACH, bool FULL>
 __global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) layer_rows(const __grid_constant__ LayerArgs args) {
   constexpr bool TOGETHER = sizeof(T) == 2, EARLY = EACH <= 2; // EARLY: weight and bias, where few registers wait for them
@@ -95,15 +96,14 @@ __global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) lay
     }
   }
   team.sum(totals, shared[0]);
-  const float mean = totals[0] * args.inverse;
-  float variance = 0.0f;
+  float mean = totals[0] * args.inverse, variance = 0.0f;
   bool far = true;
   if constexpr (TOGETHER) {
     variance = fmaf(-mean, mean, totals[1] * args.inverse);
     far = !(mean * mean <= FAR * FAR * variance); // also where the squares are not finite
   }
   if (!TOGETHER || __any_sync(0xffffffffu, far)) { // a warp may have several rows: each goes by its own
-    float squares[1] = {};
+    float apart[2] = {};
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
       if (within(team.lane + k * team.across)) {
@@ -112,15 +112,20 @@ __global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) lay
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const float away = of[v] - mean;
-          squares[0] = fmaf(away, away, squares[0]);
+          apart[0] += away;
+          apart[1] = fmaf(away, away, apart[1]);
         }
       }
       if constexpr (!EARLY) {
         forget(x[k]);
       }
     }
-    team.sum(squares, shared[1]);
-    variance = far ? squares[0] * args.inverse : variance;
+    team.sum(apart, shared[1]);
+    if (far) {
+      const float off = apart[0] * args.inverse;
+      mean += off;
+      variance = fmaf(-off, off, apart[1] * args.inverse);
+    }
   }
   const float scale = rsqrtf(variance + args.eps);
 #pragma unroll
@@ -140,7 +145,7 @@ __global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) lay
 // Rows of any length and alignment, which are read three times.
 template <typename T, int V>
 __global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ LayerArgs args) {
-  __shared__ float shared[2][SHARED<1>];
+  __shared__ float shared[2][SHARED<2>];
   wait_for_input();
   const Team team;
   const int64_t count = args.n / V;
@@ -149,7 +154,7 @@ __global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ 
     const int64_t row = first + threadIdx.y;
     const int64_t here = row < args.rows ? count : 0;
     const char* from = here > 0 ? row_at(args.x, args.x_leading, row) : nullptr;
-    float total[1] = {}, squares[1] = {}, of[V];
+    float total[1] = {}, apart[2] = {}, of[V];
 #pragma unroll 4
     for (int64_t i = team.lane; i < here; i += team.across) {
       unpack(load<T, V>(from, i), of);
@@ -165,15 +170,18 @@ __global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ 
       unpack(load<T, V>(from, i), of);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        squares[0] += (of[v] - mean) * (of[v] - mean);
+        const float away = of[v] - mean;
+        apart[0] += away;
+        apart[1] = fmaf(away, away, apart[1]);
       }
     }
-    team.sum(squares, shared[1]);
-    const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
+    team.sum(apart, shared[1]);
+    const float off = apart[0] * args.inverse;
+    const float scale = rsqrtf(fmaf(-off, off, apart[1] * args.inverse) + args.eps);
 #pragma unroll 2
     for (int64_t i = team.lane; i < here; i += team.across) {
       finish<T, V>(
-          args, row * count + i, mean, scale, load<T, V>(from, i), load_if<T, V>(args.weight, i),
+          args, row * count + i, mean + off, scale, load<T, V>(from, i), load_if<T, V>(args.weight, i),
           load_if<T, V>(args.bias, i));
     }
   }
