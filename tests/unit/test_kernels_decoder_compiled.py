@@ -12,7 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernelprojects import load_compiled
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
+from torch.func import vmap
+from transformers import LlamaConfig, Phi3Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+from kernelhub import Mode, kernel_report, kernelize, use_kernel_mapping
+from kernelhub.hub.client import Hub, set_default_hub
+from kernelhub.integrations.transformers import default_mapping, mark
+from kernelhub.settings import Settings
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = {"plain": 0, "avx2": 1, "avx512": 2}
@@ -112,7 +123,11 @@ def test_norm_and_residual_are_those_of_the_modules(decoder: ModuleType, level: 
     norm = (values(300, seed=7, scale=0.1) + 1).to(dtype)
     for form, with_residual in itertools.product((CAST_FIRST, CAST_LAST, ZERO_CENTERED), (False, True)):
         x = values(2, 3, 300, seed=8).to(dtype)
-        around = {"residual": values(2, 3, 300, seed=9).to(dtype) if with_residual else None, "norm": norm, "form": form}
+        around = {
+            "residual": values(2, 3, 300, seed=9).to(dtype) if with_residual else None,
+            "norm": norm,
+            "form": form,
+        }
         expected = apart(x, of, eps=1e-3, **around)
         got = decoder.compiled.gated_mlp(x, of, "SiLUActivation", eps=1e-3, **around)
         assert got.shape == expected.shape
@@ -194,7 +209,9 @@ def calls(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[in
     """The shapes of the inputs that the op gets."""
     found: list[tuple[int, ...]] = []
     op = decoder.compiled._gated_mlp
-    monkeypatch.setattr(decoder.compiled, "_gated_mlp", lambda x, *rest: (found.append(tuple(x.shape)), op(x, *rest))[1])
+    monkeypatch.setattr(
+        decoder.compiled, "_gated_mlp", lambda x, *rest: (found.append(tuple(x.shape)), op(x, *rest))[1]
+    )
     monkeypatch.setattr(
         decoder.compiled, "_MOST_ROWS", {torch.float32: (16, 32), torch.bfloat16: (4, 4), torch.float16: (1 << 40,) * 2}
     )
@@ -207,11 +224,16 @@ class Case(NamedTuple):
     run: Callable[[nn.Module, Tensor], Tensor]
 
 
-def cases(bias: bool = False) -> dict[str, Case]:
+def cases() -> dict[str, Case]:
     """Modules with kernels' forwards, each with the same module as it was."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, mlp_bias=bias
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        attn_implementation="sdpa",
     )
     layer = LlamaDecoderLayer(config, 0).eval()
     phi = Phi3MLP(Phi3Config(hidden_size=32, intermediate_size=48, pad_token_id=0)).eval()
@@ -235,6 +257,118 @@ def cases(bias: bool = False) -> dict[str, Case]:
 def case(request: pytest.FixtureRequest, decoder: ModuleType) -> Case:
     found = cases()[request.param]
     mark(found.layer)
-    with use_kernel_mapping(default_mapping(), inherit_mapping=False):
-        kernelize(found.layer, mode=Mode.INFERENCE)
+    set_default_hub(Hub(settings=Settings(cache=request.config.cache.mkdir("kernels"), offline=True, build="always")))
+    try:
+        with use_kernel_mapping(default_mapping(), inherit_mapping=False):
+            kernelize(found.layer, mode=Mode.INFERENCE)
+    finally:
+        set_default_hub(None)
+    assert request.param in {row.layer for row in kernel_report(found.layer).kernels}
     return found
+
+
+@torch.no_grad()
+def test_layers_have_few_rows_computed_by_the_op(case: Case, calls: list[tuple[int, ...]]) -> None:
+    for dtype, rows, taken in ((torch.float32, 3, True), (torch.float32, 17, False), (torch.bfloat16, 2, True)):
+        x = values(1, rows, 32).to(dtype)
+        calls.clear()
+        got, expected = case.run(case.layer.to(dtype), x), case.run(case.model.to(dtype), x)
+        assert calls == ([(1, rows, 32)] if taken else [])
+        scale = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(got, expected, rtol=scale, atol=scale)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("formula", ["RMSNorm", "RMSNormCastLast", "RMSNormZeroCentered", "RMSNormWeightDtype"])
+def test_a_norm_and_the_mlp_after_it_are_one_call(
+    decoder: ModuleType, calls: list[tuple[int, ...]], formula: str
+) -> None:
+    of, x, norm = weights(decoder, 32, 48, torch.float16), values(2, 5, 32).half(), values(32, seed=9).half()
+    functions = decoder.functions
+    got = functions.rms_norm_gated_mlp(x, norm, 1e-5, of, formula)
+    assert calls == [(2, 5, 32)]
+    n = functions.FORMULAS[formula](x, norm, 1e-5)
+    torch.testing.assert_close(got, apart(n, of), rtol=4e-3, atol=4e-3)
+
+
+def test_only_gradients_ask_for_the_other_way(case: Case, calls: list[tuple[int, ...]]) -> None:
+    x = values(1, 3, 32)
+    torch.testing.assert_close(case.run(case.layer, x), case.run(case.model, x))
+    assert calls == []
+    with torch.inference_mode():
+        case.run(case.layer, x)
+    assert calls == [(1, 3, 32)]
+
+
+@torch.no_grad()
+def test_parts_that_are_listened_to_are_called(case: Case, calls: list[tuple[int, ...]]) -> None:
+    x, heard = values(1, 3, 32), []
+    mlp = getattr(case.layer, "mlp", case.layer)
+    expected = case.run(case.model, x)
+    with mlp.down_proj.register_forward_hook(lambda *_: heard.append("down")):
+        torch.testing.assert_close(case.run(case.layer, x), expected)
+    assert (heard, calls) == (["down"], [])
+    case.run(case.layer, x)
+    assert (heard, calls) == (["down"], [(1, 3, 32)])
+
+
+@torch.no_grad()
+def test_compiles_in_one_graph_for_any_number_of_rows(case: Case, calls: list[tuple[int, ...]]) -> None:
+    counter = CompileCounter()
+    compiled = torch.compile(case.layer, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (3, 30, 4):
+        x = values(1, rows, 32)
+        torch.testing.assert_close(case.run(compiled, x), case.run(case.model, x))
+    assert calls == []
+    assert counter.frame_count == 1
+
+
+class Marked(Tensor):
+    pass
+
+
+def test_what_it_takes(decoder: ModuleType, calls: list[tuple[int, ...]]) -> None:
+    del calls  # its limits
+    of, x, silu = weights(decoder, 32, 48, torch.float32, bias=True), values(2, 32), "SiLUActivation"
+    takes = decoder.compiled.takes
+    with torch.no_grad():
+        assert takes(x, of, silu)
+        assert takes(x, of, "GELUTanh", values(32), x)
+        assert not takes(x, of, "GELUActivation")
+        assert not takes(x, of, None)
+        assert not takes(values(17, 32), of, silu)
+        large = decoder.plain.Weights(torch.empty(1024, 1024), None, None, None, torch.empty(32, 512), None)
+        assert takes(values(32, 1024), large, silu)
+        assert not takes(values(33, 1024), large, silu)
+        assert not takes(x, of._replace(down=of.down.t().contiguous().t()), silu)
+        assert not takes(x, of._replace(up=of.up.bfloat16()), silu)
+        assert not takes(x.double(), doubled(of), silu)
+        assert not takes(x, of, silu, values(32).bfloat16())
+        assert not takes(x, of, silu, values(32), x[:1])
+        assert not takes(x.as_subclass(Marked), of, silu)
+        assert not takes(x, of._replace(gate=of.gate.as_subclass(Marked)), silu)
+        assert not takes(torch.empty(2, 32, device="meta"), of, silu)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not takes(x, of, silu)
+        with forward_ad.dual_level():
+            assert not takes(x, of, silu)
+        found: list[bool] = []
+
+        def look(row: Tensor) -> Tensor:
+            found.append(takes(row[None], of, silu))
+            return row
+
+        vmap(look)(x)
+        assert found == [False]
+    assert not takes(x, of, silu)
+    assert torch.compile(lambda x: x + takes(x, of, silu), backend="eager", fullgraph=True)(x).equal(x)
+
+
+def test_without_wide_vectors_or_an_op_nothing_is_taken(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = decoder.compiled
+    monkeypatch.setattr(compiled, "_multiplies", lambda dtype: dtype == "bf16")
+    assert compiled._most_rows()[torch.bfloat16] == (4, 4)
+    assert compiled._most_rows()[torch.float16][0] > 1 << 40
+    monkeypatch.setattr(compiled, "HERE", False)
+    assert compiled._most_rows() == {}
+    assert not compiled.may_take(values(1, 8))
