@@ -1,4 +1,4 @@
-"""Calls every CUDA op of the starter kernels on every path that a shape can take: what compute-sanitizer watches.
+"""Calls every CUDA op of norm, activation, rotary and loss on every path that a shape can take: what compute-sanitizer watches.
 
     make sanitize-gpu
     python tests/gpu/sanitize.py --cache DIR [--covered] [PROJECT ...]
