@@ -175,12 +175,12 @@ def test_ends_with_0_and_says_the_same_in_every_form(
     assert printed == json.loads(saved.read_text())
     assert printed["ok"] is True
     (model,) = printed["models"]
-    assert (model["layers"], model["kernels"], model["max_error"], model["restored"]) == (8, 8, 0.0, True)
+    assert (model["layers"], model["kernels"], model["max_error"], model["restored"]) == (9, 9, 0.0, True)
     assert model["inputs"] == "input_ids 2 x 10"
     assert model["faster"] == len(KernelReport.from_dict(model["proof"]).kernels)
     assert model["before_ms"] > 0
     assert model["after_ms"] > 0
-    assert len(KernelReport.from_dict(model["report"]).kernels) == 8
+    assert len(KernelReport.from_dict(model["report"]).kernels) == 9
     assert model["unreached"] == {}
 
     assert demo() == 0
@@ -295,11 +295,11 @@ def test_after_is_the_model_with_the_kernels_that_were_faster(
     )
     case = tiny_case()
     made = compare(case, rounds=2)
-    assert len(made.report.kernels) == 8
-    assert len(made.proof.kernels) == (7 if wins else 0)  # no labels, no loss
+    assert len(made.report.kernels) == 9
+    assert len(made.proof.kernels) == (8 if wins else 0)  # no labels, no loss
     assert made.problems == ()
     each = demo_module.REPEATS
-    assert timed == ([count for count in (0, 7, 7, 0) * 2 for _ in range(each)] if wins else [0] * 4 * each)
+    assert timed == ([count for count in (0, 8, 8, 0) * 2 for _ in range(each)] if wins else [0] * 4 * each)
     assert wins or made.forward.before == made.forward.after, "the same model"
     assert kernel_report(case.model).kernels == ()
     show_demo(Demo((made,)))
