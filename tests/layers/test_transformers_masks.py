@@ -375,8 +375,9 @@ def test_compiled_padding_and_packed_sequences_keep_their_mask() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported_it_is_right_for_other_lengths(strict: bool) -> None:
+def test_exported_it_is_right_for_other_lengths(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = without_masks(made())
+    asked = Asked(model, monkeypatch)
     length = torch.export.Dim("length", min=2, max=40)
     with torch.no_grad():
         program = torch.export.export(
@@ -386,6 +387,7 @@ def test_exported_it_is_right_for_other_lengths(strict: bool) -> None:
             dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
             strict=strict,
         )
+        assert strict or asked.times == 1, "left to transformers where it can be told from compiling"
         for ids in (IDS, IDS[:, :3], torch.arange(1, 41).reshape(2, 20)):
             found = program.module()(ids, use_cache=False).logits
             torch.testing.assert_close(found, made()(ids, use_cache=False).logits, rtol=0, atol=1e-5)
