@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import pytest
@@ -327,6 +327,30 @@ def test_hooks_of_a_layer_s_parts_are_called(decoder: ModuleType, layer: str, pl
         torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("place", PLACES["GatedMLP"])
+@pytest.mark.usefixtures("marked")
+def test_a_norm_and_its_sibling_mlp_call_what_is_listened_to(decoder: ModuleType, place: str) -> None:
+    """The two as one kernel computes them: hooks and forwards that came to the MLP's parts later."""
+    torch.manual_seed(0)
+    norm, mlp = LlamaRMSNorm(HIDDEN), llama()
+    nn.init.normal_(norm.weight)
+    kernel = decoder.layers.RMSNormGatedMLPLayout(norm, mlp)
+    forward, x = decoder.layers.RMSNormGatedMLP.forward, values(5, HIDDEN)
+    calls: list[str] = []
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            expected = mlp(norm(x))
+            torch.testing.assert_close(forward(kernel, x), expected, rtol=1e-4, atol=1e-5)
+            handle = mlp.get_submodule(place).register_forward_hook(lambda *_: calls.append(place))
+            torch.testing.assert_close(forward(kernel, x), expected, rtol=1e-4, atol=1e-5)
+            handle.remove()
+            part = mlp.get_submodule(place)
+            part.forward = lambda y, part=part: 2 * type(part).forward(part, y)
+            torch.testing.assert_close(forward(kernel, x), mlp(norm(x)), rtol=1e-4, atol=1e-5)
+            del part.forward
+    assert calls == [place, place]
+
+
 @pytest.mark.parametrize("layer", PLACES)
 @pytest.mark.usefixtures("marked")
 def test_hooks_of_all_modules_are_called(decoder: ModuleType, layer: str) -> None:
@@ -348,14 +372,16 @@ def test_hooks_of_all_modules_are_called(decoder: ModuleType, layer: str) -> Non
         assert heard[0] == heard[1]
 
 
+@pytest.mark.parametrize("method", [False, True])
 @pytest.mark.parametrize(("layer", "place"), [(layer, place) for layer in PLACES for place in PLACES[layer]])
 @pytest.mark.usefixtures("marked")
-def test_a_forward_of_somebody_s_on_a_part_runs(decoder: ModuleType, layer: str, place: str) -> None:
+def test_a_forward_of_somebody_s_on_a_part_runs(decoder: ModuleType, layer: str, place: str, method: bool) -> None:
     *both, x = made(decoder, layer)
     results = []
     for module in both:
         part = module.get_submodule(place)
-        part.forward = lambda y, forward=part.forward: 2 * forward(y)
+        forward = part.forward
+        part.forward = MethodType(lambda _, y, f=forward: 2 * f(y), part) if method else lambda y, f=forward: 2 * f(y)
         with torch.no_grad():
             without_gradients = module(x)
         results.append({**step(module, x), "without gradients": without_gradients})
@@ -380,12 +406,11 @@ def test_kernels_of_ours_on_the_parts_are_passed_by(decoder: ModuleType, monkeyp
     found = step(kernelized, values(2, 5, HIDDEN))
     assert len(calls) == 2
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    inner.mlp.gate_proj = copy.copy(inner.mlp.gate_proj)
-    inner.mlp.gate_proj.forward = inner.mlp.up_proj.forward
-    with torch.no_grad():
-        got = kernelized(values(2, 5, HIDDEN))
-        inner.mlp.gate_proj = inner.mlp.up_proj
-        torch.testing.assert_close(got, kernelized(values(2, 5, HIDDEN)))
+    for place in ("input_layernorm", "post_attention_layernorm"):
+        other = copy.copy(inner.get_submodule(place))
+        other._parameters = {"weight": nn.Parameter(torch.zeros(HIDDEN))}
+        setattr(inner, place, other)
+        torch.testing.assert_close(kernelized(values(2, 5, HIDDEN)), expected["result"], rtol=1e-5, atol=1e-5)
 
 
 class Adapted(nn.Linear):
