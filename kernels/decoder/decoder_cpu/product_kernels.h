@@ -124,10 +124,10 @@ struct Ahead {
   int count;
 };
 
-// The products of a tile: R rows and OUTPUTS outputs, `count` elements of each, added to `sums`.
+// The products of a tile: R rows and OUTPUTS outputs, `count` elements of each; `sums` begins with them, or gets them added.
 template <typename T, int R>
 KH_NO_INLINE void tile(
-    const T* const* weights, Ahead ahead, const float* x, int64_t x_stride, int64_t count, V* sums) {
+    const T* const* weights, Ahead ahead, const float* x, int64_t x_stride, int64_t count, bool begins, V* sums) {
   V acc[R][OUTPUTS];
   for (int r = 0; r < R; ++r) {
     for (int o = 0; o < OUTPUTS; ++o) {
@@ -166,7 +166,7 @@ KH_NO_INLINE void tile(
   }
   for (int r = 0; r < R; ++r) {
     for (int o = 0; o < OUTPUTS; ++o) {
-      sums[r * OUTPUTS + o] = sums[r * OUTPUTS + o] + acc[r][o];
+      sums[r * OUTPUTS + o] = begins ? acc[r][o] : sums[r * OUTPUTS + o] + acc[r][o];
     }
   }
 }
@@ -180,7 +180,10 @@ void product(const Product& of) {
   const Product job = of;
   const T* const weight = static_cast<const T*>(job.weight);
   alignas(64) float copies[OUTPUTS * BLOCK];
-  V sums[ROWS * OUTPUTS + 3];
+  V sums[ROWS * OUTPUTS + 3]; // so that there are four from any on
+  for (int k = 0; k < 3; ++k) {
+    sums[job.rows * OUTPUTS + k] = set(0.0f);
+  }
   const int tiles = static_cast<int>(job.rows / TILE + (job.rows % TILE) / 4 + (job.rows % 4) / 2 + job.rows % 2);
   const bool copied = tiles >= (sizeof(T) == sizeof(float) ? COPIED : 2);
   const int each = tiles == 1 ? 0 : (OUTPUTS + tiles - 1) / tiles; // rows of weights that a tile fetches
@@ -189,10 +192,7 @@ void product(const Product& of) {
     for (int o = 0; o < OUTPUTS; ++o) {
       from[o] = weight + (first + o < job.end ? first + o : job.end - 1) * job.n;
     }
-    for (int64_t k = 0; k < job.rows * OUTPUTS + 3; ++k) {
-      sums[k] = set(0.0f);
-    }
-    for (int64_t k = 0; k < job.n; k += BLOCK) {
+    for (int64_t k = 0; k == 0 || k < job.n; k += BLOCK) { // once where there is nothing, too: zeros
       const int64_t count = k + BLOCK < job.n ? BLOCK : job.n - k;
       const T* now[OUTPUTS];
       for (int o = 0; o < OUTPUTS; ++o) {
@@ -217,9 +217,9 @@ void product(const Product& of) {
         constexpr int R = decltype(rows)::value;
         ahead.count = left_to_fetch < each ? left_to_fetch : each;
         if (copied) {
-          tile<float, R>(wide, ahead, x, job.x_stride, count, sum);
+          tile<float, R>(wide, ahead, x, job.x_stride, count, k == 0, sum);
         } else {
-          tile<T, R>(now, ahead, x, job.x_stride, count, sum);
+          tile<T, R>(now, ahead, x, job.x_stride, count, k == 0, sum);
         }
         ahead.begin += ahead.count * ahead.stride;
         left_to_fetch -= ahead.count;
@@ -241,15 +241,15 @@ void product(const Product& of) {
         run(std::integral_constant<int, 1>{});
       }
     }
-    const int64_t outputs = job.end - first < OUTPUTS ? job.end - first : OUTPUTS;
+    const int64_t outputs = job.end - first;
     alignas(64) float totals[ROWS * OUTPUTS + 3];
     for (int64_t k = 0; k < job.rows * OUTPUTS; k += 4) {
       sums_of_four(sums + k, totals + k);
     }
     for (int64_t r = 0; r < job.rows; ++r) {
-      for (int64_t o = 0; o < outputs; ++o) {
-        job.y[r * job.y_stride + first + o] = totals[r * OUTPUTS + o];
-      }
+      float* y = job.y + r * job.y_stride + first;
+      const float* total = totals + r * OUTPUTS;
+      outputs < OUTPUTS ? __builtin_memcpy(y, total, outputs * sizeof(float)) : __builtin_memcpy(y, total, OUTPUTS * sizeof(float));
     }
   }
 }
