@@ -41,6 +41,15 @@ def way(request: pytest.FixtureRequest, decoder: ModuleType, monkeypatch: pytest
     return request.param
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """What is small is done sooner by one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def without(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in (decoder.functions.norm, decoder.functions.activation):
         for place in (kernel.functions, kernel.compiled):
