@@ -182,21 +182,20 @@ class DecoderLayer(nn.Module):
             **kwargs,
         )
         between, mlp = parts["post_attention_layernorm"], parts["mlp"]
-        fused = runs(between, *_NORMS)
         product = _gated(mlp)
         weights = None if product is None else linears(mlp, "gate_proj", "up_proj", "down_proj")
-        if fused and weights is not None and compiled.takes(attended, weights, product, between.weight, residual):
-            return compiled.gated_mlp(attended, weights, product, residual, between.weight, _epsilon(between))
-        if fused:
-            normed, residual = norm.add_rms_norm(attended, residual, between.weight, _epsilon(between))
-        else:
+        weight = between._parameters.get("weight") if runs(between, *_NORMS) else None
+        if weight is None:
             residual = residual + attended
             normed = between(residual)
-        product = _gated(mlp)
-        weights = None if product is None else linears(mlp, "gate_proj", "up_proj", "down_proj")
+        else:
+            eps = _epsilon(between)
+            if weights is not None and compiled.takes(attended, weights, product, weight, residual):
+                return compiled.gated_mlp(attended, weights, product, residual, weight, eps)
+            normed, residual = norm.add_rms_norm(attended, residual, weight, eps)
         if product is None or weights is None:
             return residual + mlp(normed)
-        return add_gated_mlp(normed, residual, weights, product, fused)
+        return add_gated_mlp(normed, residual, weights, product, ours=weight is not None)
 
 
 def _norm_and_input(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,4 +227,8 @@ def _keeps_all(dropout: nn.Module) -> bool:
 
 
 def _epsilon(module: nn.Module) -> float:
-    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    held = module.__dict__  # to ask a module for what it does not have costs microseconds
+    for name in ("variance_epsilon", "eps"):
+        if name in held:
+            return held[name]
+    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps  # a layout's view of one
