@@ -6,7 +6,7 @@
 # make bench   the library beside its peer, and the CPU kernels beside PyTorch, each in one run
 # make bench-gpu   the CUDA kernels beside eager, torch.compile, Liger and quack, in one run on this machine's GPU; GPU_PYTHON
 #              is a Python with torch for CUDA, and liger-kernel==0.8.5
-# make sanitize-gpu   compute-sanitizer (memcheck, racecheck, initcheck) over the CUDA kernels of norm, activation, rotary and loss,
+# make sanitize-gpu   compute-sanitizer (memcheck, racecheck, initcheck) over the CUDA kernels of norm, activation, rotary, loss and decoder,
 #              on this machine's GPU
 #
 # Each makes .venv and installs what it needs. PYTHON chooses the interpreter.

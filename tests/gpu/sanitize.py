@@ -1,4 +1,4 @@
-"""Calls every CUDA op of norm, activation, rotary and loss on every path that a shape can take: what compute-sanitizer watches.
+"""Calls every CUDA op of norm, activation, rotary, loss and decoder on every path that a shape can take: what compute-sanitizer watches.
 
     make sanitize-gpu
     python tests/gpu/sanitize.py --cache DIR [--covered] [PROJECT ...]
@@ -144,8 +144,18 @@ def loss(ops: Any, dtype: torch.dtype) -> None:
                     ops.scale_(x, torch.full((), 0.5).to("cuda"))
 
 
+def decoder(ops: Any, dtype: torch.dtype) -> None:
+    if dtype is torch.float32 or not hasattr(ops, "gated_product"):  # other GPUs have the noarch variant
+        return
+    for rows, depth, columns in ((0, 64, 128), (1, 8, 8), (257, 200, 136), (600, 2048, 1000), (5000, 72, 384)):
+        x, gate, up = (numbers(n, depth, dtype=dtype, seed=n) for n in (rows, columns, columns))
+        for function in (0, 2):
+            ops.gated_product(x, gate, up, function)
+            ops.gated_product_parts(x, gate, up, function)
+
+
 PROJECTS: dict[str, Callable[[Any, torch.dtype], None]] = {
-    "norm": norm, "activation": activation, "rotary": rotary, "loss": loss,
+    "norm": norm, "activation": activation, "rotary": rotary, "loss": loss, "decoder": decoder,
 }  # fmt: skip
 
 
@@ -154,7 +164,7 @@ def kernels_of(project: str) -> set[str]:
     found: set[str] = set()
     for path in (KERNELS / project / f"{project}_cuda").iterdir():
         if path.suffix in (".cu", ".cuh"):
-            found |= set(re.findall(r"__global__ void (?:__launch_bounds__\([^{;]*?\)\s+)?(\w+)\(", path.read_text()))
+            found |= set(re.findall(r"__global__ void (?:__\w+__\([^{;]*?\)\s+)*(\w+)\(", path.read_text()))
     return found
 
 
