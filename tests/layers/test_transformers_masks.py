@@ -282,6 +282,16 @@ def test_tokens_beyond_the_window_get_their_mask(monkeypatch: pytest.MonkeyPatch
         assert asked.times == masks
 
 
+@pytest.mark.parametrize("name", ["Mistral", "Phi3", "Qwen2"])
+def test_a_window_counts_whatever_kinds_the_layers_are_said_to_be(name: str) -> None:
+    """Mistral's and Phi-3's forwards give every layer the window's mask and never look at `layer_types`."""
+    torch.manual_seed(0)
+    model = causal(name, sliding_window=4, layer_types=["full_attention"] * 2)().eval()
+    with torch.no_grad():
+        expected = model(IDS)
+        same(without_masks(model)(IDS), expected)
+
+
 def test_a_mask_of_somebodys_own_for_this_attention_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model = without_masks(made())
     seen = []
