@@ -90,6 +90,13 @@ class Mlp(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, self.up.weight).relu(), self.down.weight)
 
 
+class CallingMlp(nn.Module):
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+    forward.calls_children = True
+
+
 class Anything(nn.Module):
     can_torch_compile = True
 

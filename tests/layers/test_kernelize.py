@@ -29,7 +29,12 @@ from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.layers import plan as plan_module
 from kernelhub.layers.device import CUDAProperties, Device
 from kernelhub.layers.mapping import register_kernel_mapping, use_kernel_mapping
-from kernelhub.layers.markers import replace_kernel_forward_from_hub, use_kernel_forward_from_hub
+from kernelhub.layers.markers import (
+    calls_children,
+    mark_as_calling,
+    replace_kernel_forward_from_hub,
+    use_kernel_forward_from_hub,
+)
 from kernelhub.layers.repositories import LayerRepository, LocalFuncRepository, LocalLayerRepository, Repository
 from kernelhub.settings import Settings
 
@@ -662,3 +667,45 @@ def test_a_kernel_by_name_is_fetched_once_and_trust_is_asked_for(tmp_path: Path)
     source.asked.clear()
     kernelize(model, mode=I)
     assert source.asked == []
+
+
+def test_what_is_on_the_children_is_only_for_kernels_that_say_that_they_call_them(kernel: Kernel) -> None:
+    """And only in classes of which it was said too: neither a kernel nor a mark alone is enough."""
+
+    class Calling(models.Mlp):
+        pass
+
+    replace_kernel_forward_from_hub(Calling, "Calling")
+    for said in (False, True):
+        if said:
+            mark_as_calling(Calling)
+        for layer in ("Mlp", "CallingMlp"):
+            model = Calling()
+            with use_kernel_mapping({"Calling": {"cpu": kernel(layer)}}, inherit_mapping=False):
+                assert len(kernel_report(kernelize(model, mode=I)).kernels) == 1, "nothing is on its children"
+                model.up.register_forward_hook(lambda _, __, output: output * 2)
+                expected = unkernelize(model)(torch.ones(8))
+                runs = kernel_report(kernelize(model, mode=I)).kernels != ()
+            assert runs == (said and layer == "CallingMlp")
+            torch.testing.assert_close(model(torch.ones(8)), expected)
+            if not runs:
+                more = ", and the kernel does not say that it calls the layer's children" if said else ""
+                assert reason(model) == f"its up has hooks, which the kernel would not call{more}"
+
+
+def test_what_was_said_of_a_layer_is_not_said_of_another_that_the_class_is_marked_as() -> None:
+    class Calling(models.Mlp):
+        pass
+
+    class Other(Calling):
+        pass
+
+    class Same(Calling):
+        pass
+
+    replace_kernel_forward_from_hub(Calling, "Calling")
+    mark_as_calling(Calling)
+    replace_kernel_forward_from_hub(Other, "Other")
+    assert [calls_children(cls()) for cls in (Calling, Same, Other, models.Mlp)] == [True, True, False, False]
+    replace_kernel_forward_from_hub(Calling, "Whole")
+    assert not calls_children(Calling())

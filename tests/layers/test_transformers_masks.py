@@ -44,7 +44,7 @@ def unnamed() -> Iterator[None]:
     yield
     for cls in _subclasses(nn.Module):
         if cls.__module__.startswith(("torch.", "transformers.")) and not issubclass(cls, FunctionModule):
-            for name in ("kernel_layer_name", "kernel_condition"):
+            for name in ("kernel_layer_name", "kernel_condition", "kernel_calls_children"):
                 if name in vars(cls):
                     delattr(cls, name)
 

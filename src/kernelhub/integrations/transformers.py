@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from kernelhub.integrations.rotary import FUNCTION, mark_rotary
 from kernelhub.layers.kernelize import kernelize
 from kernelhub.layers.mapping import KernelMapping, use_kernel_mapping
-from kernelhub.layers.markers import replace_kernel_forward_from_hub
+from kernelhub.layers.markers import mark_as_calling, replace_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.report import note
 from kernelhub.layers.repositories import LayerRepository
@@ -413,7 +413,7 @@ def mark(model: nn.Module) -> Marks:
             module.__dict__[MARKED] = family.layer
         replace_kernel_forward_from_hub(cls, family.layer, family.condition)
         if family.calls_children:
-            cls.kernel_calls_children = True  # type: ignore[attr-defined]
+            mark_as_calling(cls)
         marks.layers[path] = family.layer
     note(model, _notes(marks))
     return marks

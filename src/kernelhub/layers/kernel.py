@@ -26,6 +26,7 @@ class LayerKernel:
     """A layer class of a loaded kernel. `forward` is the function that is bound to a model's modules.
 
     A kernel that computes on DTensor weights (tensor parallelism) says so on its function: `forward.takes_dtensor = True`.
+    One that reads no weights and calls each child as a module: `forward.calls_children = True`.
     """
 
     repository: Repository
@@ -45,6 +46,10 @@ class LayerKernel:
     @property
     def takes_dtensor(self) -> bool:
         return bool(getattr(self.forward, "takes_dtensor", False))
+
+    @property
+    def calls_children(self) -> bool:
+        return bool(getattr(self.forward, "calls_children", False))
 
     @property
     def repo(self) -> str:

@@ -154,14 +154,18 @@ class Loader:
             return Failure(repository, KernelizeFallback.CANNOT_LOAD, error)
         except LayerContractError as error:
             return Failure(repository, KernelizeFallback.CONTRACT, error)
-        unfit = self._unfit(kernel, row) or self._undistributed(kernel, decision)
+        unfit = self._unfit(kernel, row) or self._unsaid(kernel, decision)
         return unfit or (kernel, self._swap(kernel, module, device, notes))
 
-    def _undistributed(self, kernel: LayerKernel, decision: Decision) -> Failure | None:
-        if not decision.distributed or kernel.takes_dtensor:
+    def _unsaid(self, kernel: LayerKernel, decision: Decision) -> Failure | None:
+        """What the layer is, and the kernel would have to say that it allows."""
+        if decision.distributed and not kernel.takes_dtensor:
+            reason = "its weights are DTensors, and the kernel does not say that it takes them"
+        elif decision.inside and not kernel.calls_children:
+            reason = f"{decision.inside}, and the kernel does not say that it calls the layer's children"
+        else:
             return None
-        error = NoKernelForLayer("its weights are DTensors, and the kernel does not say that it takes them")
-        return Failure(kernel.repository, None, error)
+        return Failure(kernel.repository, None, NoKernelForLayer(reason))
 
     def _kernel(self, repository: Repository, device: torch.device) -> LayerKernel | Failure:
         backend = DEVICE_BACKENDS.get(device_type(device), device.type)

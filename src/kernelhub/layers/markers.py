@@ -118,9 +118,15 @@ def _function_module(function: Any, layer_name: str, condition: Condition | None
     return module
 
 
-def calls_children(module: nn.Module) -> bool:
-    """Whether a kernel for the module's class reads no weights of it, and calls each child as a module.
+def mark_as_calling(cls: type[nn.Module]) -> None:
+    """Say of a marked class that the layer which it is marked as reads no weights, and calls each child as a module.
 
-    So it says in `kernel_calls_children`. What is on the children (hooks, adapters, other kernels) runs.
+    It is no longer said once the class, or one that comes from it, is marked as another layer.
     """
-    return getattr(type(module), "kernel_calls_children", False) is True
+    cls.kernel_calls_children = cls.kernel_layer_name  # type: ignore[attr-defined]
+
+
+def calls_children(module: nn.Module) -> bool:
+    """Whether `mark_as_calling` was said of the module's class. What is on the children (hooks, adapters) runs then."""
+    said = getattr(type(module), "kernel_calls_children", None)
+    return said is not None and said == getattr(type(module), "kernel_layer_name", None)

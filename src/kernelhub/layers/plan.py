@@ -105,7 +105,7 @@ def _parse_device(device: DeviceLike) -> torch.device | None:
 class Decision(NamedTuple):
     """What comes of a site: a registration to try, or the reason (and the case) why it keeps its forward.
 
-    Layers of one kind on one device share one.
+    Layers of one kind on one device share one. `inside` is what only a kernel that calls the layer's children may have there.
     """
 
     device: torch.device | None
@@ -113,6 +113,7 @@ class Decision(NamedTuple):
     case: KernelizeFallback | None = None
     reason: str = ""
     distributed: bool = False
+    inside: str = ""
 
 
 def decide(found: Survey, request: Request) -> list[Decision]:
@@ -213,8 +214,10 @@ def _fit(site: Site, decision: Decision, facts: _Facts) -> Decision:
     if site.user is None and reason is None:
         readable = weights(module, facts.managed)
         reason = readable.reason
-        if reason is None and module._modules and not calls_children(module):
+        if reason is None and module._modules:
             reason = children(module, facts.managed)
+            if reason is not None and calls_children(module):
+                decision, reason = decision._replace(inside=reason), None
     if reason is not None:
         return Decision(decision.device, None, None, reason)
     return decision._replace(distributed=True) if readable.distributed else decision

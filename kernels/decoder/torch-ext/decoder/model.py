@@ -79,6 +79,9 @@ class CausalDecoder(nn.Module):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
 
+    # What is on the children (hooks, adapters, weights that are not plain) is no reason against this kernel.
+    forward.calls_children = True  # type: ignore[attr-defined]
+
 
 # Keywords that the model passes on to its layers, and that say nothing of the mask or of what is returned.
 _PASSED_ON = frozenset({"ignore_index", "num_items_in_batch", "shift_labels"})
