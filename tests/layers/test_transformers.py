@@ -39,6 +39,7 @@ from kernelhub.layers.markers import FunctionModule, replace_kernel_forward_from
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.plan import plan_kernels
 from kernelhub.layers.report import KernelReport, kernel_report
+from kernelhub.layers.repositories import LayerRepository
 from kernelhub.settings import Settings
 
 SOURCES = Path(transformers.__file__).parent
@@ -289,6 +290,19 @@ def test_the_report_says_what_is_left_to_inductor(monkeypatch: pytest.MonkeyPatc
     report = kernel_report(kernelize_pretrained(llama(), mode=Mode.INFERENCE))
     assert {row.outcome for row in report.rows} == {"kernel"}
     assert report.notes == ()
+    assert kernel_report(kernelize_pretrained(bert(), mode=compiled)).notes == (), "it has none of them"
+
+
+def test_a_kernel_of_the_users_counts_for_what_is_left_to_inductor_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one mode, it goes before this package's, which are for whatever nothing else serves; compiled or not."""
+    theirs = LayerRepository("kernelhub/norm", layer_name="RMSNormCastLast", version=1)
+    for mode in (Mode.INFERENCE, Mode.TRAINING, Mode.INFERENCE | Mode.TORCH_COMPILE):
+        for left in ({}, {"cpu": ("RMSNorm",)}):
+            monkeypatch.setattr(integration, "LEFT_TO_INDUCTOR", left)
+            with use_kernel_mapping({"RMSNorm": {"cpu": {mode: theirs}}}, inherit_mapping=False):
+                report = kernel_report(kernelize_pretrained(llama().train(Mode.TRAINING in mode), mode=mode))
+            assert {row.layer for row in report.rows if row.layer_name == "RMSNorm"} == {"RMSNormCastLast"}
+            assert report.notes == ()
 
 
 # Marking

@@ -7,8 +7,9 @@ transformers' decorators name layers only where a package called `kernels` is in
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from kernelhub.layers.kernelize import kernelize
 from kernelhub.layers.mapping import KernelMapping, use_kernel_mapping
 from kernelhub.layers.markers import mark_as_calling, replace_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
-from kernelhub.layers.report import note
+from kernelhub.layers.report import kernel_report, note
 from kernelhub.layers.repositories import LayerRepository
 from kernelhub.layers.survey import uncompiled
 
@@ -67,6 +68,7 @@ LOSS_LAYERS = ("ForCausalLMLoss",)
 # together with what stands around them. In a Llama of 2048 x 8192 on an H200 it adds and norms in one pass, both before and
 # after the sum (benchmarks/NOTES.md, "Compiled").
 LEFT_TO_INDUCTOR = {"cuda": ("RMSNorm",)}
+_NOTHING: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 # What a kernel reads of a module, and why it could not
@@ -424,9 +426,16 @@ def default_mapping() -> KernelMapping:
 
     Under torch.compile those of `LEFT_TO_INDUCTOR` are for no mode: the layers keep their forward.
     """
+    return _mapping(LEFT_TO_INDUCTOR)
+
+
+def _mapping(left: Mapping[str, tuple[str, ...]]) -> KernelMapping:
+    """Each is registered for whatever nothing else serves; those of `left` for the modes without torch.compile."""
     return {
         layer: {
-            device: _for_modes(device, LayerRepository(f"kernelhub/{kernel}", layer_name=layer, version=1))
+            device: _for_modes(
+                LayerRepository(f"kernelhub/{kernel}", layer_name=layer, version=1), left=layer in left.get(device, ())
+            )
             for device in DEVICES
         }
         for kernel, layers in (
@@ -440,10 +449,8 @@ def default_mapping() -> KernelMapping:
     }
 
 
-def _for_modes(device: str, repository: LayerRepository) -> LayerRepository | dict[Mode, LayerRepository]:
-    if repository.layer_name not in LEFT_TO_INDUCTOR.get(device, ()):
-        return repository
-    return {Mode.INFERENCE: repository, Mode.TRAINING: repository}
+def _for_modes(repository: LayerRepository, *, left: bool) -> LayerRepository | dict[Mode, LayerRepository]:
+    return {Mode.INFERENCE: repository, Mode.TRAINING: repository} if left else repository
 
 
 def kernelize_pretrained(
@@ -460,26 +467,29 @@ def kernelize_pretrained(
     """
     marks = mark(model)
     wanted = mode or (Mode.TRAINING if model.training else Mode.INFERENCE)
-    mapping, notes = default_mapping(), [*_notes(marks), *_left(model, wanted)]
+    # Where nothing is left, this package's kernels are for whatever nothing of the user's serves, like those of other layers.
+    mapping, notes = _mapping(LEFT_TO_INDUCTOR if Mode.TORCH_COMPILE in wanted else _NOTHING), _notes(marks)
     if fuse_loss:
         from kernelhub.integrations.losses import fused_loss_mapping, mark_fused_loss
 
-        notes += [f"the loss is not fused: {reason}" for reason in mark_fused_loss(model).values()]
+        notes += tuple(f"the loss is not fused: {reason}" for reason in mark_fused_loss(model).values())
         mapping = {**mapping, **fused_loss_mapping()}
-    note(model, tuple(notes))
+    note(model, notes)
     with use_kernel_mapping(mapping):
-        return kernelize(model, mode=wanted, **options)
+        kernelize(model, mode=wanted, **options)
+    if Mode.TORCH_COMPILE in wanted:
+        note(model, (*notes, *_left(model)))
+    return model
 
 
-def _left(model: nn.Module, mode: Mode) -> list[str]:
-    """What the report says of the layers that are left to inductor."""
-    if Mode.TORCH_COMPILE not in mode:
-        return []
-    devices = {parameter.device.type for parameter in model.parameters()}
+def _left(model: nn.Module) -> list[str]:
+    """What the report says of the layers that were left to inductor: nothing else serves the mode."""
+    reasons = {row.reason for row in kernel_report(model).rows}
     return [
         f"{layer} keeps its forward on {device}: compiled together with what stands around it, that is faster"
-        for device in sorted(devices & LEFT_TO_INDUCTOR.keys())
-        for layer in LEFT_TO_INDUCTOR[device]
+        for device, layers in LEFT_TO_INDUCTOR.items()
+        for layer in layers
+        if any(reason.startswith(f"no kernel for {layer} on {device} serves ") for reason in reasons)
     ]
 
 
