@@ -422,6 +422,20 @@ def test_kernels_of_ours_on_the_parts_are_passed_by(decoder: ModuleType, monkeyp
         torch.testing.assert_close(kernelized(values(2, 5, HIDDEN)), expected["result"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("place", ["input_layernorm", "post_attention_layernorm"])
+@pytest.mark.usefixtures("marked")
+def test_another_norm_in_the_place_of_one_is_called(decoder: ModuleType, place: str) -> None:
+    """Put there after the layer has its kernel, and with all that the kernel reads of its own."""
+    both, x = layers(decoder), values(2, 5, HIDDEN)
+    for layer in both:
+        setattr(layer.layer, place, nn.LayerNorm(HIDDEN))
+    found, expected = (step(layer, x) for layer in both)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(both[0](x), both[1](x), rtol=1e-4, atol=1e-5)
+
+
 class Adapted(nn.Linear):
     """A linear layer that does something else."""
 
