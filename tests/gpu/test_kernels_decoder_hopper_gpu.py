@@ -127,6 +127,18 @@ def test_what_does_not_fit_is_said(decoder: ModuleType) -> None:
             op(*wrong)
 
 
+def test_more_rows_than_its_numbers_hold_are_left_to_pytorch(decoder: ModuleType) -> None:
+    most = 2**31 - 256
+    x, gate, up = operands(1, 8, 8, torch.bfloat16)
+    weights = weights_of(decoder, gate, up)
+    assert decoder.hopper.takes(x.expand(most, 8), weights, "SiLU")
+    assert not decoder.hopper.takes(x.expand(most + 1, 8), weights, "SiLU")
+    with pytest.raises(RuntimeError, match=f"at most {most}"):
+        decoder.hopper.ops.gated_product(x.expand(most + 1, 8), gate, up, 0)
+    nothing = weights_of(decoder, gate[:, :0], up[:, :0])
+    assert not decoder.hopper.takes(x[:, :0].expand(300, 0), nothing, "SiLU")
+
+
 def test_runs_give_the_same_bits_and_graphs_can_hold_it(decoder: ModuleType) -> None:
     x, gate, up = operands(3000, 1024, 1536, torch.bfloat16)
     weights = weights_of(decoder, gate, up)

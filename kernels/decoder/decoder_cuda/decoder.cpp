@@ -9,7 +9,8 @@ namespace kernelhub {
 
 namespace {
 
-constexpr int64_t MOST = std::numeric_limits<int32_t>::max();
+// Of rows, columns and depth: what the kernel rounds up to whole tiles is an int.
+constexpr int64_t MOST = std::numeric_limits<int32_t>::max() - 255;
 
 // The tensor as the GPU's copy engine takes it: contiguous, and aligned to 16 bytes.
 Tensor in_order(const Tensor& tensor) {
@@ -37,7 +38,7 @@ int64_t check(const char* name, const Tensor& x, const Tensor& gate, const Tenso
   check_weight(name, "gate's weight", gate, x, columns);
   check_weight(name, "other weight", up, x, columns);
   STD_TORCH_CHECK(
-      x.numel() / depth <= MOST && columns <= MOST && depth <= MOST, name, ": expected sizes below 2**31");
+      x.numel() / depth <= MOST && columns <= MOST && depth <= MOST, name, ": expected sizes of at most ", MOST);
   return columns;
 }
 

@@ -288,6 +288,10 @@ gated_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes siz
         }
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+      for (int i = 0; i < 128; ++i) { // not read before this: that products write to registers later the compiler does not know
+        asm volatile("" : "+f"(d[i])::"memory");
+      }
       release();
       while (part < ALL) { // there were fewer steps than parts
         write_part();

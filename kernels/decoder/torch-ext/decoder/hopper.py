@@ -24,6 +24,7 @@ _FUNCTIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 2, "NewGELUActivation"
 _DTYPES = frozenset((torch.bfloat16, torch.float16))
 # Two blocks work on 256 rows together, so that fewer would leave tensor cores idle.
 _FEWEST_ROWS = 256
+_MOST_ROWS = 2**31 - 256  # which the op refuses more than
 
 
 def may_take(x: Tensor) -> bool:
@@ -41,7 +42,7 @@ def takes(x: Tensor, weights: Weights, product: str) -> bool:
     gate, hidden = weights.gate, x.shape[-1]
     return (
         hidden % 8 == 0
-        and x.numel() >= _FEWEST_ROWS * hidden
+        and 0 < _FEWEST_ROWS * hidden <= x.numel() <= _MOST_ROWS * hidden
         and gate.shape[0] % (8 if weights.up is not None else 16) == 0  # a packed weight's halves are multiples of 8
         and weights.gate_bias is None
         and weights.up_bias is None
