@@ -131,6 +131,17 @@ def test_layer_norm_of_rows_whose_mean_is_far_from_zero(norm: ModuleType, dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_of_a_row_of_equal_elements_is_the_bias(norm: ModuleType, dtype: torch.dtype) -> None:
+    """Whatever they are: their distance from the mean is divided by next to nothing."""
+    for rows, width in SHAPES:
+        _, kernelized = pair(norm, "LayerNorm", width, dtype)
+        x = torch.tensor([0.0, 7.9, -1000.0, 3000.0, 60000.0], device="cuda")[torch.arange(rows) % 5, None]
+        with torch.no_grad():
+            got = kernelized(x.expand(rows, width).to(dtype))
+        assert torch.equal(got, kernelized.bias.expand(rows, width)), (rows, width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layer", [*RMS, *GATED])
 def test_rounds_where_the_models_own_code_rounds(norm: ModuleType, layer: str, dtype: torch.dtype) -> None:
     """Only the order of the sum differs: where a value lies between two of the dtype it seldom decides. Rounding once less

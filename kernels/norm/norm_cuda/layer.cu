@@ -5,7 +5,9 @@ namespace kernelhub {
 
 namespace {
 
-template <typename T, int V>
+// FAR: the mean is taken away before the product. After it, in one instruction, mean * scale has been rounded, which shows where
+// the mean is far from zero beside the deviation.
+template <typename T, int V, bool FAR>
 __device__ __forceinline__ void finish(
     const LayerArgs& args, int64_t at, float mean, float scale, const Pack<T, V>& x, const Pack<T, V>& weight,
     const Pack<T, V>& bias) {
@@ -14,7 +16,7 @@ __device__ __forceinline__ void finish(
   const float shift = -mean * scale;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    y[v] = sizeof(T) == 2 ? fmaf(y[v], scale, shift) : (y[v] - mean) * scale;
+    y[v] = FAR ? (y[v] - mean) * scale : fmaf(y[v], scale, shift);
   }
   float w[V], b[V];
   unpack(weight, w);
@@ -128,17 +130,25 @@ __global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) lay
     }
   }
   const float scale = rsqrtf(variance + args.eps);
+  const auto write = [&](auto is_far) {
+    constexpr bool IS_FAR = decltype(is_far)::value;
 #pragma unroll
-  for (int k = 0; k < EACH; ++k) {
-    const int i = team.lane + k * team.across;
-    if (within(i)) {
-      if constexpr (EARLY) {
-        finish<T, V>(args, row * count + i, mean, scale, x[k], weight[k], bias[k]);
-      } else {
-        finish<T, V>(
-            args, row * count + i, mean, scale, x[k], load_if<T, V>(args.weight, i), load_if<T, V>(args.bias, i));
+    for (int k = 0; k < EACH; ++k) {
+      const int i = team.lane + k * team.across;
+      if (within(i)) {
+        if constexpr (EARLY) {
+          finish<T, V, IS_FAR>(args, row * count + i, mean, scale, x[k], weight[k], bias[k]);
+        } else {
+          finish<T, V, IS_FAR>(
+              args, row * count + i, mean, scale, x[k], load_if<T, V>(args.weight, i), load_if<T, V>(args.bias, i));
+        }
       }
     }
+  };
+  if (!TOGETHER || far) {
+    write(std::true_type{});
+  } else {
+    write(std::false_type{});
   }
 }
 
@@ -180,7 +190,7 @@ __global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ 
     const float scale = rsqrtf(fmaf(-off, off, apart[1] * args.inverse) + args.eps);
 #pragma unroll 2
     for (int64_t i = team.lane; i < here; i += team.across) {
-      finish<T, V>(
+      finish<T, V, true>(
           args, row * count + i, mean + off, scale, load<T, V>(from, i), load_if<T, V>(args.weight, i),
           load_if<T, V>(args.bias, i));
     }
