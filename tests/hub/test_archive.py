@@ -237,6 +237,14 @@ def test_the_number_of_files_is_bounded() -> None:
         read(pack(files), Limits(files=19))
 
 
+def test_the_number_of_folders_is_bounded_too() -> None:
+    """A path may name 500, and each is a place to remember and to make."""
+    deep = {f"{number}/" + "a/" * 8 + "b.py": b"" for number in range(3)}
+    assert read(pack(deep), Limits(files=27)) == deep
+    with pytest.raises(IntegrityError, match="more than 26 folders"):
+        read(pack(deep), Limits(files=26))
+
+
 def test_a_size_that_lies_is_refused() -> None:
     info, _ = member("a")
     info.size = 1 << 40

@@ -475,6 +475,8 @@ def test_an_archive_before_its_manifest_a_path_twice_a_link_and_other_files_are_
             install(path, make_hub().store)
     with pytest.raises(InvalidReference, match="no such file"):
         install(tmp_path / "none.khb", make_hub().store)
+    with pytest.raises(InvalidReference, match="it cannot be read: Is a directory"):
+        install(tmp_path, make_hub().store)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.98])

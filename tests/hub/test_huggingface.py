@@ -25,6 +25,7 @@ from kernelhub.errors import (
 )
 from kernelhub.hub.http import Patience
 from kernelhub.hub.server import app
+from kernelhub.hub.sources import huggingface
 from kernelhub.hub.sources.base import Moved, NoProgress, Progress
 from kernelhub.hub.sources.huggingface import HuggingFaceSource, read_redirect
 from kernelhub.hub.sources.huggingface_cache import HuggingFaceCacheSource
@@ -613,6 +614,17 @@ def test_pages_that_never_end(hub: LoopbackHub, source: HuggingFaceSource, monke
     hub.break_with("/build?", empty)
     with pytest.raises(InvalidMetadata, match="an empty page"):
         source.listing(REPO, commit)
+
+
+def test_the_folders_that_paths_name_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing has a row for each; one that leaves them out could name 500 with each file."""
+    path = "build/v/" + "a/" * 9 + "b.py"
+    entry = huggingface._Entry(path, "0" * 40, huggingface.RemoteFile(path, 1, "sha1", "0" * 40))
+    monkeypatch.setattr(huggingface, "MAX_ENTRIES", 9)
+    assert len(huggingface._plan(iter([entry]), "build/v/")) == 1
+    monkeypatch.setattr(huggingface, "MAX_ENTRIES", 8)
+    with pytest.raises(InvalidMetadata, match="more than 8 folders"):
+        huggingface._plan(iter([entry]), "build/v/")
 
 
 def test_a_disk_that_refuses(source: HuggingFaceSource, tmp_path: Path) -> None:

@@ -46,6 +46,11 @@ class Tree:
         self._places: dict[str, tuple[str, bool]] = {}
         self.files = 0
 
+    @property
+    def folders(self) -> int:
+        """How many there are; a file's path of 1024 characters may name 500."""
+        return len(self._places) - self.files
+
     def clash(self, path: str, *, folder: bool = False) -> str | None:
         """Add a file (which may be there once) or a folder: None, or what is there that it cannot lie beside."""
         parts = path.split("/")
@@ -55,10 +60,11 @@ class Tree:
             if there != place:
                 return there[0]
         if not folder:
-            self.files += 1
             place = path, False
             there = self._places.setdefault(_folded(path), place)
-            return None if there is place else there[0]
+            if there is not place:
+                return there[0]
+            self.files += 1
         return None
 
 

@@ -143,6 +143,8 @@ class _Seen:
             raise _bad(f"it has more than {self.limit:,} files")
         if (there := self.tree.clash(path)) is not None:
             raise _bad(clashing(path, there))
+        if self.tree.folders > self.limit:
+            raise _bad(f"it has more than {self.limit:,} folders")
 
 
 class _Stream:

@@ -246,17 +246,23 @@ def install(
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder), tempfile.TemporaryDirectory(prefix=".install-", dir=folder) as name:
             staging = Path(name)
-            try:
-                with path.open("rb") as file:
-                    received = _receive(file, LocalFiles(staging))
-            except FileNotFoundError:
-                raise InvalidReference("there is no such file") from None
+            with _opened(path) as file:
+                received = _receive(file, LocalFiles(staging))
             kernels = _check(staging, received.lock, progress or NoProgress())
             if not accept_older:
                 _check_forward(LocalFiles(folder), kernels, received.documents)
             _add(LocalFiles(folder), staging, received, kernels, store)
             _add_revocations(LocalFiles(folder), received.revocations, keys)
     return received.lock, kernels
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise InvalidReference("there is no such file") from None
+    except OSError as error:  # a folder, or somebody else's: nothing is wrong with the store
+        raise InvalidReference(f"it cannot be read: {error.strerror or error}") from error
 
 
 @dataclass

@@ -336,6 +336,8 @@ def _plan(entries: Iterator[_Entry], prefix: str) -> list[RemoteFile]:
             violations.append(Violation("bytecode", path))
         if (there := tree.clash(path, folder=entry.file is None)) is not None:
             raise InvalidMetadata(f"{prefix[:-1]}: {clashing(path, there)}")
+        if tree.folders > MAX_ENTRIES:
+            raise InvalidMetadata(f"{prefix[:-1]}: more than {MAX_ENTRIES:,} folders")
         if entry.file is not None:
             files.append(replace(entry.file, path=path))
     if violations:
