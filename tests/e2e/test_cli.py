@@ -196,8 +196,9 @@ def test_a_changed_kernel_ends_with_4(kernelhub, tmp_path, monkeypatch):
     assert kernelhub("get", "org/k@v1")[0] == 4
 
 
-def test_a_table_is_whole_where_the_output_is_no_terminal(kernelhub, hub):
-    """A wrapped table is hard to search."""
+def test_a_table_is_whole_where_the_output_is_no_terminal(kernelhub, hub, tmp_path, monkeypatch):
+    """A wrapped table is hard to search, however long its paths are."""
+    monkeypatch.setenv("KERNELHUB_CACHE", str(tmp_path.joinpath(*["a" * 100] * 3)))
     code, out, err = kernelhub("info", "org/small@v1")
     assert (code, err) == (0, "")
     assert any("path" in line and "torch-cpu" in line for line in out.splitlines()), out

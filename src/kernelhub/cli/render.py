@@ -31,7 +31,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
-    _console().print(table)
+    _console(table, printable(title)).print(table)
 
 
 def show_line(text: str = "") -> None:
@@ -143,8 +143,13 @@ class _Bar:
             self._bars.advance(self._task, size)
 
 
-def _console() -> Any:
+def _console(table: Any, title: str) -> Any:
+    """One that the table fits: away from a terminal there is no width to keep to, and a wrapped table is hard to search."""
+    from rich.cells import cell_len
     from rich.console import Console
 
-    # Away from a terminal there is no width to keep to, and a wrapped table is hard to search.
-    return Console() if sys.stdout.isatty() else Console(width=220)
+    if sys.stdout.isatty():
+        return Console()
+    console = Console(width=sys.maxsize)
+    width = console.measure(table).maximum
+    return Console(width=max(width, cell_len(title)))
