@@ -9,8 +9,9 @@ from types import FrameType
 
 from kernelhub.errors import printable
 
-# Between a user's line and this package lie PyTorch, where a model calls a layer, and what carries a `with` block.
-_BETWEEN = frozenset({"kernelhub", "torch", "contextlib"})
+# Between a user's line and this package lie PyTorch, where a model calls a layer, the libraries that models come from and
+# are wrapped by, and what carries a `with` block.
+_BETWEEN = frozenset({"kernelhub", "torch", "contextlib", "transformers", "diffusers", "peft", "accelerate"})
 
 
 def warn(text: str, category: type[Warning]) -> None:

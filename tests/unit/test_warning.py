@@ -1,4 +1,4 @@
-"""Warnings point at the user's line: whatever of this package, of PyTorch or of a `with` block lies between."""
+"""Warnings point at the user's line: whatever of this package, of PyTorch, of models or of a `with` block lies between."""
 
 from __future__ import annotations
 
@@ -24,7 +24,17 @@ def calling(name: str, function: Any) -> Any:
     return made.call
 
 
-@pytest.mark.parametrize("between", ["kernelhub", "kernelhub.hub.client", "torch.nn.modules.module", "contextlib"])
+@pytest.mark.parametrize(
+    "between",
+    [
+        "kernelhub",
+        "kernelhub.hub.client",
+        "torch.nn.modules.module",
+        "contextlib",
+        "transformers.models.llama.modeling_llama",
+        "peft.peft_model",
+    ],
+)
 def test_what_lies_between_is_passed_over(between: str) -> None:
     call = calling("users.code", calling("kernelhub.layers", calling(between, calling("kernelhub.inside", SAY))))
     with pytest.warns(KernelHubWarning) as warned:
