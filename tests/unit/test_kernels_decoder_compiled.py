@@ -181,6 +181,9 @@ def test_strides_no_rows_and_values_that_are_not_finite(decoder: ModuleType, lev
     one[2, 5] = float("inf")
     finite = run(one, of, "SiLUActivation").isfinite().all(-1)
     assert finite.tolist() == [True, True, False, True, True, True]
+    bias = few[0]  # all that comes of rows without elements
+    nothing = of._replace(gate=of.gate[:, :0], up=of.up[:, :0], down_bias=bias)
+    assert torch.equal(run(x[:, :0], nothing, "SiLUActivation"), bias.expand(6, 37))
 
 
 def test_operands_that_do_not_fit_are_errors(decoder: ModuleType) -> None:
@@ -346,6 +349,8 @@ def test_what_it_takes(decoder: ModuleType, calls: list[tuple[int, ...]]) -> Non
         assert not takes(x, of._replace(down=of.down.t().contiguous().t()), silu)
         assert not takes(x, of._replace(gate=of.gate.t().contiguous().t()), silu)
         assert not takes(x, of._replace(up=of.up.t().contiguous().t()), silu)
+        for bias in ("gate_bias", "up_bias", "down_bias"):
+            assert not takes(x, of._replace(**{bias: getattr(of, bias).repeat_interleave(2)[::2]}), silu)
         assert not takes(x, of._replace(up=of.up.bfloat16()), silu)
         assert not takes(x.double(), doubled(of), silu)
         assert not takes(x, of, silu, values(32).bfloat16())

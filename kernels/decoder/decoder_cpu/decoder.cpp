@@ -101,7 +101,10 @@ Tensor gated_mlp(
     up_row = gate_row == nullptr ? nullptr : gate_row + between * size;
   }
   const Tensor y = new_tensor(x, x.scalar_type(), outputs);
-  const int64_t rows = hidden == 0 ? 0 : x.numel() / hidden;
+  int64_t rows = 1; // of no elements, too: what they give are the biases
+  for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) {
+    rows *= x.size(dim);
+  }
   const int64_t most = std::min(rows, ROWS), x_stride = stride_of(hidden), stride = stride_of(between);
   const int64_t y_stride = stride_of(outputs);
   const Tensor memory = new_row(

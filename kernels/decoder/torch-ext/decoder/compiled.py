@@ -66,7 +66,7 @@ def takes(
     most = _MOST_ROWS.get(x.dtype)
     if most is None or not may_take(x) or product not in FUNCTIONS:
         return False
-    gate, _, up, _, down, _ = weights
+    gate, gate_bias, up, up_bias, down, down_bias = weights
     return (
         x.numel() <= most[gate.numel() >= _LARGE] * x.shape[-1]
         and plain.takes(x, weights)
@@ -75,6 +75,9 @@ def takes(
         and gate.is_contiguous()
         and (up is None or up.is_contiguous())
         and down.is_contiguous()
+        and (gate_bias is None or gate_bias.is_contiguous())
+        and (up_bias is None or up_bias.is_contiguous())
+        and (down_bias is None or down_bias.is_contiguous())
     )
 
 
