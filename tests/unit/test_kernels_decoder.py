@@ -282,6 +282,35 @@ def joined(out: Tensor) -> dict[str, int]:
     return {node.name(): count for (node, _), count in found.items() if node is not None and count > 1}
 
 
+@pytest.mark.parametrize("wider", [False, True])
+def test_no_op_without_gradients_is_called_where_they_are_asked_for(
+    decoder: ModuleType, monkeypatch: pytest.MonkeyPatch, wider: bool
+) -> None:
+    """As the op for GPUs is, here by PyTorch's code: also where the residual is of another dtype than the MLP."""
+
+    def parts(x: Tensor, weights: Any, product: str) -> tuple[Tensor, Tensor, Tensor]:
+        assert not torch.is_grad_enabled()
+        gate, up = F.linear(x, weights.gate), F.linear(x, weights.up)
+        return F.silu(gate) * up, gate, up
+
+    monkeypatch.setattr(decoder.hopper, "takes", lambda x, weights, product: decoder.plain.takes(x, weights))
+    monkeypatch.setattr(decoder.hopper, "gated_product_parts", parts)
+    monkeypatch.setattr(decoder.hopper, "gated_product", lambda *operands: parts(*operands)[0])
+    x, residual = values(5, 8), values(5, 8, dtype=torch.float64 if wider else torch.float32, seed=1)
+    leaves = [values(*shape, seed=at + 2).requires_grad_() for at, shape in enumerate(((20, 8), (20, 8), (8, 20)))]
+    gate, up, last = leaves
+    made = decoder.functions.add_gated_mlp(x, residual, decoder.plain.Weights(gate, None, up, None, last, None))
+    expected = residual + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), last)
+    torch.testing.assert_close(made, expected)
+    for got, wanted in zip(
+        torch.autograd.grad(made.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        weights = decoder.plain.Weights(gate, None, up, None, last, None)
+        torch.testing.assert_close(decoder.functions.add_gated_mlp(x, residual, weights), expected)
+
+
 @pytest.mark.usefixtures("marked")
 def test_no_gradient_of_a_decoder_layer_is_added_in_a_pass_of_its_own(decoder: ModuleType) -> None:
     """But for those of q, k and v, which are products of transformers'."""

@@ -87,11 +87,11 @@ def add_gated_mlp(
 
     On a GPU that is in the residual's own memory, where it is `ours` to write to: the last product begins with it.
     """
-    plain = residual.dtype is x.dtype and takes(x, weights)
-    if plain and torch.is_grad_enabled():
-        return gated_mlp(x, weights, product, residual)
+    known, same = takes(x, weights), residual.dtype is x.dtype
+    if known and torch.is_grad_enabled():  # then no op by itself: it has no gradient
+        return gated_mlp(x, weights, product, residual) if same else residual + gated_mlp(x, weights, product)
     inner = _inner(x, weights, product)
-    if not plain or is_compiling():
+    if not known or not same or is_compiling():
         return residual + down(inner, weights)
     if ours and x.is_cuda and weights.down_bias is None and residual.is_contiguous():
         residual.view(-1, residual.shape[-1]).addmm_(inner.flatten(0, -2), weights.down.t())
@@ -119,6 +119,7 @@ def down(inner: Tensor, weights: Weights) -> Tensor:
 
 
 def _inner(x: Tensor, weights: Weights, product: str) -> Tensor:
+    """The first part of a gated MLP; of what `takes` knows, without gradients."""
     if hopper.takes(x, weights, product):
         return hopper.gated_product(x, weights, product)
     gate = F.linear(x, weights.gate, weights.gate_bias)
