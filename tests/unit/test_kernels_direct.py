@@ -438,6 +438,12 @@ def test_without_the_table_of_functions_the_ops_are_called(norm: ModuleType, mon
     ):
         monkeypatch.setattr(Tensor, "__dlpack_c_exchange_api__", table, raising=False)
         assert functions() is None
+    monkeypatch.undo()
+    for watcher in ("_len_torch_function_stack", "_is_tracing"):
+        with monkeypatch.context() as lacking:
+            lacking.delattr(torch._C, watcher)
+            assert functions() is None
+    assert functions() is norm.compiled.DIRECT
     monkeypatch.setattr(norm.compiled, "DIRECT", None)
     monkeypatch.setattr(sys.modules[f"{norm.__name__}.functions"], "DIRECT", None)
     case = Case(norm, "rms_norm")

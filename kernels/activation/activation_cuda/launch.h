@@ -11,7 +11,8 @@ namespace kernelhub {
 enum Function { SILU = 0, GELU = 1, GELU_TANH = 2, GELU_QUICK = 3, FUNCTIONS = 4 };
 
 // `rows` rows of n elements. Gradients lie in rows that are `to_stride` elements apart, y in such of n; pointers that an op has
-// no use for are null, and so is y where MULTIPLY_BACKWARD is not to write f(a) * b too. What every call reads comes first, because a kernel waits for each 64 bytes of its arguments.
+// no use for are null, and so is y where MULTIPLY_BACKWARD is not to write f(a) * b too. What every call reads comes first,
+// because a kernel waits for each 64 bytes of its arguments.
 struct ElementArgs {
   RowsAt a;
   int64_t rows;

@@ -17,11 +17,21 @@ from . import _ops
 __all__ = ["functions"]
 
 
+# Functions of PyTorch's that return something false where nobody watches; none of them is public.
+_WATCHERS = (
+    "_len_torch_dispatch_stack",
+    "_len_torch_function_stack",
+    "_is_tracing",
+    "_are_functorch_transforms_active",
+)
+
+
 def functions() -> Any:
     """The extension with the functions; None where the build has none, or this PyTorch lacks what they need."""
     extension = getattr(_ops, _ops.ops.name, None)
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if extension is None or api is None:
+    watchers = [getattr(torch._C, name, None) for name in _WATCHERS]
+    if extension is None or api is None or None in watchers:
         return None
     ready = extension.prepare(
         api,
@@ -31,9 +41,6 @@ def functions() -> Any:
         torch.empty(0).is_neg,
         vars(forward_ad),
         vars(profiler),
-        torch._C._len_torch_dispatch_stack,
-        torch._C._len_torch_function_stack,
-        torch._C._is_tracing,
-        torch._C._are_functorch_transforms_active,
+        *watchers,
     )
     return extension if ready else None
