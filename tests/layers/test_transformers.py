@@ -278,19 +278,26 @@ def test_what_inductor_computes_faster_is_left_to_it_where_the_mode_is_of_torch_
                 assert all(reason.startswith("no kernel for RMSNorm on cuda serves") for reason in reasons)
 
 
+def reported(model: nn.Module, mode: Mode) -> KernelReport:
+    """What the model reports; it is as it was again, for its loss is a function, the process's."""
+    report = kernel_report(kernelize_pretrained(model, mode=mode))
+    unkernelize(model)
+    return report
+
+
 def test_the_report_says_what_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = Mode.INFERENCE | Mode.TORCH_COMPILE
-    assert kernel_report(kernelize_pretrained(llama(), mode=compiled)).notes == ()
+    assert reported(llama(), compiled).notes == ()
     monkeypatch.setattr(integration, "LEFT_TO_INDUCTOR", {"cpu": ("RMSNorm",)})
-    report = kernel_report(kernelize_pretrained(llama(), mode=compiled))
+    report = reported(llama(), compiled)
     assert {row.layer_name for row in report.rows if row.outcome == "original"} == {"RMSNorm"}
     (said,) = report.notes
     assert said.startswith("RMSNorm keeps its forward on cpu: compiled together with what stands around it")
     assert said in str(report)
-    report = kernel_report(kernelize_pretrained(llama(), mode=Mode.INFERENCE))
+    report = reported(llama(), Mode.INFERENCE)
     assert {row.outcome for row in report.rows} == {"kernel"}
     assert report.notes == ()
-    assert kernel_report(kernelize_pretrained(bert(), mode=compiled)).notes == (), "it has none of them"
+    assert reported(bert(), compiled).notes == (), "it has none of them"
 
 
 def test_a_kernel_of_the_users_counts_for_what_is_left_to_inductor_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +307,7 @@ def test_a_kernel_of_the_users_counts_for_what_is_left_to_inductor_too(monkeypat
         for left in ({}, {"cpu": ("RMSNorm",)}):
             monkeypatch.setattr(integration, "LEFT_TO_INDUCTOR", left)
             with use_kernel_mapping({"RMSNorm": {"cpu": {mode: theirs}}}, inherit_mapping=False):
-                report = kernel_report(kernelize_pretrained(llama().train(Mode.TRAINING in mode), mode=mode))
+                report = reported(llama().train(Mode.TRAINING in mode), mode)
             assert {row.layer for row in report.rows if row.layer_name == "RMSNorm"} == {"RMSNormCastLast"}
             assert report.notes == ()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,7 +67,6 @@ LOSS_LAYERS = ("ForCausalLMLoss",)
 # together with what stands around them. In a Llama of 2048 x 8192 on an H200 it adds and norms in one pass, both before and
 # after the sum (benchmarks/NOTES.md, "Compiled").
 LEFT_TO_INDUCTOR = {"cuda": ("RMSNorm",)}
-_NOTHING: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 # What a kernel reads of a module, and why it could not
@@ -468,7 +466,7 @@ def kernelize_pretrained(
     marks = mark(model)
     wanted = mode or (Mode.TRAINING if model.training else Mode.INFERENCE)
     # Where nothing is left, this package's kernels are for whatever nothing of the user's serves, like those of other layers.
-    mapping, notes = _mapping(LEFT_TO_INDUCTOR if Mode.TORCH_COMPILE in wanted else _NOTHING), _notes(marks)
+    mapping, notes = _mapping(LEFT_TO_INDUCTOR if Mode.TORCH_COMPILE in wanted else {}), _notes(marks)
     if fuse_loss:
         from kernelhub.integrations.losses import fused_loss_mapping, mark_fused_loss
 
