@@ -224,6 +224,8 @@ def test_a_second_derivative_is_refused(activation: ModuleType, name: str) -> No
         # A penalty on the gradient is part of a loss that has a derivative: what is missing would not be noticed.
         with pytest.raises(RuntimeError, match=r"second derivative.*unkernelize"):
             (first.square().sum() + x.sum()).backward()
+        with pytest.raises(RuntimeError, match=r"second derivative.*unkernelize"):
+            torch.autograd.grad(first.square().sum() + x.sum(), x)
 
 
 def cases() -> dict[str, tuple]:

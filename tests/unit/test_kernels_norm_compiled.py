@@ -296,6 +296,10 @@ def test_a_second_derivative_is_refused(norm: ModuleType, layer: str) -> None:
         # A penalty on the gradient is part of a loss that has a derivative: what is missing would not be noticed.
         with pytest.raises(RuntimeError, match=r"second derivative.*unkernelize"):
             (first.square().sum() + arguments[0].sum()).backward()
+        with pytest.raises(RuntimeError, match=r"second derivative.*unkernelize"):
+            torch.autograd.grad(first.square().sum() + arguments[0].sum(), arguments[:1])
+        with pytest.raises(RuntimeError, match=r"second derivative.*unkernelize"):
+            torch.autograd.grad(first.square().sum() + kernelized.weight.sum(), kernelized.weight)
 
 
 def cases(norm: ModuleType) -> dict[str, tuple]:

@@ -219,11 +219,11 @@ _layer_norm_inside = _inside("layer_norm", _layer_norm)
 
 
 class _Refused(torch.autograd.Function):
-    """Gradients as they are, whose own gradient is an error."""
+    """The first `count` tensors as they are: gradients, whose own by the others, which they were made of, are errors."""
 
     @staticmethod
-    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
@@ -231,6 +231,16 @@ class _Refused(torch.autograd.Function):
             "the compiled ops of kernelhub/norm have no second derivative; where gradients of gradients are wanted "
             "(create_graph=True), run the model's own forward: kernelhub.unkernelize(model)"
         )
+
+
+class _Saved:
+    """A context whose saved tensors are asked for once: those of a checkpoint can be no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.saved_tensors, self._ctx = ctx.saved_tensors, ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def _differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
@@ -242,13 +252,15 @@ def _differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> 
 
     @wraps(backward)
     def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if is_dynamo_compiling():
+        if is_dynamo_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *grads)
+        saved = _Saved(ctx)
         with torch.no_grad():
-            found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
-        marked = iter(_Refused.apply(*(grad.detach().requires_grad_() for grad in found if isinstance(grad, Tensor))))
+            found = backward(saved, *grads)
+        gradients = [grad.detach().requires_grad_() for grad in found if isinstance(grad, Tensor)]
+        # With what they were made of: where only gradients by that are asked for, nothing else would be looked at.
+        made_of = [x for x in (*grads, *saved.saved_tensors) if x is not None]
+        marked = iter(_Refused.apply(len(gradients), *gradients, *made_of))
         return tuple(next(marked) if isinstance(grad, Tensor) else None for grad in found)
 
     return once
