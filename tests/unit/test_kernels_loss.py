@@ -384,6 +384,13 @@ def test_a_second_derivative_is_refused(loss: ModuleType) -> None:
         with pytest.raises(RuntimeError, match="no second derivative"):
             first.sum().backward()
         assert leaf.grad is None
+    for out, leaf in (  # where other ways lead to what gradients are asked for by
+        (loss.cross_entropy(logits, own), logits),
+        (loss.linear_cross_entropy(*operands[:2], labels, reduction="none").sum(), operands[0]),
+    ):
+        (first,) = torch.autograd.grad(out, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(first.sum() + leaf.sum(), leaf)
 
 
 def test_operands_are_not_written_to(in_parts: ModuleType) -> None:

@@ -87,6 +87,31 @@ def linear_cross_entropy(
     return _reduced(losses.reshape(shape), labels, ignore_index, reduction)
 
 
+class _Refused(torch.autograd.Function):
+    """The first `count` tensors as they are: gradients, whose own by the others, which they were made of, are errors."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        return tuple(grad.view_as(grad) for grad in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
+        raise RuntimeError(
+            "the losses of kernelhub/loss have no second derivative: compute this one with "
+            "torch.nn.functional.cross_entropy on the logits (or unkernelize the model)"
+        )
+
+
+class _Saved:
+    """A context whose saved tensors are asked for once: those of a checkpoint can be no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.saved_tensors, self._ctx = ctx.saved_tensors, ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
     """A backward that cannot be differentiated, and says so; under `create_graph`, whatever the gradient comes from.
 
@@ -98,14 +123,13 @@ def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., t
     def wrapped(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *grads)
+        saved = _Saved(ctx)
         with torch.no_grad():
-            found = backward(ctx, *grads)
-        refuse = torch._C._functions.DelayedError(
-            b"the losses of kernelhub/loss have no second derivative: compute this one with "
-            b"torch.nn.functional.cross_entropy on the logits (or unkernelize the model)",
-            len(found),
-        )
-        return refuse(*(x if x is None else x.detach().requires_grad_() for x in found))
+            found = backward(saved, *grads)
+        gradients = [x.detach().requires_grad_() for x in found if x is not None]
+        made_of = [x for x in (*grads, *saved.saved_tensors) if x is not None]
+        marked = iter(_Refused.apply(len(gradients), *gradients, *made_of))
+        return tuple(None if x is None else next(marked) for x in found)
 
     return wrapped
 
