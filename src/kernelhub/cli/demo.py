@@ -52,17 +52,21 @@ class Times:
     after: tuple[float, ...]
 
     @property
+    def ratios(self) -> list[float]:
+        """How many times as long before as after, by round."""
+        return [before / after for before, after in zip(self.before, self.after, strict=True)]
+
+    @property
     def speedup(self) -> float:
-        """The median before over the median after."""
-        return median(self.before) / median(self.after)
+        """The median of the rounds' ratios: medians of before and after may be those of different weather."""
+        return median(self.ratios)
 
     @property
     def speedup_range(self) -> tuple[float, float]:
-        """What the middle half of the rounds' own ratios lies between; with 1 inside, no difference was measured."""
-        ratios = [before / after for before, after in zip(self.before, self.after, strict=True)]
-        if len(ratios) < 2:
+        """What the middle half of the rounds' ratios lies between; with 1 inside, no difference was measured."""
+        if len(self.ratios) < 2:
             return self.speedup, self.speedup
-        low, _, high = quantiles(ratios, n=4, method="inclusive")
+        low, _, high = quantiles(self.ratios, n=4, method="inclusive")
         return low, high
 
     def to_dict(self) -> dict[str, Any]:
