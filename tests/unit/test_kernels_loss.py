@@ -386,6 +386,8 @@ def test_a_second_derivative_is_refused(loss: ModuleType) -> None:
         assert leaf.grad is None
     for out, leaf in (  # where other ways lead to what gradients are asked for by
         (loss.cross_entropy(logits, own), logits),
+        (loss.linear_cross_entropy(*operands[:2], labels), operands[0]),
+        (loss.linear_cross_entropy(*operands[:2], labels), operands[1]),
         (loss.linear_cross_entropy(*operands[:2], labels, reduction="none").sum(), operands[0]),
     ):
         (first,) = torch.autograd.grad(out, leaf, create_graph=True)

@@ -176,13 +176,14 @@ class _ProjectedLoss(torch.autograd.Function):
         losses, *gradients = projection.gradients(
             hidden, weight, bias, labels, scale.expand(labels.shape), ignore_index, *options, *ctx.needs_input_grad[:3]
         )
-        ctx.save_for_backward(*gradients)
+        # The operands too, which the backward has no use for: gradients of these gradients are refused by what they are of.
+        ctx.save_for_backward(hidden, weight, bias, *gradients)
         return _reduced(losses, labels, ignore_index, reduction)
 
     @staticmethod
     @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _scaled(ctx.saved_tensors, grad)
+        gradients = _scaled(ctx.saved_tensors[3:], grad)
         found = [x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
         return (*found, None, None, None, None, None)
 
