@@ -469,6 +469,22 @@ def test_keys_are_the_same_in_every_process(hub: Hub, counted: None, tmp_path: P
     assert [describe.digest(item) for item in there] == [describe.digest(item) for item in here]
 
 
+def test_what_others_put_on_torchs_classes_counts_where_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(layers.Norm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if self.some_helper() is None else x + 1
+
+    layer, other = layers.Norm(), Other()
+    before, named = describe.code(layer), describe.code(other)
+    monkeypatch.setattr(nn.Module, "some_helper", lambda self: None, raising=False)
+    assert describe.code(layer) == before
+    assert describe.code(other) != named
+    for name in ("_call_impl", "__getattr__"):
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, name, lambda self, *args: None)
+            assert describe.code(layer) != before
+
+
 def test_code_from_source_and_from_bytecode_is_the_same() -> None:
     import marshal
 

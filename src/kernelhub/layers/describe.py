@@ -206,6 +206,7 @@ class _Walk:
             items = [(name, item) for name, item in vars(base).items() if name not in _NO_CODE]
             if known:
                 items = [(name, item) for name, item in items if _is_foreign(item, base.__module__)]
+                items = [(name, item) for name, item in items if _is_reached(name, cls)]
                 if _root(base.__module__) == "torch" and not items:
                     continue
             found.append([known, _name_of(base), [[name, self._global(item)] for name, item in items]])
@@ -310,6 +311,17 @@ def _is_foreign(item: Any, module: str) -> bool:
     root = _root(module)
     where = item.__globals__.get("__name__") if isinstance(item, FunctionType) else item.__module__
     return root not in (_root(str(where)), _root(str(item.__module__))) or _versioned(str(where)) is None
+
+
+def _is_reached(name: str, cls: type) -> bool:
+    """Whether a member of that name can be one that an instance runs: Python calls it, or a method of the class names it.
+
+    transformers puts a helper of its own on `nn.Module` once it has initialised a model, which no other layer calls.
+    """
+    if name.startswith("__"):
+        return True
+    members = (item for base in cls.__mro__[:-1] for item in vars(base).values())
+    return any(isinstance(item, FunctionType) and name in _names(item.__code__) for item in members)
 
 
 def _label(function: FunctionType) -> str | None:
