@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +234,31 @@ def test_functions_with_a_fallback_are_seen(facts: dict[str, Any]) -> None:
     names = {row[0] for row in facts["mamba"].values()}
     assert {"causal_conv1d_fn", "causal_conv1d_update"} <= names
     assert all(row[3] for row in facts["mamba"].values() if row[1] == "original")
+
+
+def test_installing_it_over_the_real_one_says_so_and_leaves_nothing_of_that(tmp_path: Path) -> None:
+    """A wheel of the name and version of the Hugging Face package stands in for it."""
+    real = tmp_path / "kernels-0.17.2-py3-none-any.whl"
+    with zipfile.ZipFile(real, "w") as wheel:
+        folder = "kernels-0.17.2.dist-info"
+        wheel.writestr("kernels/__init__.py", "")
+        wheel.writestr("kernels/of_the_real_one.py", "")
+        wheel.writestr(f"{folder}/METADATA", "Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
+        wheel.writestr(
+            f"{folder}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        names = ["kernels/__init__.py", "kernels/of_the_real_one.py", f"{folder}/METADATA", f"{folder}/WHEEL"]
+        wheel.writestr(f"{folder}/RECORD", "".join(f"{name},,\n" for name in [*names, f"{folder}/RECORD"]))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    made = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*made, str(ROOT / "compat" / "kernels")], check=True, capture_output=True, text=True)
+    (ours,) = tmp_path.glob("kernels-0.17.2+kernelhub-*.whl")
+    venv.create(tmp_path / "env", with_pip=False)
+    said = ""
+    for wheel in (real, ours):
+        into = [*pip, "--python", str(tmp_path / "env"), "install", "--no-deps", "--no-index", str(wheel)]
+        said = subprocess.run(into, check=True, capture_output=True, text=True).stdout
+    assert "Found existing installation: kernels 0.17.2" in said
+    assert "Successfully installed kernels-0.17.2+kernelhub" in said
+    assert [path.name for path in (tmp_path / "env").rglob("*.dist-info")] == ["kernels-0.17.2+kernelhub.dist-info"]
+    assert not list((tmp_path / "env").rglob("of_the_real_one.py"))

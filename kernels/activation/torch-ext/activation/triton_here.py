@@ -54,7 +54,7 @@ def works(kind: str, index: int) -> bool:
 
 
 # What dynamo would otherwise trace into. `torch.compiler.assume_constant_result` does just this, and imports dynamo: 1 s.
-works._dynamo_marked_constant = True  # type: ignore[attr-defined]
+works._dynamo_marked_constant = True
 
 
 def _tried(device: torch.device) -> bool:

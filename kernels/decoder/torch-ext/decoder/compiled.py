@@ -104,9 +104,7 @@ def gated_mlp(
     With a residual, `x + residual` stands for x, and is added to the result. `form` is one of kernelhub/norm's.
     """
     gate, gate_bias, up, up_bias, down, down_bias = weights
-    return _gated_mlp(  # type: ignore[no-any-return]
-        x, residual, norm, eps, form, gate, gate_bias, up, up_bias, down, down_bias, FUNCTIONS[product]
-    )
+    return _gated_mlp(x, residual, norm, eps, form, gate, gate_bias, up, up_bias, down, down_bias, FUNCTIONS[product])
 
 
 def _register_shapes() -> None:

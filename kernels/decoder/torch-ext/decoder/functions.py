@@ -144,7 +144,7 @@ def rms_norm_and_input(x: Tensor, weight: Tensor, eps: float, form: int) -> tupl
 
     For what the norm's ops take, where gradients are asked for.
     """
-    return _RmsNormAndInput.apply(x, weight, eps, form)  # type: ignore[no-any-return]
+    return _RmsNormAndInput.apply(x, weight, eps, form)
 
 
 class _RmsNormAndInput(torch.autograd.Function):

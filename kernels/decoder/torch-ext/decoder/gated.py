@@ -54,7 +54,7 @@ def gated_mlp(x: Tensor, weights: Weights, product: str, residual: Tensor | None
 
     `product` is the name of the class of f. For what `plain.takes`, and where gradients are asked for.
     """
-    return _GatedMLP.apply(product, x, residual, *weights)  # type: ignore[no-any-return]
+    return _GatedMLP.apply(product, x, residual, *weights)
 
 
 def add_product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:

@@ -53,12 +53,12 @@ def takes(x: Tensor, weights: Weights, product: str) -> bool:
 
 def gated_product(x: Tensor, weights: Weights, product: str) -> Tensor:
     """`f(gate(x)) * up(x)`: (..., hidden) -> (..., features). No gradients."""
-    return ops.gated_product(x, *_both(weights), _FUNCTIONS[product])  # type: ignore[no-any-return]
+    return ops.gated_product(x, *_both(weights), _FUNCTIONS[product])
 
 
 def gated_product_parts(x: Tensor, weights: Weights, product: str) -> tuple[Tensor, Tensor, Tensor]:
     """`f(gate(x)) * up(x)`, `gate(x)` and `up(x)`. No gradients."""
-    return ops.gated_product_parts(x, *_both(weights), _FUNCTIONS[product])  # type: ignore[no-any-return]
+    return ops.gated_product_parts(x, *_both(weights), _FUNCTIONS[product])
 
 
 def _both(weights: Weights) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ class CausalDecoder(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
 
     # What is on the children (hooks, adapters, weights that are not plain) is no reason against this kernel.
-    forward.calls_children = True  # type: ignore[attr-defined]
+    forward.calls_children = True
 
 
 # Keywords that the model passes on to its layers, and that say nothing of the mask or of what is returned.

@@ -50,8 +50,8 @@ def is_static(cls: type[nn.Module]) -> bool:
 
 
 # What dynamo would otherwise trace into. `torch.compiler.assume_constant_result` does just this, and imports dynamo: 1 s.
-of._dynamo_marked_constant = True  # type: ignore[attr-defined]
-is_static._dynamo_marked_constant = True  # type: ignore[attr-defined]
+of._dynamo_marked_constant = True
+is_static._dynamo_marked_constant = True
 
 
 def _formula(function: _Function) -> int:
