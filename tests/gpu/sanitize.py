@@ -177,12 +177,15 @@ def run(modules: dict[str, ModuleType]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("projects", nargs="*", default=[*PROJECTS], choices=[*PROJECTS], metavar="PROJECT")
+    parser.add_argument("projects", nargs="*", metavar="PROJECT", help=f"of {', '.join(PROJECTS)}; without, all")
     parser.add_argument("--cache", type=Path, required=True, help="where the built kernels are kept")
     parser.add_argument("--covered", action="store_true", help="look which kernels run, without compute-sanitizer")
     options = parser.parse_args()
+    unknown = [name for name in options.projects if name not in PROJECTS]
+    if unknown:
+        parser.error(f"there is no {', '.join(unknown)}; expected some of {', '.join(PROJECTS)}")
     set_default_hub(Hub(settings=Settings(cache=options.cache, offline=True, build="always")))
-    modules = {name: kernelhub.get_kernel(f"kernelhub/{name}", version=1) for name in options.projects}
+    modules = {name: kernelhub.get_kernel(f"kernelhub/{name}", version=1) for name in options.projects or PROJECTS}
     if not options.covered:
         run(modules)
         sys.stdout.write(f"all ops called: {', '.join(modules)}\n")

@@ -73,10 +73,12 @@ def _exporting() -> bool:
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
-@torch.compiler.assume_constant_result
-@cache
+@torch.compiler.assume_constant_result  # not of the cached function itself, through which torch.compile would look
 def _capable(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    return _capability(device) == (9, 0)
+
+
+_capability = cache(torch.cuda.get_device_capability)
 
 
 def _register_shapes() -> None:

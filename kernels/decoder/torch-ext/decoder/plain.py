@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as everywhere
 
-__all__ = ["Weights", "linears", "runs", "takes"]
+__all__ = ["Projections", "Weights", "linears", "runs", "takes"]
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -35,6 +35,19 @@ class Weights(NamedTuple):
     up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
+
+
+class Projections(NamedTuple):
+    """The weights of an attention's projections: (heads * head_dim, hidden) the first three, the other way round the last."""
+
+    q: Tensor
+    q_bias: Tensor | None
+    k: Tensor
+    k_bias: Tensor | None
+    v: Tensor
+    v_bias: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
 
 
 def linears(mlp: nn.Module, gate: str, up: str | None, down: str) -> Weights | None:
