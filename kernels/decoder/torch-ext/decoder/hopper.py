@@ -1,7 +1,8 @@
-"""The op for GPUs of compute capability 9.0: both first products of a gated MLP, and what becomes of them, in one pass.
+"""The ops for GPUs of compute capability 9.0: products, and what becomes of them, in one pass over memory.
 
-What it saves is the pass that reads gate and up again: 92 us of 834 at 8192 rows, 2048 x 8192, bfloat16, on an H200. The
-results are the same bits as of the products apart, up to the order in which they are summed.
+`gated_product` is both first products of a gated MLP and theirs, `rotary_projections` an attention's q, k and v with q and k
+turned, `add_product` a product added to a residual. The results are the same bits as of the parts apart, up to the order in
+which products are summed; `add_product` rounds once where two operations round twice. None has gradients.
 """
 
 from __future__ import annotations
@@ -9,19 +10,33 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import plain
 from ._ops import add_op_namespace_prefix, ops
-from .plain import Weights
+from .plain import Projections, Weights
 
-__all__ = ["HERE", "gated_product", "gated_product_parts", "may_take", "takes"]
+__all__ = [
+    "HERE",
+    "add_product",
+    "gated_product",
+    "gated_product_parts",
+    "may_take",
+    "rotary_projections",
+    "takes",
+    "takes_add",
+    "takes_projections",
+]
 
 HERE = hasattr(ops, "gated_product")
+_HERE_PROJECTIONS = hasattr(ops, "rotary_projections")
+_HERE_ADD = hasattr(ops, "add_product")
 
 # As in decoder_cuda/launch.h, by the names of the classes that transformers has.
 _FUNCTIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 2, "NewGELUActivation": 2}
 _DTYPES = frozenset((torch.bfloat16, torch.float16))
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_HEAD_DIMS = frozenset((32, 64, 128, 256))
 # Two blocks work on 256 rows together, so that fewer would leave tensor cores idle.
 _FEWEST_ROWS = 256
 _MOST_ROWS = 2**31 - 256  # which the op refuses more than
@@ -61,6 +76,66 @@ def gated_product_parts(x: Tensor, weights: Weights, product: str) -> tuple[Tens
     return ops.gated_product_parts(x, *_both(weights), _FUNCTIONS[product])
 
 
+def takes_projections(x: Tensor, projections: Projections, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
+    """Whether the op takes x, (batch, tokens, hidden), with cos and sin, (batch or 1, tokens, head_dim), and is faster."""
+    if not (_HERE_PROJECTIONS and x.is_cuda and x.dtype in _DTYPES) or head_dim not in _HEAD_DIMS or _exporting():
+        return False
+    q, _, k, _, v, _, _, _ = projections
+    shape, hidden, tables = x.shape, x.shape[-1], cos.shape
+    return (
+        len(shape) == len(tables) == 3
+        and tables[2] == head_dim
+        and tables[1] == shape[1]
+        and (tables[0] == 1 or tables[0] == shape[0])
+        and sin.shape == tables
+        and type(cos) in _PLAIN
+        and type(sin) in _PLAIN
+        and cos.dtype is x.dtype
+        and sin.dtype is x.dtype
+        and cos.is_cuda
+        and sin.is_cuda
+        and hidden % 8 == 0
+        and q.shape[0] % head_dim == k.shape[0] % head_dim == v.shape[0] % head_dim == 0
+        and 0 < _FEWEST_ROWS * hidden <= x.numel() <= _MOST_ROWS * hidden
+        and _capable(x.get_device())
+        and plain.takes(x, Weights(*projections[:6]))
+    )
+
+
+def rotary_projections(
+    x: Tensor, projections: Projections, cos: Tensor, sin: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k of x with Llama's rotary embedding, and v: (batch, tokens, hidden) -> (batch, tokens, heads * head_dim) each.
+
+    A head's pairs are elements i and i + head_dim / 2. No gradients.
+    """
+    return ops.rotary_projections(x, *projections[:6], cos, sin, head_dim)
+
+
+def takes_add(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
+    """Whether the op takes x, (..., features), and the residual, (..., hidden), and is faster."""
+    if not (_HERE_ADD and x.is_cuda and x.dtype in _DTYPES) or _exporting():
+        return False
+    hidden, features = weight.shape
+    return (
+        x.shape[-1] == features
+        and residual.shape == (*x.shape[:-1], hidden)
+        and residual.dtype is x.dtype
+        and type(residual) in _PLAIN
+        and residual.device == x.device
+        and features % 8 == 0
+        and hidden % 8 == 0
+        and 0 < _FEWEST_ROWS * features <= x.numel() <= _MOST_ROWS * features
+        and _capable(x.get_device())
+        and plain.takes(x, Weights(weight, None, None, None, weight, None))
+    )
+
+
+def add_product(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """`residual + F.linear(x, weight)`, rounded once: (..., features) -> (..., hidden). No gradients."""
+    return ops.add_product(x, weight, residual)
+
+
 def _both(weights: Weights) -> tuple[Tensor, Tensor]:
     if weights.up is not None:
         return weights.gate, weights.up
@@ -73,9 +148,13 @@ def _exporting() -> bool:
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
-@torch.compiler.assume_constant_result  # not of the cached function itself, through which torch.compile would look
 def _capable(device: int) -> bool:
     return _capability(device) == (9, 0)
+
+
+# What `torch.compiler.assume_constant_result` does, which imports dynamo: 1 s. Not of the cached function itself, which
+# torch.compile would look through.
+_capable._dynamo_marked_constant = True
 
 
 _capability = cache(torch.cuda.get_device_capability)
@@ -94,6 +173,29 @@ def _register_shapes() -> None:
     @torch.library.register_fake(add_op_namespace_prefix("gated_product_parts"))
     def _(x: Tensor, gate: Tensor, up: Tensor, function: int) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
         return result(x, gate), result(x, gate), result(x, gate)
+
+    if _HERE_PROJECTIONS:
+
+        @torch.library.register_fake(add_op_namespace_prefix("rotary_projections"))
+        def _(
+            x: Tensor,
+            q: Tensor,
+            q_bias: Tensor | None,  # noqa: ARG001  (a shape function has the op's arguments)
+            k: Tensor,
+            k_bias: Tensor | None,  # noqa: ARG001
+            v: Tensor,
+            v_bias: Tensor | None,  # noqa: ARG001
+            cos: Tensor,  # noqa: ARG001
+            sin: Tensor,  # noqa: ARG001
+            head_dim: int,  # noqa: ARG001
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            return result(x, q), result(x, k), result(x, v)
+
+    if _HERE_ADD:
+
+        @torch.library.register_fake(add_op_namespace_prefix("add_product"))
+        def _(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:  # noqa: ARG001
+            return result(x, weight)
 
 
 if HERE:
