@@ -4,12 +4,11 @@ Where a build has none (every noarch one), Triton's take their place on a GPU; w
 theirs, PyTorch's own code runs.
 """
 
-# ruff: noqa: ARG001, ARG004  (what the ops are given and what decides on the shapes is not the same)
+# ruff: noqa: ARG001  (shapes depend on less than the ops are given)
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import direct, triton_here
 from ._ops import add_op_namespace_prefix, ops
+from .once import differentiable_once
 
 __all__ = [
     "DIRECT",
@@ -47,6 +47,10 @@ SILU, GELU, GELU_TANH, GELU_QUICK = range(4)
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _transforms_active = torch._C._are_functorch_transforms_active
+_first_derivatives_only = differentiable_once(
+    "the compiled ops of kernelhub/activation have no second derivative; where gradients of gradients are wanted "
+    "(create_graph=True), run the model's own forward: kernelhub.unkernelize(model)"
+)
 
 
 def takes(x: Tensor, other: Tensor | None = None) -> bool:
@@ -163,54 +167,6 @@ _apply_inside = _inside("apply", _apply)
 _multiply_inside = _inside("multiply", _multiply)
 
 
-class _Refused(torch.autograd.Function):
-    """The first `count` tensors as they are: gradients, whose own by the others, which they were made of, are errors."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "the compiled ops of kernelhub/activation have no second derivative; where gradients of gradients are wanted "
-            "(create_graph=True), run the model's own forward: kernelhub.unkernelize(model)"
-        )
-
-
-class _Saved:
-    """A context whose saved tensors are asked for once: those of a checkpoint can be no second time."""
-
-    def __init__(self, ctx: Any) -> None:
-        self.saved_tensors, self._ctx = ctx.saved_tensors, ctx
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-
-def _differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """A backward whose results may not be differentiated.
-
-    PyTorch's `once_differentiable` lets a second derivative by the inputs pass as zero where the gradient that came in
-    does not depend on them. Under Dynamo, which has no second derivatives at all, it is the backward itself.
-    """
-
-    @wraps(backward)
-    def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if is_dynamo_compiling() or not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        saved = _Saved(ctx)
-        with torch.no_grad():
-            found = backward(saved, *grads)
-        gradients = [grad.detach().requires_grad_() for grad in found if isinstance(grad, Tensor)]
-        # With what they were made of: where only gradients by that are asked for, nothing else would be looked at.
-        made_of = [x for x in (*grads, *saved.saved_tensors) if x is not None]
-        marked = iter(_Refused.apply(len(gradients), *gradients, *made_of))
-        return tuple(next(marked) if isinstance(grad, Tensor) else None for grad in found)
-
-    return once
-
-
 class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: int) -> Tensor:
@@ -219,7 +175,7 @@ class _Apply(torch.autograd.Function):
         return _apply_inside(x, function)
 
     @staticmethod
-    @_differentiable_once
+    @_first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _apply_backward(grad, *ctx.saved_tensors, ctx.function), None
 
@@ -232,7 +188,7 @@ class _Multiply(torch.autograd.Function):
         return _multiply_inside(a, b, function)
 
     @staticmethod
-    @_differentiable_once
+    @_first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_multiply_backward(grad, *ctx.saved_tensors, ctx.function), None)
 
@@ -245,7 +201,7 @@ class _Halves(torch.autograd.Function):
         return _halves(x, function)
 
     @staticmethod
-    @_differentiable_once
+    @_first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _halves_backward(grad, *ctx.saved_tensors, ctx.function), None
 

@@ -155,10 +155,10 @@ class _RmsNormAndInput(torch.autograd.Function):
         return norm.compiled.rms_norm(x, weight, eps, form), x.view_as(x)
 
     @staticmethod
-    @norm.compiled._differentiable_once
+    @norm.compiled.first_derivatives_only
     def backward(ctx: Any, grad: Tensor, input_grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_weight = ctx.needs_input_grad[1]
-        backward = norm.compiled._rms_norm_backward
+        backward = norm.compiled.rms_norm_backward
         x_grad, weight_grad = backward(grad, input_grad, x, weight, *ctx.options, needs_weight)
         return x_grad, weight_grad if needs_weight else None, None, None

@@ -13,8 +13,6 @@ NaN, as PyTorch's is.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,12 +21,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import compiled, parts, projection
+from .once import differentiable_once
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 
 _REDUCTIONS = ("mean", "sum", "none")
 _FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _transforms_active = torch._C._are_functorch_transforms_active
+_first_derivatives_only = differentiable_once(
+    "the losses of kernelhub/loss have no second derivative: compute this one with torch.nn.functional.cross_entropy "
+    "on the logits (or unkernelize the model)"
+)
 
 
 def cross_entropy(
@@ -87,53 +90,6 @@ def linear_cross_entropy(
     return _reduced(losses.reshape(shape), labels, ignore_index, reduction)
 
 
-class _Refused(torch.autograd.Function):
-    """The first `count` tensors as they are: gradients, whose own by the others, which they were made of, are errors."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
-        return tuple(grad.view_as(grad) for grad in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
-        raise RuntimeError(
-            "the losses of kernelhub/loss have no second derivative: compute this one with "
-            "torch.nn.functional.cross_entropy on the logits (or unkernelize the model)"
-        )
-
-
-class _Saved:
-    """A context whose saved tensors are asked for once: those of a checkpoint can be no second time."""
-
-    def __init__(self, ctx: Any) -> None:
-        self.saved_tensors, self._ctx = ctx.saved_tensors, ctx
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-
-def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """A backward that cannot be differentiated, and says so; under `create_graph`, whatever the gradient comes from.
-
-    Not `once_differentiable`, which refuses only where the incoming gradient requires one: a penalty on the gradient of
-    a loss, whose own is the constant 1, would be lost without a word.
-    """
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        saved = _Saved(ctx)
-        with torch.no_grad():
-            found = backward(saved, *grads)
-        gradients = [x.detach().requires_grad_() for x in found if x is not None]
-        made_of = [x for x in (*grads, *saved.saved_tensors) if x is not None]
-        marked = iter(_Refused.apply(len(gradients), *gradients, *made_of))
-        return tuple(None if x is None else next(marked) for x in found)
-
-    return wrapped
-
-
 class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, *options: Any) -> Tensor:
@@ -146,7 +102,7 @@ class _Losses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @_once
+    @_first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, sums = ctx.saved_tensors
         if sums is not None:
@@ -181,7 +137,7 @@ class _ProjectedLoss(torch.autograd.Function):
         return _reduced(losses, labels, ignore_index, reduction)
 
     @staticmethod
-    @_once
+    @_first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _scaled(ctx.saved_tensors[3:], grad)
         found = [x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
@@ -198,7 +154,7 @@ class _ProjectedLosses(torch.autograd.Function):
         return projection.losses(hidden, weight, bias, labels, *options)
 
     @staticmethod
-    @_once
+    @_first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         _, *gradients = projection.gradients(*ctx.saved_tensors, grad, *ctx.options, *needed)

@@ -4,12 +4,11 @@ Where a build has none (every noarch one), Triton's take their place on a GPU; w
 theirs, PyTorch's own code runs.
 """
 
-# ruff: noqa: ARG001, ARG004  (what the ops are given and what decides on the shapes is not the same)
+# ruff: noqa: ARG001  (shapes depend on less than the ops are given)
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import direct, triton_here
 from ._ops import add_op_namespace_prefix, ops
+from .once import differentiable_once
 
 __all__ = [
     "CAST_FIRST",
@@ -30,8 +30,10 @@ __all__ = [
     "SILU_FIRST",
     "ZERO_CENTERED",
     "add_rms_norm",
+    "first_derivatives_only",
     "layer_norm",
     "rms_norm",
+    "rms_norm_backward",
     "rms_norm_gated",
     "takes",
     "takes_layer",
@@ -51,6 +53,10 @@ SILU, SIGMOID, SILU_FIRST = 1, 2, 3
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _transforms_active = torch._C._are_functorch_transforms_active
+first_derivatives_only = differentiable_once(
+    "the compiled ops of kernelhub/norm have no second derivative; where gradients of gradients are wanted "
+    "(create_graph=True), run the model's own forward: kernelhub.unkernelize(model)"
+)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -136,7 +142,7 @@ def _direct(overload: Any) -> Any:
 
 if HERE:
     _rms_norm = ops.rms_norm.default
-    _rms_norm_backward = ops.rms_norm_backward.default
+    rms_norm_backward = ops.rms_norm_backward.default
     _add_rms_norm = ops.add_rms_norm.default
     _rms_norm_gated = ops.rms_norm_gated.default
     _rms_norm_gated_backward = ops.rms_norm_gated_backward.default
@@ -148,7 +154,7 @@ if HERE:
     _layer_norm_now = _direct(_layer_norm)
 else:
     _rms_norm = _rms_norm_now = triton_here.op("rms_norm")
-    _rms_norm_backward = triton_here.op("rms_norm_backward")
+    rms_norm_backward = triton_here.op("rms_norm_backward")
     _add_rms_norm = _add_rms_norm_now = triton_here.op("add_rms_norm")
     _rms_norm_gated = _rms_norm_gated_now = triton_here.op("rms_norm_gated")
     _rms_norm_gated_backward = triton_here.op("rms_norm_gated_backward")
@@ -218,54 +224,6 @@ _add_rms_norm_inside = _inside("add_rms_norm", _add_rms_norm)
 _layer_norm_inside = _inside("layer_norm", _layer_norm)
 
 
-class _Refused(torch.autograd.Function):
-    """The first `count` tensors as they are: gradients, whose own by the others, which they were made of, are errors."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "the compiled ops of kernelhub/norm have no second derivative; where gradients of gradients are wanted "
-            "(create_graph=True), run the model's own forward: kernelhub.unkernelize(model)"
-        )
-
-
-class _Saved:
-    """A context whose saved tensors are asked for once: those of a checkpoint can be no second time."""
-
-    def __init__(self, ctx: Any) -> None:
-        self.saved_tensors, self._ctx = ctx.saved_tensors, ctx
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-
-def _differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """A backward whose results may not be differentiated.
-
-    PyTorch's `once_differentiable` lets a second derivative by the inputs pass as zero where the gradient that came in
-    does not depend on them. Under Dynamo, which has no second derivatives at all, it is the backward itself.
-    """
-
-    @wraps(backward)
-    def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if is_dynamo_compiling() or not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        saved = _Saved(ctx)
-        with torch.no_grad():
-            found = backward(saved, *grads)
-        gradients = [grad.detach().requires_grad_() for grad in found if isinstance(grad, Tensor)]
-        # With what they were made of: where only gradients by that are asked for, nothing else would be looked at.
-        made_of = [x for x in (*grads, *saved.saved_tensors) if x is not None]
-        marked = iter(_Refused.apply(len(gradients), *gradients, *made_of))
-        return tuple(next(marked) if isinstance(grad, Tensor) else None for grad in found)
-
-    return once
-
-
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
@@ -274,11 +232,11 @@ class _RmsNorm(torch.autograd.Function):
         return _rms_norm_inside(x, weight, eps, form)
 
     @staticmethod
-    @_differentiable_once
+    @first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_weight = ctx.needs_input_grad[1]
-        x_grad, weight_grad = _rms_norm_backward(grad, None, x, weight, *ctx.options, needs_weight)
+        x_grad, weight_grad = rms_norm_backward(grad, None, x, weight, *ctx.options, needs_weight)
         return x_grad, weight_grad if needs_weight else None, None, None
 
 
@@ -291,11 +249,11 @@ class _AddRmsNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    @_differentiable_once
+    @first_derivatives_only
     def backward(ctx: Any, grad: Tensor, total_grad: Tensor) -> tuple[Tensor | None, ...]:
         total, weight = ctx.saved_tensors
         needs_weight = ctx.needs_input_grad[2]
-        x_grad, weight_grad = _rms_norm_backward(grad, total_grad, total, weight, *ctx.options, needs_weight)
+        x_grad, weight_grad = rms_norm_backward(grad, total_grad, total, weight, *ctx.options, needs_weight)
         return x_grad, x_grad, weight_grad if needs_weight else None, None, None
 
 
@@ -307,7 +265,7 @@ class _RmsNormGated(torch.autograd.Function):
         return _rms_norm_gated(x, gate, weight, eps, form, kind)
 
     @staticmethod
-    @_differentiable_once
+    @first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_rms_norm_gated_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None)
 
@@ -320,7 +278,7 @@ class _LayerNorm(torch.autograd.Function):
         return _layer_norm_inside(x, weight, bias, eps)
 
     @staticmethod
-    @_differentiable_once
+    @first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         _, needs_weight, needs_bias, _ = ctx.needs_input_grad
