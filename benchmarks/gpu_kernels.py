@@ -248,6 +248,9 @@ def layer_norm(peers: Peers, norm: Kernels, rows: int, width: int) -> dict[str, 
     }
     if peers.liger:
         ways["liger"] = lambda: peers.liger.LigerLayerNormFunction.apply(x, w, b, 1e-5)
+    if peers.quack:
+        wide = w.float(), b.float()  # which it wants weights to be
+        ways["quack"] = lambda: peers.quack.layernorm_fwd(x, *wide, eps=1e-5)
     return ways
 
 
@@ -268,6 +271,11 @@ def rotary(peers: Peers, rotary: Kernels, batch: int, heads: int, few: int, toke
         from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
         ways["liger"] = lambda: liger_rotary_pos_emb(q, k, cos, sin)
+    if peers.quack:
+        from quack.rotary import apply_rotary_emb
+
+        heads_of, tables = [x.transpose(1, 2) for x in (q, k)], [x[0, :, :64].contiguous() for x in (cos, sin)]
+        ways["quack"] = lambda: [apply_rotary_emb(x, *tables) for x in heads_of]  # it takes one of the two
     return ways
 
 
