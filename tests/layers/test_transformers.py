@@ -158,15 +158,25 @@ MODULES = {
     "GatedFeedForward": ["T5DenseGatedActDense"],
     "DecoderLayer": ["LlamaDecoderLayer"],
     "CausalDecoder": ["GemmaModel", "LlamaModel", "MinistralModel", "MistralModel", "Qwen2Model"],
+    "RotaryEmbedding": [
+        "LlamaRotaryEmbedding",
+        "OlmoRotaryEmbedding",
+        "CohereRotaryEmbedding",
+        "GptOssRotaryEmbedding",
+    ],
+    "RotaryEmbeddingByLayerType": ["Gemma3RotaryEmbedding", "Olmo3RotaryEmbedding", "DeepseekV4RotaryEmbedding"],
 }
 
 
-def test_the_table_has_every_mlp_and_decoder_layer_of_each_formula_and_no_other() -> None:
+def test_the_table_has_every_mlp_decoder_and_rotary_embedding_of_each_formula_and_no_other() -> None:
     formulas: dict[str, set[str]] = {}
     for path in SOURCES.glob("models/*/modeling_*.py"):
         for block in re.finditer(r"^class (\w+)\(.*?(?=^\S|\Z)", path.read_text(), re.M | re.S):
             # Only those that could be one of them: parsing all of transformers takes half a minute.
-            if not re.search(r"self\.(down_proj|wi_1|post_attention_layernorm|rotary_emb)\(", block[0]):
+            called = (
+                r"self\.(down_proj|wi_1|post_attention_layernorm|rotary_emb)\(|\.cos\(\) \* \w*\.?attention_scaling"
+            )
+            if not re.search(called, block[0]):
                 continue
             (cls,) = ast.parse(block[0]).body
             assert isinstance(cls, ast.ClassDef)
@@ -269,13 +279,25 @@ def test_what_inductor_computes_faster_is_left_to_it_where_the_mode_is_of_torch_
     model = llama()
     mark(model)
     with use_kernel_mapping(default_mapping(), inherit_mapping=False):
-        for device, kept in (("cuda", {"RMSNorm"}), ("cpu", set())):
+        for device, kept in (("cuda", {"RMSNorm", "RotaryEmbedding"}), ("cpu", set())):
             for mode in (Mode.INFERENCE, Mode.TRAINING):
                 assert {row.action for row in plan_kernels(model, mode=mode, device=device).rows} == {"try"}
                 rows = plan_kernels(model, mode=mode | Mode.TORCH_COMPILE, device=device).rows
                 assert {row.layer_name for row in rows if row.action == "keep"} == kept
                 reasons = {row.reason for row in rows if row.action == "keep"}
-                assert all(reason.startswith("no kernel for RMSNorm on cuda serves") for reason in reasons)
+                assert all(re.match(r"no kernel for (RMSNorm|RotaryEmbedding) on cuda serves", one) for one in reasons)
+
+
+def test_what_is_left_to_inductor_in_training_only_is_not_left_in_inference() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    model = transformers.GemmaModel(transformers.GemmaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    mark(model)
+    with use_kernel_mapping(default_mapping(), inherit_mapping=False):
+        for mode, action in ((Mode.INFERENCE, "try"), (Mode.TRAINING, "keep")):
+            rows = plan_kernels(model, mode=mode | Mode.TORCH_COMPILE, device="cuda").rows
+            assert {row.action for row in rows if row.layer_name == "RMSNormZeroCentered"} == {action}
+            rows = plan_kernels(model, mode=mode, device="cuda").rows
+            assert {row.action for row in rows} == {"try"}
 
 
 def reported(model: nn.Module, mode: Mode) -> KernelReport:
@@ -326,6 +348,7 @@ def test_marks_every_norm_and_activation_of_llama_and_bert() -> None:
         **{f"model.layers.{i}.mlp": "GatedMLP" for i in (0, 1)},
         **{f"model.layers.{i}.mlp.act_fn": "SiLU" for i in (0, 1)},
         "model.norm": "RMSNorm",
+        "model.rotary_emb": "RotaryEmbedding",
         "ForCausalLMLoss": "ForCausalLMLoss",
     }
     marks = mark(bert())
@@ -373,11 +396,16 @@ def test_a_llama_in_float32_gives_the_same_logits_bit_for_bit(hidden: int) -> No
                 parameter.add_(0.1 * torch.randn_like(parameter))
     before = run(model)
     mark(model)
-    layers = ("RMSNorm", "SiLU", "rotary_pos_emb")
+    layers = ("RMSNorm", "SiLU", "rotary_pos_emb", "RotaryEmbedding")
     with use_kernel_mapping({name: default_mapping()[name] for name in layers}, inherit_mapping=False):
         kernelize(model, mode=Mode.INFERENCE)
     rows = kernel_report(model).kernels
-    assert Counter(row.layer_name for row in rows) == {"RMSNorm": 5, "SiLU": 2, "rotary_pos_emb": 2}
+    assert Counter(row.layer_name for row in rows) == {
+        "RMSNorm": 5,
+        "SiLU": 2,
+        "rotary_pos_emb": 2,
+        "RotaryEmbedding": 1,
+    }
     assert all("stable-abi" in row.variant for row in rows), "compiled"
     assert torch.equal(run(model), before)
     unkernelize(model)
@@ -475,6 +503,12 @@ def test_a_name_that_is_there_already_stays() -> None:
         (lambda: _changed(_find("LlamaRMSNorm")(8), weight=None), "its weight is None"),
         (lambda: _changed(_find("Qwen3NextRMSNormGated")(8), activation="relu"), "'relu'"),
         (lambda: _changed(nn.GELU(), approximate="fast"), "neither none nor tanh"),
+        (lambda: _changed(_find("LlamaRotaryEmbedding")(LlamaConfig()), rope_type="longrope"), "'longrope'"),
+        (lambda: _changed(_find("LlamaRotaryEmbedding")(LlamaConfig()), rope_type="my_dynamic"), "'my_dynamic'"),
+        (
+            lambda: _changed(_find("Gemma3RotaryEmbedding")(_gemma3()), rope_type={"full_attention": "dynamic"}),
+            "'dynamic'",
+        ),
     ],
 )
 def test_an_instance_that_a_kernel_cannot_read_keeps_its_forward(make, reason: str) -> None:
@@ -484,6 +518,10 @@ def test_an_instance_that_a_kernel_cannot_read_keeps_its_forward(make, reason: s
     assert reason in marks.kept["0"]
     assert reason in str(marks)
     assert MARKED not in model[0].__dict__
+
+
+def _gemma3() -> transformers.Gemma3TextConfig:
+    return transformers.Gemma3TextConfig(**SIZES)
 
 
 def _changed(module: nn.Module, **attributes: object) -> nn.Module:
@@ -639,7 +677,7 @@ def test_trains_with_the_gradients_of_the_original() -> None:
     mark(model)
     with use_kernel_mapping(default_mapping(), inherit_mapping=False):
         kernelize(model, mode=Mode.TRAINING)
-    assert len(kernel_report(model).kernels) == 15
+    assert len(kernel_report(model).kernels) == 16
     for name, value in gradients().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 

@@ -141,12 +141,50 @@ def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 SWAPPED = ("llama", "qwen3", "gemma", "mistral", "olmo2", "nanochat")
 # As many as without the distribution: tests/layers/test_families.py. `mark` names the functions of the last two.
 FAMILIES = {
-    "llama": {"RMSNorm": 5, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "CausalDecoder": 1},
-    "qwen3": {"RMSNorm": 9, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "CausalDecoder": 1},
-    "gemma": {"RMSNormZeroCentered": 5, "GeluTanh": 2, "GatedMLP": 2, "rotary_pos_emb": 2, "CausalDecoder": 1},
-    "mistral": {"RMSNorm": 5, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "CausalDecoder": 1},
-    "phi3": {"RMSNorm": 5, "SiLU": 2, "PackedGatedMLP": 2, "rotary_pos_emb": 2, "CausalDecoder": 1},
-    "gpt-neox": {"LayerNorm": 5, "GeLU": 2, "rotary_pos_emb": 2},
+    "llama": {
+        "RMSNorm": 5,
+        "SiLU": 2,
+        "GatedMLP": 2,
+        "DecoderLayer": 2,
+        "rotary_pos_emb": 2,
+        "RotaryEmbedding": 1,
+        "CausalDecoder": 1,
+    },
+    "qwen3": {
+        "RMSNorm": 9,
+        "SiLU": 2,
+        "GatedMLP": 2,
+        "DecoderLayer": 2,
+        "rotary_pos_emb": 2,
+        "RotaryEmbedding": 1,
+        "CausalDecoder": 1,
+    },
+    "gemma": {
+        "RMSNormZeroCentered": 5,
+        "GeluTanh": 2,
+        "GatedMLP": 2,
+        "rotary_pos_emb": 2,
+        "RotaryEmbedding": 1,
+        "CausalDecoder": 1,
+    },
+    "mistral": {
+        "RMSNorm": 5,
+        "SiLU": 2,
+        "GatedMLP": 2,
+        "DecoderLayer": 2,
+        "rotary_pos_emb": 2,
+        "RotaryEmbedding": 1,
+        "CausalDecoder": 1,
+    },
+    "phi3": {
+        "RMSNorm": 5,
+        "SiLU": 2,
+        "PackedGatedMLP": 2,
+        "rotary_pos_emb": 2,
+        "RotaryEmbedding": 1,
+        "CausalDecoder": 1,
+    },
+    "gpt-neox": {"LayerNorm": 5, "GeLU": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1},
 }
 
 

@@ -16,6 +16,11 @@ std::tuple<Tensor, Tensor> rotate(
     const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, int64_t heads_dim, int64_t rotary_dim,
     int64_t form);
 
+// inv_freq: (pairs,); positions: (batch, tokens), integers. The cosines and the sines of their products in float32, times
+// `scale`, as `dtype` (device.h), (batch, tokens, pairs or twice as many) as `layout` (launch.h) says. On GPUs alone.
+std::tuple<Tensor, Tensor> tables(
+    const Tensor& inv_freq, const Tensor& positions, double scale, int64_t dtype, int64_t layout);
+
 // From now on no wider instructions than those of the level (level.h), for tests; returns the level in use.
 int64_t use_level(int64_t level);
 

@@ -34,7 +34,30 @@ struct RotateArgs {
   bool paired;  // cos and sin have one element for each pair
 };
 
+// How a table lies along a token, with an angle for each pair.
+enum Layout {
+  HALVES = 0,     // all of them, and all again
+  NEIGHBOURS = 1, // each twice
+  PAIRS = 2,      // each once
+  LAYOUTS = 3,
+};
+
+struct TablesArgs {
+  const char* inv_freq;
+  const char* positions;
+  char *cos, *sin;               // (rows, pairs or twice as many), contiguous
+  int64_t step, batch, token;    // of inv_freq and of positions; in bytes
+  int64_t rows, tokens, pairs;   // rows are tokens of all batches
+  float scale;
+  Dtype of_inv_freq;
+  bool of_64_bits;               // positions; else of 32
+  int layout;
+};
+
 // `wide`: whether all is aligned to 16 bytes, down to the halves of what is turned. Returns a cudaError_t.
 int rotate(const RotateArgs& args, Dtype dtype, bool wide_table, bool wide, const Device& device);
+
+// cos and sin of each position times each of inv_freq, times `scale`, rounded to the dtype. Returns a cudaError_t.
+int tables(const TablesArgs& args, Dtype dtype, const Device& device);
 
 } // namespace kernelhub

@@ -136,4 +136,48 @@ std::tuple<Tensor, Tensor> rotate(
   return {results[0], results[1]};
 }
 
+std::tuple<Tensor, Tensor> tables(
+    const Tensor& inv_freq, const Tensor& positions, double scale, int64_t dtype, int64_t layout) {
+  constexpr const char* name = "tables";
+  STD_TORCH_CHECK(
+      positions.is_cuda() && inv_freq.is_cuda() && inv_freq.get_device_index() == positions.get_device_index(), name,
+      ": expected inv_freq and positions on one GPU");
+  STD_TORCH_CHECK(
+      inv_freq.dim() == 1 && positions.dim() == 2, name, ": inv_freq has ", inv_freq.dim(), " dimensions and positions ",
+      positions.dim(), "; expected 1 and 2");
+  const bool of_64_bits = positions.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(
+      of_64_bits || positions.scalar_type() == ScalarType::Int, name, ": positions are neither int64 nor int32");
+  STD_TORCH_CHECK(dtype >= FLOAT32 && dtype <= FLOAT16, name, ": dtype is ", dtype, "; expected 0 to 2");
+  STD_TORCH_CHECK(layout >= 0 && layout < LAYOUTS, name, ": layout is ", layout, "; expected 0 to 2");
+
+  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}; // by Dtype
+  const int64_t pairs = inv_freq.size(0), width = layout == PAIRS ? pairs : 2 * pairs;
+  const int64_t batches = positions.size(0), tokens = positions.size(1), row = std::max<int64_t>(width, 1);
+  const std::array<int64_t, 3> sizes{batches, tokens, width}, strides{std::max<int64_t>(tokens, 1) * row, row, 1};
+  const auto made = [&] { return new_strided(3, sizes.data(), strides.data(), types[dtype], positions.get_device_index()); };
+  const Tensor cos = made(), sin = made();
+  const int64_t of_position = of_64_bits ? 8 : 4;
+  const TablesArgs args{
+      static_cast<const char*>(inv_freq.data_ptr()),
+      static_cast<const char*>(positions.data_ptr()),
+      static_cast<char*>(cos.data_ptr()),
+      static_cast<char*>(sin.data_ptr()),
+      inv_freq.stride(0) * static_cast<int64_t>(inv_freq.element_size()),
+      positions.stride(0) * of_position,
+      positions.stride(1) * of_position,
+      batches * tokens,
+      tokens,
+      pairs,
+      static_cast<float>(scale),
+      dtype_of(inv_freq, name),
+      of_64_bits,
+      static_cast<int>(layout)};
+  if (args.rows * pairs != 0) {
+    const OnDevice device(positions);
+    check_launch(tables(args, static_cast<Dtype>(dtype), device));
+  }
+  return {cos, sin};
+}
+
 } // namespace kernelhub

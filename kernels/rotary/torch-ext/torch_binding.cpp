@@ -7,6 +7,9 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, int heads_dim, int rotary_dim, int form) "
       "-> (Tensor, Tensor)");
+#if defined(CUDA_KERNEL)
+  ops.def("tables(Tensor inv_freq, Tensor positions, float scale, int dtype, int layout) -> (Tensor, Tensor)");
+#endif
 #if defined(CPU_KERNEL)
   ops.def("use_level(int level) -> int");
 #endif
@@ -19,6 +22,9 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
 #endif
   ops.impl("rotate", TORCH_BOX(&kernelhub::rotate));
+#if defined(CUDA_KERNEL)
+  ops.impl("tables", TORCH_BOX(&kernelhub::tables));
+#endif
 }
 
 #if defined(CPU_KERNEL)

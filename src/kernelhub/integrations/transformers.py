@@ -60,7 +60,7 @@ ACTIVATION_LAYERS = (
 )
 # Those for single modules; `RMSNormGatedMLP` is for two.
 DECODER_LAYERS = ("CausalDecoder", "DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP")
-ROTARY_LAYERS = ("rotary_pos_emb",)
+ROTARY_LAYERS = ("rotary_pos_emb", "RotaryEmbedding", "RotaryEmbeddingByLayerType")
 LOSS_LAYERS = ("ForCausalLMLoss",)
 
 # By device, the layers that keep their forward where the mode is of torch.compile: those that inductor computes faster
@@ -152,6 +152,15 @@ def _shape(value: object) -> str:
 @dataclass(frozen=True)
 class Family:
     """Classes whose forward one layer of ours computes; `unfit` says of an instance why the kernel cannot read it.
+def _rotary_tables(module: nn.Module) -> str | None:
+    """Its frequencies, or those of one of its kinds of layers, stay as they are, whatever the positions."""
+    rope_type = getattr(module, "rope_type", None)
+    types = list(rope_type.values()) if isinstance(rope_type, Mapping) else [rope_type]
+    if any(isinstance(one, str) and "dynamic" not in one and one != "longrope" for one in types):
+        return None
+    return f"its rope_type is {rope_type!r}; the kernel knows those whose frequencies do not change with the positions"
+
+
 
     `calls_children`: its kernel reads no weights, and calls each child as a module: hooks and adapters run.
     """
@@ -349,6 +358,60 @@ FAMILIES = (
     Family("LayerNorm", "LayerNorm", _layer_norm, TORCH),
     Family("SiLU", "SiLU", _out_of_place, TORCH),
     Family("TorchGELU", "GELU", _torch_gelu, TORCH),
+    Family(
+        "RotaryEmbedding",
+        """
+        AXK1RotaryEmbedding AXK2RotaryEmbedding AfmoeRotaryEmbedding ApertusRotaryEmbedding ArceeRotaryEmbedding
+        AriaTextRotaryEmbedding BailingHybridRotaryEmbedding BambaRotaryEmbedding BitNetRotaryEmbedding
+        BltRotaryEmbedding ChameleonRotaryEmbedding Cohere2MoeRotaryEmbedding Cohere2RotaryEmbedding
+        CohereRotaryEmbedding CsmRotaryEmbedding CwmRotaryEmbedding DbrxRotaryEmbedding
+        DeepseekOcr2TextRotaryEmbedding DeepseekOcr2VisionRotaryEmbedding DeepseekV32RotaryEmbedding
+        DeepseekV3RotaryEmbedding DiaRotaryEmbedding DiffLlamaRotaryEmbedding DogeRotaryEmbedding
+        Dots1RotaryEmbedding Emu3RotaryEmbedding Ernie4_5RotaryEmbedding Ernie4_5_MoeRotaryEmbedding
+        EsmcRotaryEmbedding EuroBertRotaryEmbedding EvollaRotaryEmbedding Exaone4RotaryEmbedding
+        ExaoneMoeRotaryEmbedding FalconH1RotaryEmbedding FalconRotaryEmbedding FlexOlmoRotaryEmbedding
+        FlintRotaryEmbedding GPTNeoXJapaneseRotaryEmbedding GPTNeoXRotaryEmbedding Gemma2RotaryEmbedding
+        GemmaRotaryEmbedding Glm4MoeLiteRotaryEmbedding Glm4MoeRotaryEmbedding Glm4RotaryEmbedding
+        GlmAsrRotaryEmbedding GlmMoeDsaRotaryEmbedding GlmRotaryEmbedding GptOssRotaryEmbedding
+        GradiumPhononTTSRotaryEmbedding Granite4VisionTextRotaryEmbedding GraniteMoeHybridRotaryEmbedding
+        GraniteMoeRotaryEmbedding GraniteMoeSWARotaryEmbedding GraniteMoeSharedRotaryEmbedding
+        GraniteRotaryEmbedding GraniteSWARotaryEmbedding GteRotaryEmbedding HYV3RotaryEmbedding
+        HYV4RotaryEmbedding HeliumRotaryEmbedding HiggsAudioV2RotaryEmbedding HrmTextRotaryEmbedding
+        HunYuanDenseV1RotaryEmbedding HunYuanMoEV1RotaryEmbedding HyperCLOVAXRotaryEmbedding
+        IdeficsRotaryEmbedding Jais2RotaryEmbedding JetMoeRotaryEmbedding JinaEmbeddingsV3RotaryEmbedding
+        Kolibri1RotaryEmbedding KyutaiSpeechToTextRotaryEmbedding LasrEncoderRotaryEmbedding
+        Lfm2MoeRotaryEmbedding Lfm2RotaryEmbedding LlamaRotaryEmbedding LongcatFlashRotaryEmbedding
+        MimiRotaryEmbedding MiniCPM3RotaryEmbedding MiniMaxM2RotaryEmbedding MiniMaxM3VLRotaryEmbedding
+        MiniMaxRotaryEmbedding Ministral3RotaryEmbedding MinistralRotaryEmbedding Mistral4RotaryEmbedding
+        MistralRotaryEmbedding MixtralRotaryEmbedding MllamaRotaryEmbedding Molmo2RotaryEmbedding
+        MoonshineRotaryEmbedding MoonshineStreamingRotaryEmbedding MoshiRotaryEmbedding
+        MuseGlimmerAssistantRotaryEmbedding MuseGlimmerTextRotaryEmbedding MuseSparkTextRotaryEmbedding
+        NanoChatRotaryEmbedding Nemotron3DiarizationRotaryEmbedding Nemotron3_5TranscribeRotaryEmbedding
+        NemotronRotaryEmbedding NeuCodecRotaryEmbedding NomicBertRotaryEmbedding Olmo2RotaryEmbedding
+        OlmoHybridRotaryEmbedding OlmoRotaryEmbedding OlmoeRotaryEmbedding OpenAIPrivacyFilterRotaryEmbedding
+        PeAudioEncoderRotaryEmbedding PeAudioVideoEncoderRotaryEmbedding PeVideoEncoderRotaryEmbedding
+        PersimmonRotaryEmbedding Phi3RotaryEmbedding Phi4MultimodalRotaryEmbedding PhiRotaryEmbedding
+        PocketTTSAudioTokenizerRotaryEmbedding PocketTTSRotaryEmbedding Qwen2MoeRotaryEmbedding
+        Qwen2RotaryEmbedding Qwen2_5OmniDiTRotaryEmbedding Qwen3MoeRotaryEmbedding Qwen3NextRotaryEmbedding
+        Qwen3OmniMoeRotaryEmbedding Qwen3RotaryEmbedding RecurrentGemmaRotaryEmbedding SeedOssRotaryEmbedding
+        SmolLM3RotaryEmbedding SolarOpenRotaryEmbedding StableLmRotaryEmbedding Starcoder2RotaryEmbedding
+        T5GemmaRotaryEmbedding TimesFm2_5RotaryEmbedding UnlimitedOcrTextRotaryEmbedding
+        VaultGemmaRotaryEmbedding VoxtralRealtimeRotaryEmbedding Xcodec2RotaryEmbedding YoutuRotaryEmbedding
+        Zamba2RotaryEmbedding
+        """,
+        _rotary_tables,
+    ),
+    Family(
+        "RotaryEmbeddingByLayerType",
+        """
+        BeamRotaryEmbedding DeepseekV4RotaryEmbedding DiffusionGemmaTextRotaryEmbedding
+        EmbeddingGemma2RotaryEmbedding Gemma3RotaryEmbedding Gemma3nRotaryEmbedding Gemma4TextRotaryEmbedding
+        Gemma4UnifiedTextRotaryEmbedding LagunaRotaryEmbedding MellumRotaryEmbedding MiMoV2FlashRotaryEmbedding
+        ModernBertDecoderRotaryEmbedding ModernBertRotaryEmbedding Olmo3RotaryEmbedding Step3p7RotaryEmbedding
+        T5Gemma2RotaryEmbedding UltrabertRotaryEmbedding ZayaRotaryEmbedding
+        """,
+        _rotary_tables,
+    ),
     Family("Mish", "Mish", _out_of_place, TORCH),
     Family("Tanh", "Tanh", _nothing, TORCH),
 )

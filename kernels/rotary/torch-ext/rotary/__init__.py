@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from . import layers
 from .functions import apply_rotary
+from .tables import rotary_tables
 
-__all__ = ["apply_rotary", "layers"]
+__all__ = ["apply_rotary", "layers", "rotary_tables"]

@@ -1,7 +1,9 @@
-"""Which formula a function has that is marked as `rotary_pos_emb`.
+"""Which formula a function has that is marked as `rotary_pos_emb`, or a module that makes its tables.
 
 transformers 5.22 marks functions of six formulas by this one name: they differ in what makes a pair, in the direction, in
 where they round, in the dtype of the result, and in the width of cos and sin. So a function is asked, once, with a few numbers.
+So is a class that makes tables, of which there are those of three layouts, and those whose result is float32 whatever the
+dtype.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,17 +21,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .compiled import INTERLEAVED, INVERSE, ROUND_ONCE
 from .functions import apply_rotary
+from .tables import HALVES, NEIGHBOURS, PAIRS, rotary_tables
 
-__all__ = ["CAST_BACK", "PAIRED", "UNKNOWN", "is_static", "of"]
+__all__ = ["CAST_BACK", "IN_FLOAT32", "PAIRED", "UNKNOWN", "is_static", "of", "of_tables"]
 
 # Beside INTERLEAVED, INVERSE and ROUND_ONCE, which say what it is with tables of the elements' dtype:
 CAST_BACK = 16  # with float32 tables the result has q's dtype, not float32
 PAIRED = 32  # cos and sin have one element for each pair
 UNKNOWN = -1
+# Beside a layout of `tables.py`: the tables are float32, whatever dtype the model computes in.
+IN_FLOAT32 = 4
 
 _FORMS = tuple(sum(bits) for bits in itertools.product((0, INTERLEAVED), (0, INVERSE), (0, ROUND_ONCE)))
 _Function = Callable[..., tuple[Tensor, Tensor]]
 _known: dict[type, int] = {}
+_known_tables: dict[type, int] = {}
 
 
 def of(cls: type[nn.Module]) -> int:
@@ -49,8 +56,21 @@ def is_static(cls: type[nn.Module]) -> bool:
     return isinstance(inspect.getattr_static(cls, "forward"), staticmethod)
 
 
+def of_tables(cls: type[nn.Module]) -> int:
+    """How the class's forward lays out its tables, and IN_FLOAT32 or not; UNKNOWN where it does something else.
+
+    It is asked in the place of a module of a static rope type, which reads no more than the layers here do.
+    """
+    found = _known_tables.get(cls)
+    if found is None:
+        with _disable_current_modes():
+            found = _known_tables[cls] = _tables_formula(cls)
+    return found
+
+
 # What dynamo would otherwise trace into. `torch.compiler.assume_constant_result` does just this, and imports dynamo: 1 s.
 of._dynamo_marked_constant = True
+of_tables._dynamo_marked_constant = True
 is_static._dynamo_marked_constant = True
 
 
@@ -112,3 +132,37 @@ def _numbers() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         numbers(2, 3, 8, start=301, dtype=torch.float32),
         numbers(2, 3, 8, start=401, dtype=torch.float32),
     )
+
+
+def _tables_formula(cls: type[nn.Module]) -> int:
+    for layout in (HALVES, NEIGHBOURS, PAIRS):
+        for in_float32 in (0, IN_FLOAT32):
+            if all(_makes(cls, layout, dtype, in_float32) for dtype in (torch.bfloat16, torch.float32)):
+                return layout | in_float32
+    return UNKNOWN
+
+
+def _makes(cls: type[nn.Module], layout: int, dtype: torch.dtype, in_float32: int) -> bool:
+    """Whether the class's forward makes the tables of that layout for x of that dtype."""
+    inv_freq = _numbers()[2][0, 0, :6].abs()
+    positions = torch.tensor([[3, 1, 700], [0, 2, 100_000]], device="cpu")
+    x = torch.zeros(2, 3, 4, dtype=dtype, device="cpu")
+    forward: Any = cls.forward
+    try:
+        if "layer_type" in inspect.signature(forward).parameters:
+            module = SimpleNamespace(rope_type={"a": "default"}, a_inv_freq=inv_freq, a_attention_scaling=1.25)
+            got = forward(module, x, positions, "a")
+        else:
+            module = SimpleNamespace(rope_type="default", inv_freq=inv_freq, attention_scaling=1.25)
+            got = forward(module, x, positions)
+    except Exception:  # noqa: BLE001 - whatever it raises, it reads or does something else
+        return False
+    expected = rotary_tables(
+        inv_freq,
+        positions,
+        1.25,
+        torch.float32 if in_float32 else dtype,
+        interleaved=layout == NEIGHBOURS,
+        paired=layout == PAIRS,
+    )
+    return _same(got, expected)

@@ -1,4 +1,4 @@
-"""The rotation as one Triton kernel, over q's heads and k's."""
+"""The rotation as one Triton kernel, over q's heads and k's, and the tables as another."""
 
 from __future__ import annotations
 
@@ -93,3 +93,33 @@ def rotate(
             k_heads, k_width, k_head, k_out_head, cos_first, cos_second, sin_first, sin_second, (part - of_q) * BLOCK_H,
             rotary, one, INTERLEAVED, ROUNDS, BLOCK_H, BLOCK_P,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "position_batch"])
+def tables(
+    inv_freq_ptr, positions_ptr, cos_ptr, sin_ptr, rows, tokens, pairs, step, position_batch, position_token, scale,
+    LAYOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R tokens, BLOCK_P of their pairs. LAYOUT is of `tables.py`."""
+    T: tl.constexpr = cos_ptr.dtype.element_ty
+    parts = tl.cdiv(pairs, BLOCK_P)
+    row = (tl.program_id(0) // parts).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    pair = tl.program_id(0) % parts * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    inside = (row < rows) & (pair < pairs)
+    at = row // tokens * position_batch + row % tokens * position_token
+    position = tl.load(positions_ptr + at, mask=row < rows, other=0).to(tl.float32)
+    angle = position * tl.load(inv_freq_ptr + pair * step, mask=pair < pairs, other=0.0).to(tl.float32)
+    # Nothing is added here, so there is nothing that the compiler could round once less.
+    factor = tl.cast(scale, tl.float32)
+    cos, sin = (tl.cos(angle) * factor).to(T), (tl.sin(angle) * factor).to(T)
+    if LAYOUT == 0:
+        first, second = row * (2 * pairs) + pair, row * (2 * pairs) + pairs + pair
+    elif LAYOUT == 1:
+        first, second = row * (2 * pairs) + 2 * pair, row * (2 * pairs) + 2 * pair + 1
+    else:
+        first, second = row * pairs + pair, row * pairs + pair
+    tl.store(cos_ptr + first, cos, mask=inside)
+    tl.store(sin_ptr + first, sin, mask=inside)
+    if LAYOUT != 2:
+        tl.store(cos_ptr + second, cos, mask=inside)
+        tl.store(sin_ptr + second, sin, mask=inside)

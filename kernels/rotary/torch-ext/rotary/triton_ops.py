@@ -1,4 +1,4 @@
-"""The op of `compiled.py` as a Triton kernel, registered when this module is imported, which needs Triton.
+"""The ops of `compiled.py` and `tables.py` as Triton kernels, registered when this module is imported, which needs Triton.
 
 Nothing is tuned: how many heads a program has is fixed by their width.
 """
@@ -61,10 +61,35 @@ def rotate(
     return found
 
 
+_RESULTS = (torch.float32, torch.bfloat16, torch.float16)  # by number, as in tables.py
+
+
+def _new_tables(inv_freq: Tensor, positions: Tensor, dtype: int, layout: int) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, inv_freq.shape[0] * (1 if layout == 2 else 2))
+    return positions.new_empty(shape, dtype=_RESULTS[dtype]), positions.new_empty(shape, dtype=_RESULTS[dtype])
+
+
+def tables(inv_freq: Tensor, positions: Tensor, scale: float, dtype: int, layout: int) -> tuple[Tensor, Tensor]:
+    found = _new_tables(inv_freq, positions, dtype, layout)
+    (batches, tokens), pairs = positions.shape, inv_freq.shape[0]
+    rows = batches * tokens
+    if rows == 0 or pairs == 0:
+        return found
+    across = min(1 << max(pairs - 1, 0).bit_length(), _TOGETHER)
+    together = 1 if tokens == 1 else max(256 // across, 1)
+    programs = (rows + together - 1) // together * ((pairs + across - 1) // across)
+    launch(
+        kernels.tables, programs, positions, inv_freq, positions, *found, rows, tokens, pairs, inv_freq.stride(0),
+        *positions.stride(), float(scale), LAYOUT=layout, BLOCK_R=together, BLOCK_P=across, num_warps=4,
+    )  # fmt: skip
+    return found
+
+
 def probe(device: torch.device) -> None:
-    """Compile and run the smallest rotation."""
+    """Compile and run the smallest rotation, and the smallest tables."""
     x = torch.ones(1, 1, 16, dtype=torch.bfloat16, device=device)
     rotate(x, x, x[0], x[0], 0, 16, 0)
+    tables(x[0, 0], torch.ones(1, 1, dtype=torch.int64, device=device), 1.0, 1, 0)
     torch.get_device_module(device).synchronize(device)
 
 
@@ -72,4 +97,8 @@ if not hasattr(ops, "triton_rotate"):  # it is there where this build was import
     torch.library.triton_op(add_op_namespace_prefix("triton_rotate"), rotate, mutates_args=()).register_fake(
         lambda q, k, *_: (_like(q), _like(k))
     )
+    torch.library.triton_op(add_op_namespace_prefix("triton_tables"), tables, mutates_args=()).register_fake(
+        lambda inv_freq, positions, scale, dtype, layout: _new_tables(inv_freq, positions, dtype, layout)  # noqa: ARG005
+    )
 register("rotate", ops.triton_rotate.default, rotate)
+register("tables", ops.triton_tables.default, tables)
