@@ -90,16 +90,17 @@ def _with_pytorch(
 ) -> tuple[Tensor, Tensor]:
     # The models' own operations, but each angle once, and none that changes nothing. An integer times a float32 is one of
     # the float32 nearest to it, as `.float()` makes it.
-    angles = (positions if positions.dtype in _INTEGERS else positions.float())[..., None] * inv_freq.float()
+    angles = (positions if positions.dtype in _INTEGERS else positions.float()).unsqueeze(-1) * inv_freq.float()
     cos, sin = angles.cos(), angles.sin()
     if scale != 1:
         cos, sin = cos * scale, sin * scale
-    cos, sin = cos.to(dtype), sin.to(dtype)
+    if dtype is not torch.float32:
+        cos, sin = cos.to(dtype), sin.to(dtype)
     if layout == PAIRS:
         return cos, sin
     if layout == HALVES:
-        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
-    return torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((sin, sin), dim=-1).flatten(-2)
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    return torch.stack((cos, cos), -1).flatten(-2), torch.stack((sin, sin), -1).flatten(-2)
 
 
 def _register_shapes() -> None:
