@@ -59,14 +59,33 @@ ACTIVATION_LAYERS = (
     "TorchGELU",
 )
 # Those for single modules; `RMSNormGatedMLP` is for two.
-DECODER_LAYERS = ("CausalDecoder", "DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP")
+DECODER_LAYERS = (
+    "CausalDecoder",
+    "DecoderLayer",
+    "GatedFeedForward",
+    "GatedMLP",
+    "PackedGatedMLP",
+    "RotaryAttention",
+    "WindowedRotaryAttention",
+)
 ROTARY_LAYERS = ("rotary_pos_emb", "RotaryEmbedding", "RotaryEmbeddingByLayerType")
 LOSS_LAYERS = ("ForCausalLMLoss",)
 
-# By device, the layers that keep their forward where the mode is of torch.compile: those that inductor computes faster
-# together with what stands around them. In a Llama of 2048 x 8192 on an H200 it adds and norms in one pass, both before and
-# after the sum (benchmarks/NOTES.md, "Compiled").
-LEFT_TO_INDUCTOR = {"cuda": ("RMSNorm",)}
+# By device, the layers that keep their forward under torch.compile, and in which of the two modes: those that inductor
+# computes faster together with what stands around them. On an H200 it adds and norms in one pass, also before the sum, which
+# loses less than the kernels save only for the zero-centred norm in inference (benchmarks/NOTES.md, "Compiled"). A layer can be
+# left in both modes or in training: a kernel for training serves inference, too.
+ALWAYS = (Mode.INFERENCE, Mode.TRAINING)
+LEFT_TO_INDUCTOR: Mapping[str, Mapping[str, tuple[Mode, ...]]] = {
+    "cuda": {
+        "LayerNorm": ALWAYS,
+        "RMSNorm": ALWAYS,
+        "RMSNormZeroCentered": (Mode.TRAINING,),
+        # Tables of cosines and sines, of which it makes one kernel by itself.
+        "RotaryEmbedding": ALWAYS,
+        "RotaryEmbeddingByLayerType": ALWAYS,
+    }
+}
 
 
 # What a kernel reads of a module, and why it could not
@@ -141,6 +160,15 @@ def _out_of_place(module: nn.Module) -> str | None:
     return "it writes to its input (inplace)" if getattr(module, "inplace", False) else None
 
 
+def _rotary_tables(module: nn.Module) -> str | None:
+    """Its frequencies, or those of one of its kinds of layers, stay as they are, whatever the positions."""
+    rope_type = getattr(module, "rope_type", None)
+    types = list(rope_type.values()) if isinstance(rope_type, Mapping) else [rope_type]
+    if any(isinstance(one, str) and "dynamic" not in one and one != "longrope" for one in types):
+        return None
+    return f"its rope_type is {rope_type!r}; the kernel knows those whose frequencies do not change with the positions"
+
+
 def _nothing(module: nn.Module) -> str | None:  # noqa: ARG001 - checks get it
     return None
 
@@ -152,15 +180,6 @@ def _shape(value: object) -> str:
 @dataclass(frozen=True)
 class Family:
     """Classes whose forward one layer of ours computes; `unfit` says of an instance why the kernel cannot read it.
-def _rotary_tables(module: nn.Module) -> str | None:
-    """Its frequencies, or those of one of its kinds of layers, stay as they are, whatever the positions."""
-    rope_type = getattr(module, "rope_type", None)
-    types = list(rope_type.values()) if isinstance(rope_type, Mapping) else [rope_type]
-    if any(isinstance(one, str) and "dynamic" not in one and one != "longrope" for one in types):
-        return None
-    return f"its rope_type is {rope_type!r}; the kernel knows those whose frequencies do not change with the positions"
-
-
 
     `calls_children`: its kernel reads no weights, and calls each child as a module: hooks and adapters run.
     """
@@ -314,6 +333,24 @@ FAMILIES = (
         _gated_mlp("act"),
     ),
     Family(
+        "RotaryAttention",
+        """
+        ArceeAttention AriaTextAttention BambaAttention Cosmos3EdgeTextAttention CsmAttention
+        DeepseekOcr2TextAttention DiaSelfAttention Emu3Attention EuroBertAttention GemmaAttention
+        GradiumPhononTTSAttention Granite4VisionTextAttention GraniteAttention GraniteMoeAttention
+        GraniteMoeSharedAttention HiggsAudioV2Attention HyperCLOVAXAttention Jais2Attention LlamaAttention
+        NemotronAttention PhimoeAttention PocketTTSAttention Qwen2MoeAttention SolarOpenAttention
+        UnlimitedOcrTextAttention
+        """,
+    ),
+    Family(
+        "WindowedRotaryAttention",
+        """
+        CwmAttention DeepseekOcr2VisionAttention MiniMaxAttention MinistralAttention MistralAttention
+        MixtralAttention Qwen2Attention VoxtralRealtimeAttention VoxtralRealtimeTextAttention
+        """,
+    ),
+    Family(
         "DecoderLayer",
         """
         AXK1DecoderLayer AXK2DecoderLayer ArceeDecoderLayer AriaTextDecoderLayer BitNetDecoderLayer
@@ -347,17 +384,6 @@ FAMILIES = (
         """,
         calls_children=True,
     ),
-    Family("SiLU", "SiLUActivation"),
-    Family("GeLU", "GELUActivation", _calls_torch),
-    Family("GeluTanh", "GELUTanh"),
-    Family("NewGELU", "NewGELUActivation AccurateGELUActivation"),
-    Family("FastGELU", "FastGELUActivation"),
-    Family("QuickGELU", "QuickGELUActivation"),
-    Family("Mish", "MishActivation"),
-    Family("ReLUSquared", "ReLUSquaredActivation"),
-    Family("LayerNorm", "LayerNorm", _layer_norm, TORCH),
-    Family("SiLU", "SiLU", _out_of_place, TORCH),
-    Family("TorchGELU", "GELU", _torch_gelu, TORCH),
     Family(
         "RotaryEmbedding",
         """
@@ -412,6 +438,17 @@ FAMILIES = (
         """,
         _rotary_tables,
     ),
+    Family("SiLU", "SiLUActivation"),
+    Family("GeLU", "GELUActivation", _calls_torch),
+    Family("GeluTanh", "GELUTanh"),
+    Family("NewGELU", "NewGELUActivation AccurateGELUActivation"),
+    Family("FastGELU", "FastGELUActivation"),
+    Family("QuickGELU", "QuickGELUActivation"),
+    Family("Mish", "MishActivation"),
+    Family("ReLUSquared", "ReLUSquaredActivation"),
+    Family("LayerNorm", "LayerNorm", _layer_norm, TORCH),
+    Family("SiLU", "SiLU", _out_of_place, TORCH),
+    Family("TorchGELU", "GELU", _torch_gelu, TORCH),
     Family("Mish", "Mish", _out_of_place, TORCH),
     Family("Tanh", "Tanh", _nothing, TORCH),
 )
@@ -485,17 +522,17 @@ def mark(model: nn.Module) -> Marks:
 def default_mapping() -> KernelMapping:
     """The kernels that come with this package, for every layer that they have and every device that they run on.
 
-    Under torch.compile those of `LEFT_TO_INDUCTOR` are for no mode: the layers keep their forward.
+    Under torch.compile those of `LEFT_TO_INDUCTOR` are not for the modes named there: the layers keep their forward.
     """
     return _mapping(LEFT_TO_INDUCTOR)
 
 
-def _mapping(left: Mapping[str, tuple[str, ...]]) -> KernelMapping:
-    """Each is registered for whatever nothing else serves; those of `left` for the modes without torch.compile."""
+def _mapping(left: Mapping[str, Mapping[str, tuple[Mode, ...]]]) -> KernelMapping:
+    """Each is registered for whatever nothing else serves; those of `left` for the modes that are not left."""
     return {
         layer: {
             device: _for_modes(
-                LayerRepository(f"kernelhub/{kernel}", layer_name=layer, version=1), left=layer in left.get(device, ())
+                LayerRepository(f"kernelhub/{kernel}", layer_name=layer, version=1), left.get(device, {}).get(layer, ())
             )
             for device in DEVICES
         }
@@ -510,8 +547,11 @@ def _mapping(left: Mapping[str, tuple[str, ...]]) -> KernelMapping:
     }
 
 
-def _for_modes(repository: LayerRepository, *, left: bool) -> LayerRepository | dict[Mode, LayerRepository]:
-    return {Mode.INFERENCE: repository, Mode.TRAINING: repository} if left else repository
+def _for_modes(repository: LayerRepository, left: tuple[Mode, ...]) -> LayerRepository | dict[Mode, LayerRepository]:
+    if not left:
+        return repository
+    compiled = (mode | Mode.TORCH_COMPILE for mode in ALWAYS if mode not in left)
+    return dict.fromkeys((*ALWAYS, *compiled), repository)
 
 
 def kernelize_pretrained(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compiled
+from . import compiled, hopper
+from .attention import added, attention
 from .functions import (
     FORMS,
     FORMULAS,
@@ -24,7 +25,16 @@ from .gated import gated_mlp
 from .model import CausalDecoder
 from .plain import linears, runs, takes
 
-__all__ = ["CausalDecoder", "DecoderLayer", "GatedFeedForward", "GatedMLP", "PackedGatedMLP", "RMSNormGatedMLP"]
+__all__ = [
+    "CausalDecoder",
+    "DecoderLayer",
+    "GatedFeedForward",
+    "GatedMLP",
+    "PackedGatedMLP",
+    "RMSNormGatedMLP",
+    "RotaryAttention",
+    "WindowedRotaryAttention",
+]
 
 
 # The kernels' forwards that compute what the modules' own do: a module that runs one of them may be passed by.
@@ -150,11 +160,56 @@ class RMSNormGatedMLPLayout(nn.Module):
             raise TypeError(f"the activation is {self.product}; expected one of {', '.join(PRODUCTS)}")
 
 
+class RotaryAttention(nn.Module):
+    """As Llama has it: `o_proj` of the attention of q and k, turned, and v.
+
+    With gradients, of plain linear layers, it reads the weights of `q_proj`, `k_proj` and `v_proj`, and has a backward of
+    its own: see `attention.py`; where there is an op for the three products and the rotary embedding, without gradients
+    too. Anything else the forward of the class computes.
+    """
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, False)
+
+
+class WindowedRotaryAttention(nn.Module):
+    """As Mistral and Qwen2 have it: `RotaryAttention` with a window, the layer's own or the configuration's."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, True)
+
+
+# By the names that layers are marked with, whether they have a window.
+_ATTENTIONS = {"RotaryAttention": False, "WindowedRotaryAttention": True}
+_ATTENTION_FORWARDS = (RotaryAttention.forward, WindowedRotaryAttention.forward)
+
+
 class DecoderLayer(nn.Module):
     """Attention and MLP, each after an RMS norm and with a residual add; the add after the attention is one with the norm.
 
     Reads `post_attention_layernorm` (an RMS norm as Llama has it) and the projections of a gated `mlp`, and calls
-    `input_layernorm`, `self_attn` and any other `mlp`.
+    `input_layernorm`, `self_attn` and any other `mlp`. Where an op adds a product to the residual, it reads the projections
+    of a `self_attn` marked as `RotaryAttention`, too, and that op is the add.
     """
 
     can_torch_compile = True
@@ -172,22 +227,30 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         parts = self._modules
         normed, residual = _norm_and_input(parts["input_layernorm"], hidden_states)
-        attended, _ = parts["self_attn"](
-            hidden_states=normed,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        made = None
+        if hopper.may_take(normed) and position_embeddings is not None:
+            options = {"position_ids": position_ids, "use_cache": use_cache, **kwargs}
+            made = _added(
+                parts["self_attn"], normed, residual, position_embeddings, attention_mask, past_key_values, options
+            )
+        attended, is_sum = made or (None, False)
+        if attended is None:
+            attended, _ = parts["self_attn"](
+                hidden_states=normed,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
         between, mlp = parts["post_attention_layernorm"], parts["mlp"]
         product = _gated(mlp)
         weights = None if product is None else linears(mlp, "gate_proj", "up_proj", "down_proj")
         weight = between._parameters.get("weight") if _is_llamas(between) else None
-        if weight is None:
-            residual = residual + attended
-            normed = between(residual)
+        if is_sum or weight is None:
+            residual = attended if is_sum else residual + attended
+            normed, residual = _norm_and_input(between, residual)
         else:
             eps = _epsilon(between)
             if weights is not None and compiled.takes(attended, weights, product, weight, residual):
@@ -201,6 +264,25 @@ class DecoderLayer(nn.Module):
 def _is_llamas(module: nn.Module) -> bool:
     """Whether it is an RMS norm of Llama's formula, by its mark, that nobody listens to; any other is to be called."""
     return getattr(type(module), "kernel_layer_name", None) == "RMSNorm" and runs(module, *_NORMS)
+
+
+def _added(
+    module: nn.Module,
+    normed: Tensor,
+    residual: Tensor,
+    tables: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    cache: Any,
+    options: dict[str, Any],
+) -> tuple[Tensor, bool] | None:
+    """What the attention gives, and whether the residual is in it; None where it is to be called as a module.
+
+    Where there is an op that adds a product, for an attention of ours that nobody listens to.
+    """
+    windowed = _ATTENTIONS.get(getattr(type(module), "kernel_layer_name", None))
+    if windowed is None or not runs(module, *_ATTENTION_FORWARDS):
+        return None
+    return added(module, normed, residual, tables, mask, cache, options, windowed)
 
 
 def _norm_and_input(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

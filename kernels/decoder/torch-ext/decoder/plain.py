@@ -5,6 +5,7 @@ Looked at in every call, because hooks, other forwards and other weights may com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as everywhere
 
-__all__ = ["Projections", "Weights", "linears", "runs", "takes"]
+__all__ = ["Projections", "Weights", "attention_linears", "linears", "runs", "takes", "takes_projections"]
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -38,7 +39,10 @@ class Weights(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """The weights of an attention's projections: (heads * head_dim, hidden) the first three, the other way round the last."""
+    """The weights of an attention's projections: (heads * head_dim, hidden) the first three, the other way round the last.
+
+    The last is None where it is to be called as a module.
+    """
 
     q: Tensor
     q_bias: Tensor | None
@@ -46,7 +50,7 @@ class Projections(NamedTuple):
     k_bias: Tensor | None
     v: Tensor
     v_bias: Tensor | None
-    o: Tensor
+    o: Tensor | None
     o_bias: Tensor | None
 
 
@@ -61,6 +65,17 @@ def linears(mlp: nn.Module, gate: str, up: str | None, down: str) -> Weights | N
     if first is None or second is None or last is None:
         return None
     return Weights(*first, *second, *last)
+
+
+def attention_linears(attention: nn.Module) -> Projections | None:
+    """The weights of `q_proj`, `k_proj`, `v_proj`, if they are plain linear layers that nobody listens to, and of `o_proj` if it is."""
+    if any(_HOOKS_OF_ALL):
+        return None
+    parts = attention._modules
+    q, k, v = _linear(parts.get("q_proj")), _linear(parts.get("k_proj")), _linear(parts.get("v_proj"))
+    if q is None or k is None or v is None:
+        return None
+    return Projections(*q, *k, *v, *(_linear(parts.get("o_proj")) or (None, None)))
 
 
 def _linear(module: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
@@ -98,22 +113,52 @@ def runs(module: nn.Module, *forwards: Any) -> bool:
 
 
 def takes(x: Tensor, weights: Weights) -> bool:
-    """Whether x, (..., hidden), and the weights are plain tensors of one dtype, which nothing casts or transforms.
+    """Whether x, (..., hidden), and the weights are plain tensors of one dtype, which nothing casts or transforms."""
+    return (
+        x.dim() >= 2
+        and _are_plain(x, weights)
+        and weights.gate.layout is torch.strided
+        and weights.down.layout is torch.strided
+    )
+
+
+def takes_projections(x: Tensor, projections: Projections, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
+    """Whether x, (batch, tokens, hidden), the weights of q, k and v, and cos and sin, (batch or 1, tokens, head_dim), are such.
+
+    Not where cos or sin needs a gradient.
+    """
+    if x.dim() != 3 or not isinstance(cos, Tensor) or not isinstance(sin, Tensor) or cos.dim() != 3:
+        return False
+    batches, tokens, width = cos.shape
+    return (
+        width == head_dim
+        and head_dim % 2 == 0
+        and tokens == x.shape[1]
+        and (batches == 1 or batches == x.shape[0])
+        and sin.shape == cos.shape
+        and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
+        and _are_plain(x, (*projections[:6], cos, sin))
+        and projections.q.layout is torch.strided
+        and projections.k.layout is torch.strided
+        and projections.v.layout is torch.strided
+    )
+
+
+def _are_plain(x: Tensor, others: Sequence[Tensor | None]) -> bool:
+    """Whether all are plain tensors of one dtype, which nothing casts or transforms.
 
     Subclasses (DTensor, quantised ones) know their own ways; there are no rules for `torch.func` and forward-mode AD;
     programs of `torch.jit.trace` have no place for an `autograd.Function`.
     """
     dtype = x.dtype
-    if type(x) not in _PLAIN or dtype not in _DTYPES or x.dim() < 2:
+    if type(x) not in _PLAIN or dtype not in _DTYPES:
         return False
-    for weight in weights:
-        if weight is not None and (type(weight) not in _PLAIN or weight.dtype is not dtype):
+    for other in others:
+        if other is not None and (type(other) not in _PLAIN or other.dtype is not dtype):
             return False
     return not (
         torch.is_autocast_enabled(x.device.type)
         or _transforms_active()
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()
-        or weights.gate.layout is not torch.strided
-        or weights.down.layout is not torch.strided
     )

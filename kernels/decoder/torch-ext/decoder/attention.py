@@ -1,0 +1,271 @@
+"""An attention's projections and its rotary embedding as one, with a backward of their own; and what comes before `o_proj`.
+
+The backward turns the gradients of q and k back in one call, and makes the input's gradient in one place: the products of
+k and v are added where that of q lies. PyTorch's engine makes three tensors, and adds them in two passes more.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.utils._python_dispatch import _disable_current_modes
+
+from kernelhub import get_kernel_dep
+
+from . import hopper
+from .plain import Projections, attention_linears, runs, takes_projections
+
+rotary = get_kernel_dep("kernelhub/rotary")
+
+__all__ = ["add_product", "added", "attention", "rotary"]
+
+# What the forwards call that are of this formula, by the names that their modules have for it.
+_FUNCTION, _ATTENTIONS, _EAGER = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+_LAYER = "rotary_pos_emb"
+_ROTARY = rotary.layers.rotary_pos_emb.forward
+_TRANSPOSED = rotary.compiled.TRANSPOSED
+
+
+# The module
+
+
+def attention(
+    module: nn.Module,
+    x: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    cache: Any,
+    kwargs: dict[str, Any],
+    windowed: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What the forward of the module's class gives; with the module's window among the attention's options if `windowed`."""
+    if may_take(x, tables):
+        projections = attention_linears(module)
+        made = None if projections is None else _projected(module, x, tables, projections)
+        if made is not None:
+            found, weights = _attend(module, *made, mask, cache, kwargs, windowed)
+            return module.o_proj(found), weights
+    return type(module).forward(module, x, tables, mask, cache, **kwargs)
+
+
+def added(
+    module: nn.Module,
+    x: Tensor,
+    residual: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    cache: Any,
+    kwargs: dict[str, Any],
+    windowed: bool,
+) -> tuple[Tensor, bool] | None:
+    """What the module gives for x, added to the residual where one op does both, and whether it is.
+
+    None where the module is to be called.
+    """
+    projections = attention_linears(module)
+    if projections is None or projections.o is None or projections.o_bias is not None:
+        return None
+    made = _projected(module, x, tables, projections)
+    if made is None:
+        return None
+    found, _ = _attend(module, *made, mask, cache, kwargs, windowed)
+    if hopper.takes_add(found, projections.o, residual):
+        return add_product(found, projections.o, residual), True
+    return F.linear(found, projections.o), False
+
+
+def may_take(x: Tensor, tables: Any) -> bool:
+    """Whether it is worth while to look for the weights: there is nothing to gain without gradients but by the op."""
+    return tables is not None and (torch.is_grad_enabled() or hopper.may_take(x))
+
+
+def _projected(
+    module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor] | None, projections: Projections
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """q and k turned, and v, (batch, tokens, heads * head_dim) each; None where the class's forward is to make them.
+
+    That is where the tensors are none that `takes_projections` knows, where the rotary embedding is not Llama's or
+    somebody's kernel stands in for it, and where there is nothing to gain.
+    """
+    cos, sin = tables
+    head_dim = module.head_dim
+    if not takes_projections(x, projections, cos, sin, head_dim) or not _is_llamas(module):
+        return None
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(of is not None and of.requires_grad for of in projections[:6])
+    ):
+        return _Projections.apply(head_dim, x, *projections[:6], cos, sin)
+    if hopper.takes_projections(x, projections, cos, sin, head_dim):
+        return hopper.rotary_projections(x, projections, cos, sin, head_dim)
+    return None
+
+
+def _attend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cache: Any,
+    kwargs: dict[str, Any],
+    windowed: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What the attention gives, (batch, tokens, heads * head_dim): by the functions that the class's forward calls."""
+    scope: dict[str, Any] = type(module).forward.__globals__
+    shape = q.shape[:-1]
+    heads = (*shape, -1, module.head_dim)
+    q, k, v = q.view(heads).transpose(1, 2), k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
+    if cache is not None:
+        k, v = cache.update(k, v, module.layer_idx)
+    interface = scope[_ATTENTIONS].get_interface(module.config._attn_implementation, scope[_EAGER])
+    options = {"sliding_window": _window(module)} if windowed else {}
+    dropout = module.attention_dropout if module.training else 0.0
+    made, weights = interface(module, q, k, v, mask, dropout=dropout, scaling=module.scaling, **options, **kwargs)
+    return made.reshape(*shape, -1).contiguous(), weights
+
+
+def _window(module: nn.Module) -> int | None:
+    """The layer's own, or the one of all layers."""
+    held = module.__dict__  # to ask a module for what it does not have costs microseconds
+    return held["sliding_window"] if "sliding_window" in held else getattr(module.config, "sliding_window", None)
+
+
+# The rotary embedding
+
+
+def _is_llamas(module: nn.Module) -> bool:
+    """Whether the rotary embedding that the class's forward calls is Llama's, by itself or with our kernel."""
+    forward: Any = type(module).forward
+    scope = getattr(forward, "__globals__", {})
+    if _ATTENTIONS not in scope or _EAGER not in scope:  # a forward that somebody wrapped
+        return False
+    function = scope.get(_FUNCTION)
+    if isinstance(function, nn.Module):
+        kind = type(function)
+        return (
+            getattr(kind, "kernel_layer_name", None) == _LAYER
+            and runs(function, _ROTARY)
+            and _is_plain(rotary.formulas.of(kind))
+        )
+    return isinstance(function, FunctionType) and _has_plain_formula(function, forward)
+
+
+def _has_plain_formula(function: FunctionType, forward: FunctionType) -> bool:
+    """Whether it is of the module that the forward is from, not one that somebody put there; asked with a few numbers, once."""
+    if function.__globals__ is not forward.__globals__:
+        return False
+    found = _known.get(function)
+    if found is None:
+        with _disable_current_modes():  # not by the tensors of a trace that may be going on
+            found = _known[function] = _is_plain(rotary.formulas._formula(function))
+    return found
+
+
+# What dynamo would otherwise trace into. `torch.compiler.assume_constant_result` does just this, and imports dynamo: 1 s.
+_has_plain_formula._dynamo_marked_constant = True
+_known: dict[FunctionType, bool] = {}
+
+
+def _is_plain(formula: int) -> bool:
+    """Pairs i and i + head_dim / 2, each product rounded: all else says something of tables of other dtypes."""
+    return formula != rotary.formulas.UNKNOWN and formula & ~rotary.formulas.CAST_BACK == 0
+
+
+def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int, form: int) -> tuple[Tensor, Tensor]:
+    """q and k, (..., heads * head_dim), turned; or with TRANSPOSED as `form`, gradients of turned ones turned back."""
+    q, k = q.unflatten(-1, (-1, head_dim)), k.unflatten(-1, (-1, head_dim))
+    if rotary.compiled.takes(q, k, cos, sin, 2, head_dim, False):
+        q, k = rotary.compiled.rotate(q, k, cos, sin, 2, head_dim, form)
+    elif form:
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        q, k = _turned_back(q, cos, sin), _turned_back(k, cos, sin)
+    else:
+        q, k = rotary.apply_rotary(q, k, cos, sin, 2)
+    return q.flatten(-2), k.flatten(-2)
+
+
+def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = (grad * sin).chunk(2, -1)
+    return grad * cos + torch.cat((second, -first), -1)
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head_dim: int,
+        x: Tensor,
+        q_weight: Tensor,
+        q_bias: Tensor | None,
+        k_weight: Tensor,
+        k_bias: Tensor | None,
+        v_weight: Tensor,
+        v_bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        projections = Projections(q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, None, None)
+        if hopper.takes_projections(x, projections, cos, sin, head_dim):
+            q, k, v = hopper.rotary_projections(x, projections, cos, sin, head_dim)
+        else:
+            q, k, v = F.linear(x, q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
+            q, k = _turned(q, k, cos, sin, head_dim, 0)
+        _, for_x, for_q, _, for_k, _, for_v, *_ = ctx.needs_input_grad
+        kept = x if for_q or for_k or for_v else None
+        weights = (q_weight, k_weight, v_weight) if for_x else (None, None, None)
+        ctx.save_for_backward(kept, *weights, cos, sin)
+        ctx.head_dim = head_dim
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Every operation here is differentiable, but for additions in place.
+        in_place = is_dynamo_compiling() or not torch.is_grad_enabled()
+        x, q_weight, k_weight, v_weight, cos, sin = ctx.saved_tensors
+        _, for_x, *needs = ctx.needs_input_grad
+        shape = q_grad.shape[:-1]
+        q_grad, k_grad = _turned(q_grad, k_grad, cos, sin, ctx.head_dim, _TRANSPOSED)
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in (q_grad, k_grad, v_grad)]
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        found: list[Tensor | None] = []
+        for grad, for_weight, for_bias in zip(grads, needs[:6:2], needs[1:6:2], strict=True):
+            found.append(grad.t().mm(rows) if for_weight else None)
+            found.append(grad.sum(0) if for_bias else None)
+        x_grad = None
+        if for_x:
+            x_grad = grads[0].mm(q_weight)
+            for grad, weight in zip(grads[1:], (k_weight, v_weight), strict=True):
+                x_grad = x_grad.addmm_(grad, weight) if in_place else x_grad.addmm(grad, weight)
+            x_grad = x_grad.view(*shape, q_weight.shape[1])
+        return None, x_grad, *found, None, None
+
+
+# The product after it
+
+
+def add_product(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """`residual + F.linear(x, weight)` by the op that does both, with its gradients; for what `hopper.takes_add`."""
+    if torch.is_grad_enabled():
+        return _AddProduct.apply(x, weight, residual)
+    return hopper.add_product(x, weight, residual)
+
+
+class _AddProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        for_x, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+        return hopper.add_product(x, weight, residual)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        x_grad = None if weight is None else rows.mm(weight).view(*grad.shape[:-1], weight.shape[1])
+        weight_grad = None if x is None else rows.t().mm(x.reshape(-1, x.shape[-1]))
+        return x_grad, weight_grad, grad if ctx.needs_input_grad[2] else None
