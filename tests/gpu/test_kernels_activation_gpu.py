@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernelprojects import load_compiled
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from transformers import activations
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +28,18 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
 }
 NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
+LAYERS = {
+    "SiLU": activations.SiLUActivation(),
+    "GeLU": activations.GELUActivation(),
+    "GeluTanh": activations.GELUTanh(),
+    "TorchGELU": nn.GELU(),
+    "NewGELU": activations.NewGELUActivation(),
+    "FastGELU": activations.FastGELUActivation(),
+    "QuickGELU": activations.QuickGELUActivation(),
+    "Mish": activations.MishActivation(),
+    "ReLUSquared": activations.ReLUSquaredActivation(),
+    "Tanh": nn.Tanh(),
+}
 SHAPES = ((1,), (7,), (3, 14336), (64, 1001), (5, 3, 136), (4097, 2048))
 
 
@@ -95,6 +110,28 @@ def test_every_value_of_16_bits(activation: ModuleType, dtype: torch.dtype) -> N
             apart[(expected.abs() < 1e-6) & (got.abs() < 1e-6)] = 0
         assert apart.max() <= 1, (name, x[apart.argmax()], got[apart.argmax()], expected[apart.argmax()])
         assert apart.sum() <= len(x) // 500, (name, int(apart.sum()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*LAYERS])
+def test_autocast_gives_what_the_original_gives(activation: ModuleType, name: str, dtype: torch.dtype) -> None:
+    """Powers are float32 there, whatever they are of, and so is what is made of them."""
+    original = LAYERS[name]
+    kernelized = copy.deepcopy(original)
+    kernelized.forward = getattr(activation.layers, name).forward.__get__(kernelized)
+    torch._dynamo.reset()
+    compiled = torch.compile(kernelized, fullgraph=True, backend="eager")
+    for cast, enabled in itertools.product((torch.bfloat16, torch.float16), (True, False)):
+        x = randn(5, 96, dtype=dtype).requires_grad_(enabled)
+        results = []
+        for module in (original, kernelized, compiled):
+            with torch.autocast("cuda", dtype=cast), torch.set_grad_enabled(enabled):
+                out = module(x)
+            results.append([out, *torch.autograd.grad(out.sum(), [x])] if enabled else [out])
+        for expected, *found in zip(*results, strict=True):
+            for got in found:
+                assert got.dtype == expected.dtype
+                torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
 
 
 def test_silu_and_mul_rounds_as_the_two_steps_of_pytorch(activation: ModuleType) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 
 import pytest
@@ -361,6 +362,26 @@ def cases(norm: ModuleType) -> dict[str, tuple]:
 @pytest.mark.parametrize("op", cases(None))  # type: ignore[arg-type]
 def test_ops_are_what_their_schemas_and_shapes_say(norm: ModuleType, op: str) -> None:
     torch.library.opcheck(getattr(norm.compiled.ops, op).default, cases(norm)[op])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("layer", ALL)
+def test_autocast_gives_what_the_original_gives(norm: ModuleType, layer: str, compiled: bool) -> None:
+    """PyTorch's layer norm is float32 there, whatever it is given, and its gradients are as before."""
+    torch._dynamo.reset()
+    for dtype, enabled in itertools.product(DTYPES, (True, False)):
+        original, kernelized = pair(norm, layer, 96, dtype)
+        called = torch.compile(kernelized, fullgraph=True, backend="eager") if compiled else kernelized
+        for cast in (torch.bfloat16, torch.float16):
+            arguments = [x.requires_grad_(enabled) for x in inputs(layer, (5, 96), dtype)]
+            results = []
+            for module, parameters in ((original, original.parameters()), (called, kernelized.parameters())):
+                with torch.autocast("cuda", dtype=cast), torch.set_grad_enabled(enabled):
+                    out = module(*arguments)
+                results.append([out, *torch.autograd.grad(out.sum(), [*arguments, *parameters])] if enabled else [out])
+            for expected, got in zip(*results, strict=True):
+                assert got.dtype == expected.dtype
+                torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -164,6 +164,19 @@ def test_any_strides_and_empty_inputs(layer: str) -> None:
             torch.testing.assert_close(kernel(layer)(view), originals[0](view), rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_autocast_and_meta_tensors_give_what_the_original_gives(layer: str, dtype: torch.dtype, enabled: bool) -> None:
+    x = values((6, 32), dtype)
+    for original in LAYERS[layer][0]:
+        with torch.set_grad_enabled(enabled):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert kernel(layer)(x).dtype == original(x).dtype
+            got, expected = kernel(layer)(x.to("meta")), original(x.to("meta"))
+        assert (got.is_meta, got.dtype, got.shape) == (True, expected.dtype, expected.shape)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_special_values(layer: str) -> None:
     """Zero stays zero, a NaN stays one, and large numbers do what the formula's limit says."""

@@ -551,6 +551,16 @@ def test_casts_transforms_and_traces_are_pytorchs(
     assert calls == []
 
 
+@pytest.mark.parametrize("layer", MLPS)
+def test_of_meta_tensors_it_gives_shape_and_dtype(decoder: ModuleType, layer: str) -> None:
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            expected, got = (
+                module.to("meta")(torch.empty(3, HIDDEN, device="meta")) for module in pair(decoder, layer)
+            )
+        assert (got.is_meta, got.dtype, got.shape) == (True, expected.dtype, expected.shape)
+
+
 @pytest.mark.parametrize("layer", PLACES)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.usefixtures("marked")

@@ -426,6 +426,17 @@ def test_autocast_projects_in_its_dtype(in_parts: ModuleType, dtype: torch.dtype
     assert error(found[0][0], found[1][0]) < error(exact, found[1][0])
 
 
+def test_of_meta_tensors_it_gives_shape_and_dtype(in_parts: ModuleType) -> None:
+    hidden, weight, labels = torch.randn(5, 8), torch.randn(7, 8), torch.randint(7, (5,))
+    hidden, weight, labels = (x.to("meta") for x in (hidden.requires_grad_(), weight, labels))
+    for reduction, shape in (("mean", ()), ("none", (5,))):
+        for got in (
+            in_parts.cross_entropy(F.linear(hidden, weight), labels, reduction=reduction),
+            in_parts.linear_cross_entropy(hidden, weight, labels, reduction=reduction),
+        ):
+            assert (got.is_meta, got.dtype, got.shape) == (True, torch.float32, shape)
+
+
 # Memory
 
 

@@ -327,14 +327,26 @@ def test_rounds_in_the_same_places_where_autocast_widens_the_norm(layer: str, mo
     assert torch.equal(kernelized(*arguments), expected)
 
 
+@pytest.mark.parametrize("dtypes", [*zip(DTYPES, DTYPES, strict=True), (torch.bfloat16, torch.float32)], ids=str)
 @pytest.mark.parametrize("layer", ALL)
-def test_autocast_gives_what_the_original_gives(layer: str, path: str) -> None:
-    original, kernelized = pair(layer)
-    arguments = inputs(layer, dtype=torch.bfloat16)
+def test_autocast_gives_what_the_original_gives(layer: str, dtypes: tuple[torch.dtype, torch.dtype], path: str) -> None:
+    original, kernelized = pair(layer, dtypes[1])
+    arguments = inputs(layer, dtype=dtypes[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, got = original(*arguments), kernelized(*arguments)
     assert got.dtype == expected.dtype
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", ALL)
+def test_of_meta_tensors_it_gives_shape_and_dtype(layer: str, dtype: torch.dtype, path: str) -> None:
+    original, kernelized = (module.to("meta") for module in pair(layer, dtype))
+    arguments = [x.to("meta") for x in inputs(layer, dtype=dtype)]
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            expected, got = original(*arguments), kernelized(*arguments)
+        assert (got.is_meta, got.dtype, got.shape) == (True, expected.dtype, expected.shape)
 
 
 @pytest.mark.parametrize("layer", ALL)

@@ -111,6 +111,18 @@ def test_equals_the_models_own_code_bit_for_bit(norm: ModuleType, level: str, la
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", ALL)
+def test_autocast_gives_what_the_original_gives(norm: ModuleType, layer: str, dtype: torch.dtype) -> None:
+    original, kernelized = pair(norm, layer, 96, dtype)
+    for enabled in (True, False):
+        arguments = inputs(layer, (3, 96), dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(enabled):
+            expected, got = original(*arguments), kernelized(*arguments)
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zeros_tiny_huge_and_non_finite_values(norm: ModuleType, level: str, dtype: torch.dtype) -> None:
     width = 70
     rows = torch.randn(32, width).to(dtype)

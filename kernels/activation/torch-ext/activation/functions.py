@@ -1,6 +1,7 @@
 """Activations: one pass over memory where the usual formulas take several.
 
-Every function takes any shape, any strides, and float16, bfloat16, float32 or float64, and returns the input's dtype.
+Every function takes any shape, any strides, and float16, bfloat16, float32 or float64, and returns the input's dtype
+(`gelu_new` and `relu_squared` what autocast makes of powers).
 What the compiled ops take, where the build has any, they compute; their gradients have none of their own. All else is
 plain PyTorch, as are its gradients, vmap and forward-mode AD.
 """
@@ -35,6 +36,8 @@ __all__ = [
     "tanh",
 ]
 
+_NARROW = (torch.float16, torch.bfloat16)
+
 
 def silu(x: Tensor) -> Tensor:
     """`x * sigmoid(x)`."""
@@ -52,9 +55,9 @@ def tanh(x: Tensor) -> Tensor:
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """`max(x, 0)**2`."""
+    """`max(x, 0)**2`; where autocast widens powers, in float32."""
     y = F.relu(x)
-    return y.square() if torch.is_grad_enabled() else y.pow_(2)
+    return y.square() if torch.is_grad_enabled() or _widens_powers(x) else y.pow_(2)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -72,8 +75,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def gelu_new(x: Tensor) -> Tensor:
-    """The formula of `gelu_tanh`, which models write out in seven passes; here one, rounded once."""
-    return gelu_tanh(x)
+    """The formula of `gelu_tanh`, which models write out in seven passes; here one, rounded once.
+
+    They take a power, so that where autocast widens those the result has float32.
+    """
+    return gelu_tanh(x.float() if _widens_powers(x) else x)
 
 
 def gelu_fast(x: Tensor) -> Tensor:
@@ -172,6 +178,13 @@ def gelu_tanh_and_mul_backward(
 ) -> Gradients:
     """As `silu_and_mul_backward`, of `gelu_tanh_and_mul`."""
     return _backward(compiled.GELU_TANH, _gelu_tanh, _gelu_tanh_backward, grad, x, other, result)
+
+
+def _widens_powers(x: Tensor) -> bool:
+    """Whether autocast makes the powers of x float32: of 16 bits, everywhere but on a CPU."""
+    if x.is_cpu or x.dtype not in _NARROW or x.is_meta:  # there is no autocast for meta tensors
+        return False
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -157,7 +157,8 @@ def _are_plain(x: Tensor, others: Sequence[Tensor | None]) -> bool:
         if other is not None and (type(other) not in _PLAIN or other.dtype is not dtype):
             return False
     return not (
-        torch.is_autocast_enabled(x.device.type)
+        x.is_meta  # of which PyTorch knows no autocast
+        or torch.is_autocast_enabled(x.device.type)
         or _transforms_active()
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()

@@ -228,7 +228,7 @@ def _pytorchs() -> bool:
 def _autocast(*operands: Tensor | None) -> list[Tensor | None]:
     """The operands of a projection in the dtype that autocast would give them."""
     kind = operands[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return list(operands)
     dtype = torch.get_autocast_dtype(kind)
     return [x.to(dtype) if x is not None and x.dtype is not torch.float64 else x for x in operands]

@@ -23,6 +23,7 @@ from .once import differentiable_once
 __all__ = [
     "CAST_FIRST",
     "CAST_LAST",
+    "CUDA",
     "DIRECT",
     "HERE",
     "SIGMOID",
@@ -42,7 +43,7 @@ __all__ = [
 
 HERE = hasattr(ops, "rms_norm")
 # A build has ops for the CPU or for CUDA.
-_CUDA = HERE and torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("rms_norm"), "CUDA")
+CUDA = HERE and torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix("rms_norm"), "CUDA")
 # Where there are any, functions around the dispatcher: each gives the op's result, or None where it does not take the call.
 DIRECT = direct.functions() if HERE else None
 
@@ -71,7 +72,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     return (
         dtype in _DTYPES
         and weight.dtype is dtype
-        and (x.is_cuda and weight.is_cuda if _CUDA else x.is_cpu and weight.is_cpu)
+        and (x.is_cuda and weight.is_cuda if CUDA else x.is_cpu and weight.is_cpu)
         and type(weight) in _PLAIN
         and type(x) in _PLAIN
         and weight.dim() == 1
@@ -87,7 +88,7 @@ def takes_too(x: Tensor, other: Tensor | None) -> bool:
     return (
         other is not None
         and other.dtype is x.dtype
-        and (other.is_cuda if _CUDA else other.is_cpu)
+        and (other.is_cuda if CUDA else other.is_cpu)
         and type(other) in _PLAIN
         and other.shape == x.shape
     )
@@ -110,13 +111,13 @@ def takes_layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Se
     dtype = x.dtype
     return (  # each row written out: a function for both would cost as much again
         dtype in _DTYPES
-        and (x.is_cuda if _CUDA else x.is_cpu)
+        and (x.is_cuda if CUDA else x.is_cpu)
         and type(x) in _PLAIN
         and (
             weight is None
             or (
                 weight.dtype is dtype
-                and (weight.is_cuda if _CUDA else weight.is_cpu)
+                and (weight.is_cuda if CUDA else weight.is_cpu)
                 and type(weight) in _PLAIN
                 and weight.dim() == 1
             )
@@ -125,7 +126,7 @@ def takes_layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Se
             bias is None
             or (
                 bias.dtype is dtype
-                and (bias.is_cuda if _CUDA else bias.is_cpu)
+                and (bias.is_cuda if CUDA else bias.is_cpu)
                 and type(bias) in _PLAIN
                 and bias.dim() == 1
             )

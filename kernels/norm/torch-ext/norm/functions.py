@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from . import compiled
-from .compiled import CAST_FIRST, CAST_LAST, DIRECT, SIGMOID, SILU, SILU_FIRST, ZERO_CENTERED, takes, takes_too
+from .compiled import CAST_FIRST, CAST_LAST, CUDA, DIRECT, SIGMOID, SILU, SILU_FIRST, ZERO_CENTERED, takes, takes_too
 
 __all__ = [
     "add_rms_norm",
@@ -192,17 +192,19 @@ def layer_norm(
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dimensions, those of `normalized_shape`.
 
     x: (..., *normalized_shape), weight and bias: normalized_shape or None -> x's shape, in x's dtype. Without a
-    `normalized_shape`, the weight's shape, and without a weight the last dimension.
+    `normalized_shape`, the weight's shape, and without a weight the last dimension. Where autocast widens PyTorch's own
+    to float32 (16 bits, but not on a CPU), that is called.
     """
     if (
         not is_dynamo_compiling()
         and DIRECT is not None
+        and not (CUDA and torch.is_autocast_enabled("cuda"))
         and (y := DIRECT.layer_norm(x, weight, bias, eps, normalized_shape)) is not None
     ):
         return y
     if normalized_shape is None and weight is None:
         normalized_shape = x.shape[-1:]
-    if compiled.takes_layer(x, weight, bias, normalized_shape):
+    if compiled.takes_layer(x, weight, bias, normalized_shape) and not _widened(x):
         return compiled.layer_norm(x, weight, bias, eps)
     return F.layer_norm(x, weight.shape if normalized_shape is None else normalized_shape, weight, bias, eps)
 
@@ -222,6 +224,13 @@ def layer_norm_cast_last(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor
         return compiled.layer_norm(x, weight, None, eps)
     row = _row("layer_norm_cast_last", weight)
     return _narrow(F.layer_norm(_wide(x), row, _wide(weight), None, eps), x.dtype)
+
+
+def _widened(x: Tensor) -> bool:
+    """Whether autocast makes PyTorch's layer norm return float32: for 16 bits, everywhere but on a CPU."""
+    if x.is_cpu or x.dtype in _WIDE:
+        return False
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _large(x: Tensor) -> bool:
