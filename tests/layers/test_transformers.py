@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import gc
 import importlib
 import inspect
@@ -310,7 +311,7 @@ def reported(model: nn.Module, mode: Mode) -> KernelReport:
 def test_the_report_says_what_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = Mode.INFERENCE | Mode.TORCH_COMPILE
     assert reported(llama(), compiled).notes == ()
-    monkeypatch.setattr(integration, "LEFT_TO_INDUCTOR", {"cpu": ("RMSNorm",)})
+    monkeypatch.setattr(integration, "LEFT_TO_INDUCTOR", {"cpu": {"RMSNorm": (Mode.INFERENCE, Mode.TRAINING)}})
     report = reported(llama(), compiled)
     assert {row.layer_name for row in report.rows if row.outcome == "original"} == {"RMSNorm"}
     (said,) = report.notes
@@ -326,7 +327,7 @@ def test_a_kernel_of_the_users_counts_for_what_is_left_to_inductor_too(monkeypat
     """For one mode, it goes before this package's, which are for whatever nothing else serves; compiled or not."""
     theirs = LayerRepository("kernelhub/norm", layer_name="RMSNormCastLast", version=1)
     for mode in (Mode.INFERENCE, Mode.TRAINING, Mode.INFERENCE | Mode.TORCH_COMPILE):
-        for left in ({}, {"cpu": ("RMSNorm",)}):
+        for left in ({}, {"cpu": {"RMSNorm": (Mode.INFERENCE, Mode.TRAINING)}}):
             monkeypatch.setattr(integration, "LEFT_TO_INDUCTOR", left)
             with use_kernel_mapping({"RMSNorm": {"cpu": {mode: theirs}}}, inherit_mapping=False):
                 report = reported(llama().train(Mode.TRAINING in mode), mode)
@@ -344,6 +345,7 @@ def test_marks_every_norm_and_activation_of_llama_and_bert() -> None:
         **{f"model.layers.{i}.{norm}": "RMSNorm" for i in (0, 1) for norm in _LLAMA_NORMS},
         "model": "CausalDecoder",
         **{f"model.layers.{i}": "DecoderLayer" for i in (0, 1)},
+        **{f"model.layers.{i}.self_attn": "RotaryAttention" for i in (0, 1)},
         **{f"model.layers.{i}.self_attn.rotary_pos_emb": "rotary_pos_emb" for i in (0, 1)},
         **{f"model.layers.{i}.mlp": "GatedMLP" for i in (0, 1)},
         **{f"model.layers.{i}.mlp.act_fn": "SiLU" for i in (0, 1)},
@@ -557,23 +559,68 @@ def _rotary_sources() -> dict[str, str]:
     return found
 
 
-def test_the_table_has_every_rotary_embedding_of_another_formula_and_no_other() -> None:
-    """Asked of the kernel, of one function of each text."""
+@functools.cache
+def _rotary_formulas() -> dict[str, int]:
+    """The modeling modules whose function the kernel could stand in for -> its formula, asked of one function of each text."""
     formulas = importlib.import_module(f"{load_noarch('rotary', 'rotary_in_a_table').__name__}.formulas")
     texts: dict[str, list[str]] = {}
     for name, text in _rotary_sources().items():
         texts.setdefault(text, []).append(name)
-    others, taken = set(), 0
+    found = {}
     for names in texts.values():
-        found = vars(importlib.import_module(names[0]))[FUNCTION]
-        function = type(found).forward if isinstance(found, nn.Module) else found
-        if tuple(inspect.signature(function).parameters) != PARAMETERS:
-            continue
-        taken += len(names)
-        if formulas.of(type("Asked", (nn.Module,), {"forward": staticmethod(function)})) == formulas.UNKNOWN:
-            others.update(names)
-    assert others == OTHER_FORMULAS
-    assert taken > 160
+        one = vars(importlib.import_module(names[0]))[FUNCTION]
+        function = type(one).forward if isinstance(one, nn.Module) else one
+        if tuple(inspect.signature(function).parameters) == PARAMETERS:
+            formula = formulas.of(type("Asked", (nn.Module,), {"forward": staticmethod(function)}))
+            found.update(dict.fromkeys(names, formula))
+    return found
+
+
+def test_the_table_has_every_rotary_embedding_of_another_formula_and_no_other() -> None:
+    found = _rotary_formulas()
+    assert {name for name, formula in found.items() if formula == -1} == OTHER_FORMULAS
+    assert len(found) > 160
+
+
+ATTENTIONS = {
+    "RotaryAttention": ["LlamaAttention"],
+    "WindowedRotaryAttention": ["MistralAttention", "Qwen2Attention"],
+}
+
+
+def test_the_table_has_every_attention_of_each_formula_with_llamas_rotary_embedding_and_no_other() -> None:
+    formulas: dict[str, set[str]] = {}
+    llamas = {name for name, formula in _rotary_formulas().items() if formula == 0}
+    turned = set()
+    for path in SOURCES.glob("models/*/modeling_*.py"):
+        for block in re.finditer(r"^class (\w+)\(.*?(?=^\S|\Z)", path.read_text(), re.M | re.S):
+            if f" = {FUNCTION}(" not in block[0] or " self.o_proj(" not in block[0]:
+                continue
+            (cls,) = ast.parse(block[0]).body
+            assert isinstance(cls, ast.ClassDef)
+            for node in cls.body:
+                if isinstance(node, ast.FunctionDef) and node.name == "forward":
+                    formulas.setdefault(cls.name, set()).add(_arguments_out(node))
+            if f"transformers.models.{path.parent.name}.{path.stem}" in llamas:
+                turned.add(cls.name)
+    for layer, spellings in ATTENTIONS.items():
+        known = set().union(*(formulas[name] for name in spellings))
+        expected = {name for name, found in formulas.items() if found <= known and name in turned}
+        assert {name for family in FAMILIES if family.layer == layer for name in family.names.split()} == expected, (
+            layer
+        )
+
+
+def test_an_attention_whose_window_is_its_own_has_it_as_an_attribute() -> None:
+    """As the kernel reads it: else it is the configuration's."""
+    (family,) = (family for family in FAMILIES if family.layer == "WindowedRotaryAttention")
+    own = set()
+    for path in SOURCES.glob("models/*/modeling_*.py"):
+        for block in re.finditer(r"^class (\w+)\(.*?(?=^\S|\Z)", path.read_text(), re.M | re.S):
+            if block[1] in family.names.split():
+                assert ("sliding_window=self.sliding_window" in block[0]) == ("self.sliding_window = " in block[0])
+                own |= {block[1]} if "self.sliding_window = " in block[0] else set()
+    assert own == {"CwmAttention", "DeepseekOcr2VisionAttention", "MinistralAttention", "Qwen2Attention"}
 
 
 def phi3() -> nn.Module:
@@ -677,7 +724,7 @@ def test_trains_with_the_gradients_of_the_original() -> None:
     mark(model)
     with use_kernel_mapping(default_mapping(), inherit_mapping=False):
         kernelize(model, mode=Mode.TRAINING)
-    assert len(kernel_report(model).kernels) == 16
+    assert len(kernel_report(model).kernels) == 18
     for name, value in gradients().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
