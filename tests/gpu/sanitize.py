@@ -29,10 +29,10 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 # Rows and widths: empty, one element, tails, several rows to a warp, rows in one to eight packs to a thread, few and many of
 # them, rows too long for registers, aligned and not.
 SHAPES = (
-    (0, 64), (1, 1), (67, 7), (3, 65), (700, 128), (3, 1000), (1, 4096), (70, 4096), (600, 2048), (600, 4096), (600, 5120),
+    (0, 64), (1, 1), (67, 7), (3, 65), (700, 128), (3, 1000), (1, 4096), (70, 4096), (601, 2048), (601, 4096), (600, 5120),
     (600, 8192), (530, 16384), (5, 16392), (3, 40004), (2, 131072), (2, 131075),
 )  # fmt: skip
-SOME = ((67, 7), (700, 128), (1, 4096), (600, 4096), (3, 40004))
+SOME = ((67, 7), (700, 128), (1, 4096), (601, 2048), (600, 4096), (3, 40004))
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -126,6 +126,13 @@ def rotary(ops: Any, dtype: torch.dtype) -> None:
         apart = numbers(2, 7, tokens, 2 * width + 1, dtype=dtype)
         some = apart[:, :5, :, 1 : width + 1], apart[:, 5:, :, width:-1]
         ops.rotate(*some, *(numbers(1, tokens, turned, dtype=dtype, seed=seed) for seed in (1, 2)), 1, turned, 0)
+    for batch, tokens, pairs in ((1, 1, 64), (2, 7, 3), (1, 3000, 64), (3, 1, 20), (2, 40000, 5), (1, 0, 8), (1, 5, 0)):
+        inv_freq, to = numbers(2 * pairs, dtype=dtype), {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
+        some = torch.arange(2 * batch * tokens).reshape(2 * tokens, batch).t() * 37
+        for positions in (some.to("cuda"), some.int().to("cuda"), some[:1].to("cuda").expand(batch, -1)):
+            for layout in range(3):
+                ops.tables(inv_freq[:pairs], positions[:, :tokens], 1.0, to, layout)
+                ops.tables(inv_freq[::2], positions[:, ::2], 1.25, to, layout)
 
 
 def loss(ops: Any, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The compiled CUDA op of kernelhub/rotary: bit for bit the models' own code on the same GPU."""
+"""The compiled CUDA ops of kernelhub/rotary: bit for bit the models' own code on the same GPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from types import ModuleType
 import pytest
 import torch
 from kernelprojects import load_compiled
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from transformers import LlamaConfig
 from transformers.models.cohere import modeling_cohere as cohere
 from transformers.models.esm import modeling_esm as esm
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.gptj import modeling_gptj as gptj
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.nanochat import modeling_nanochat as nanochat
+from transformers.models.olmo2 import modeling_olmo2 as olmo2
 
 pytestmark = [
     pytest.mark.gpu,
@@ -121,3 +125,126 @@ def test_op_compiles_and_is_what_its_schema_says(rotary: ModuleType) -> None:
         arguments = operands(64, torch.bfloat16, tokens=tokens)
         assert same(compiled(*arguments), rotary.apply_rotary(*arguments))
     assert counter.frame_count == 1
+
+
+# Tables
+
+HALVES, NEIGHBOURS, PAIRS = 0, 1, 2
+TABLES: dict[type[nn.Module], int] = {
+    llama.LlamaRotaryEmbedding: HALVES,
+    gemma3.Gemma3RotaryEmbedding: HALVES,
+    olmo2.Olmo2RotaryEmbedding: HALVES,
+    cohere.CohereRotaryEmbedding: NEIGHBOURS,
+    gpt_oss.GptOssRotaryEmbedding: PAIRS,
+}
+
+
+def maker(cls: type[nn.Module], pairs: int, scale: float = 1.0) -> nn.Module:
+    """An instance with what its forward reads, on the GPU."""
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    for prefix in ("", "full_"):
+        module.register_buffer(f"{prefix}inv_freq", 1 / 500000 ** (torch.arange(pairs, device="cuda") / pairs))
+        setattr(module, f"{prefix}attention_scaling", scale)
+    module.rope_type = {"full": "default"} if cls is gemma3.Gemma3RotaryEmbedding else "default"
+    return module
+
+
+def swapped(rotary: ModuleType, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    by_layer_type = isinstance(module.rope_type, dict)
+    layer = rotary.layers.RotaryEmbeddingByLayerType if by_layer_type else rotary.layers.RotaryEmbedding
+    return layer.forward.__get__(module)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cls", TABLES, ids=lambda cls: cls.__name__)
+def test_tables_equal_the_models_own_bit_for_bit(rotary: ModuleType, cls: type[nn.Module], dtype: torch.dtype) -> None:
+    """At every position up to 131072, where the cosine of large angles is reduced another way, and far beyond."""
+    rest = ("full",) if cls is gemma3.Gemma3RotaryEmbedding else ()
+    every = torch.arange(131073, device="cuda")[None]
+    for pairs, scale in ((64, 1.0), (32, 1.2079441541679836), (3, 1.0), (20, 0.1)):
+        module = maker(cls, pairs, scale)
+        for positions in (every, every[:, 77:78], every[:, -5:] * 8191, every[:, :12].reshape(3, 4), -every[:, :6]):
+            x = torch.empty(1, 1, 1, dtype=dtype, device="cuda")
+            assert rotary.tables.takes(module.inv_freq, positions, x)
+            assert rotary.tables.with_op(module.inv_freq, positions)
+            got, expected = swapped(rotary, module)(x, positions, *rest), module(x, positions, *rest)
+            assert same(got, expected), (pairs, scale, tuple(positions.shape))
+            assert all(one.is_contiguous() for one in got)
+            assert not any(one.requires_grad for one in got)
+
+
+def test_tables_of_any_strides_and_integers_and_nothing(rotary: ModuleType) -> None:
+    module, x = maker(llama.LlamaRotaryEmbedding, 64), torch.empty(1, dtype=torch.bfloat16, device="cuda")
+    some = torch.arange(3000, device="cuda").reshape(3, 1000)
+    for positions in (
+        some,
+        some.int(),
+        some[:1].expand(3, -1),
+        some[:, :1].expand(-1, 7),
+        some.t(),
+        some[:, 1::3],
+        some.int()[::2, 5:].t(),
+        some[:, :0],
+        some[:0],
+    ):
+        assert rotary.tables.with_op(module.inv_freq, positions)
+        assert same(swapped(rotary, module)(x, positions), module(x, positions)), positions.stride()
+    for dtype in DTYPES:
+        inv_freq = module.inv_freq.to(dtype)
+        for frequencies in (inv_freq, inv_freq.repeat_interleave(2)[::2], inv_freq[:0], inv_freq[1:]):
+            module.inv_freq = frequencies
+            assert same(swapped(rotary, module)(x, some), module(x, some)), (dtype, frequencies.stride())
+    for positions in (some[0], some[None]):  # of other dimensions: PyTorch's code
+        assert not rotary.tables.with_op(module.inv_freq, positions)
+        assert same(swapped(rotary, module)(x, positions), module(x, positions))
+
+
+def test_tables_op_is_what_its_schema_says_and_refuses_the_rest(rotary: ModuleType) -> None:
+    op = rotary.compiled.ops.tables.default
+    inv_freq, positions = torch.rand(8, device="cuda"), torch.arange(6, device="cuda").reshape(2, 3)
+    for layout, dtype in itertools.product(range(3), range(3)):
+        torch.library.opcheck(op, (inv_freq, positions, 1.25, dtype, layout))
+    for arguments, message in (
+        ((inv_freq.cpu(), positions, 1.0, 0, 0), "one GPU"),
+        ((inv_freq, positions[0], 1.0, 0, 0), "dimensions"),
+        ((inv_freq[None], positions, 1.0, 0, 0), "dimensions"),
+        ((inv_freq, positions.float(), 1.0, 0, 0), "int64 nor int32"),
+        ((inv_freq.double(), positions, 1.0, 0, 0), "float32"),
+        ((inv_freq, positions, 1.0, 3, 0), "dtype is 3"),
+        ((inv_freq, positions, 1.0, 0, 3), "layout is 3"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments)
+
+
+def test_tables_of_a_model_on_its_own_device_compiled_and_captured(rotary: ModuleType) -> None:
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=YARN)
+    module = llama.LlamaRotaryEmbedding(config).to("cuda")
+    expected = llama.LlamaRotaryEmbedding(config).to("cuda")
+    module.forward = swapped(rotary, module)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=True)
+    for tokens in (5, 9):
+        x, positions = torch.empty(2, tokens, 4, device="cuda").half(), torch.arange(tokens, device="cuda")[None]
+        assert same(compiled(x, positions), expected(x, positions))
+        assert same(module(x, position_ids=positions), expected(x, positions))
+    assert counter.frame_count == 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = module(x, positions)
+    positions += 100
+    graph.replay()
+    assert same(got, expected(x, positions))
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+
+
+def test_frequencies_that_stayed_on_the_cpu_are_the_classs_own(rotary: ModuleType) -> None:
+    module = maker(llama.LlamaRotaryEmbedding, 16)
+    module.inv_freq = module.inv_freq.cpu()
+    x, positions = torch.empty(1, device="cuda"), torch.arange(6, device="cuda")[None]
+    assert not rotary.tables.takes(module.inv_freq, positions, x)
+    assert same(swapped(rotary, module)(x, positions), module(x, positions))

@@ -273,6 +273,35 @@ def test_rotary(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [{}, {"interleaved": True}, {"paired": True}], ids=str)
+def test_rotary_tables(
+    triton: dict[str, ModuleType], pytorch: dict[str, ModuleType], layout: dict[str, bool], dtype: torch.dtype
+) -> None:
+    """Bit for bit on a GPU. The interpreter's cosine is NumPy's, which rounds otherwise than PyTorch's."""
+    every = torch.arange(131073, device=DEVICE)[None]
+    some = every[:, :3000].reshape(3, 1000)
+    cases = (some[:, ::300], some[:1, :4].expand(3, -1).int(), some.t()[5:8], some[:, :0], every[:, 131072:])
+    for pairs, positions in itertools.product((3, 16) if INTERPRETED else (1, 20, 64, 1500), (*cases, every[:, :77])):
+        inv_freq = (1 / 10000 ** (torch.arange(2 * pairs, device=DEVICE) / pairs / 2)).to(dtype)[::2]
+        assert triton["rotary"].tables.with_op(inv_freq, positions)
+        assert not pytorch["rotary"].tables.with_op(inv_freq, positions)
+        got, expected = (
+            module["rotary"].rotary_tables(inv_freq, positions, 1.25, dtype, **layout) for module in (triton, pytorch)
+        )
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype is dtype
+            if INTERPRETED:
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if dtype is torch.float32 else 2e-3)
+            else:
+                assert torch.equal(a, b), (pairs, tuple(positions.shape))
+    if not INTERPRETED:
+        got, expected = (
+            module["rotary"].rotary_tables(inv_freq[:64], every, 1.25, dtype, **layout) for module in (triton, pytorch)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_losses(
     triton: dict[str, ModuleType], pytorch: dict[str, ModuleType], reduction: str, dtype: torch.dtype
@@ -466,6 +495,9 @@ def ops(triton: dict[str, ModuleType]) -> Iterator[tuple[str, str, tuple[Any, ..
     yield "activation", "halves_backward_result", (y[..., :20].contiguous(), x, 1)
     q, k, table = numbers(2, 4, 3, 16), numbers(2, 3, 2, 16).transpose(1, 2), numbers(1, 3, 16)
     yield "rotary", "rotate", (q, k, table, table, 1, 16, 0)
+    positions = torch.arange(6, device=DEVICE).reshape(2, 3)
+    for layout in range(3):
+        yield "rotary", "tables", (numbers(16), positions, 1.25, layout, layout)
     labels = torch.tensor([1, 2, 3, 4, 5, -100], device=DEVICE)
     logits, sums = numbers(6, 40), numbers(12).abs()
     yield "loss", "cross_entropy", (logits, labels, -100, 0.1, 0.0)
