@@ -123,6 +123,32 @@ def test_autocast_gives_what_the_original_gives(norm: ModuleType, layer: str, dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_of_a_row_of_equal_elements_is_the_bias(norm: ModuleType, level: str, dtype: torch.dtype) -> None:
+    """Whatever they are: their distance from the mean, which is rounded, is divided by next to nothing. So in the gradients."""
+    for width in (*WIDTHS, 7, 33):
+        _, kernelized = pair(norm, "LayerNorm", width, dtype)
+        x = torch.tensor([0.0, 1.1, -1000.0, 3000.0, 60000.0]).repeat(2)[:, None].expand(10, width).to(dtype)
+        got = kernelized(x)
+        assert torch.equal(got, kernelized.bias.expand(10, width)), width
+        got.backward(torch.ones_like(got))
+        assert not kernelized.weight.grad.any(), width
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_of_rows_whose_mean_is_far_from_zero(norm: ModuleType, level: str, dtype: torch.dtype) -> None:
+    for width in (64, 1000, 3001):
+        original, kernelized = pair(norm, "LayerNorm", width, dtype)
+        x = torch.randn(60, width) + torch.tensor([0.0, 0.5, 7.0, 9.0, 100.0, 1000.0]).repeat(10)[:, None]
+        x = x.to(dtype)
+        wide = nn.LayerNorm(width, dtype=torch.float64)
+        wide.load_state_dict(original.state_dict())
+        with torch.no_grad():
+            reference, eager, got = wide(x.double()), original(x), kernelized(x)
+        unit = torch.finfo(dtype).eps * reference.abs().max()
+        assert (got - reference).abs().max() <= 2 * (eager - reference).abs().max() + unit, width
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zeros_tiny_huge_and_non_finite_values(norm: ModuleType, level: str, dtype: torch.dtype) -> None:
     width = 70
     rows = torch.randn(32, width).to(dtype)

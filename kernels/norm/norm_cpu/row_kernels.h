@@ -312,10 +312,27 @@ void gated_backward(const GatedBackwardRow& row) {
   }
 }
 
+// By how much the mean, rounded as it is, is wrong: the mean of the differences from it.
+template <typename T>
+KH_NO_INLINE float mean_away(const void* x, int64_t n, float from) {
+  const V middle = set(from);
+  return cascade_sum(n, [&](int64_t i, int64_t count) KH_LAMBDA {
+    const V away = get<T>(x, i, count) - middle;
+    if (count == L) {
+      return away;
+    }
+    alignas(64) float lanes[L]; // the zeros behind the tail are away from the mean, too
+    store(lanes, away);
+    return load_some(lanes, count);
+  }) / static_cast<float>(n);
+}
+
 // In two passes over the row, which lies in the cache by then: sums of squares alone would cancel. `first(i, count)` gives the
-// elements in the first of them.
+// elements in the first of them. Where the mean is more than FAR times the deviation, its own rounding shows beside that, and a
+// third pass takes it back: of a row of equal elements every difference is 0 then.
 template <typename T, typename First>
 KH_INLINE Moments moments_by(const void* x, int64_t n, float eps, const First& first) {
+  constexpr float FAR = 8.0f;
   const float mean = cascade_sum(n, first) / static_cast<float>(n);
   const V middle = set(mean);
   const float squares = cascade_sum(n, [&](int64_t i, int64_t count) KH_LAMBDA {
@@ -327,7 +344,11 @@ KH_INLINE Moments moments_by(const void* x, int64_t n, float eps, const First& f
     store(lanes, away * away);
     return load_some(lanes, count);
   });
-  return {mean, scale_of(squares, n, eps)};
+  if (mean * mean <= FAR * FAR / static_cast<float>(n) * squares) {
+    return {mean, scale_of(squares, n, eps)};
+  }
+  const float off = mean_away<T>(x, n, mean);
+  return {mean + off, scale_of(squares - static_cast<float>(n) * off * off, n, eps)};
 }
 
 template <typename T>
