@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -139,9 +139,7 @@ def calls(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def assert_close(
-    got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5
-) -> None:
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
@@ -211,7 +209,7 @@ def test_whatever_needs_a_gradient_gets_it(decoder: ModuleType) -> None:
         q, k = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
         return [of.flatten(-2) for of in (q, k, v)]
 
-    ours = partial(decoder.attention._Projections.apply, head_dim)
+    ours = functools.partial(decoder.attention._Projections.apply, head_dim)
     seeds = [values(2, 3, wide, dtype=torch.float64, seed=20 + wide) for wide in (8, 4, 4)]
     leaves = [of.clone().requires_grad_() for of in operands]
     wanted = torch.autograd.grad(formula(*leaves), leaves, seeds)
@@ -229,7 +227,7 @@ def test_results_that_nothing_depends_on_have_no_part_in_the_gradients(decoder: 
     original = made()
     inner, (cos, sin) = original.attention, original.tables
     x = values(2, TOKENS, HIDDEN).requires_grad_()
-    q, k, v = decoder.attention._Projections.apply(
+    *_, v = decoder.attention._Projections.apply(
         8, x, inner.q_proj.weight, None, inner.k_proj.weight, None, inner.v_proj.weight, None, cos, sin
     )
     got = torch.autograd.grad(v.sum(), x, retain_graph=True)[0]
@@ -239,24 +237,607 @@ def test_results_that_nothing_depends_on_have_no_part_in_the_gradients(decoder: 
 
 
 def test_what_is_kept_is_the_input_and_what_the_attention_keeps(decoder: ModuleType) -> None:
-    original, kernelized = pair(decoder)
+    _, kernelized = pair(decoder)
     x = values(2, TOKENS, HIDDEN).requires_grad_()
     own = {of.data_ptr() for of in (*kernelized.parameters(), *kernelized.tables, x)}
-    tables = {tuple(table.shape) for table in kernelized.tables}
-    mine = [tuple(of.shape) for of in kept(lambda: kernelized(x)) if of.data_ptr() not in own]
-    theirs = [tuple(of.shape) for of in kept(lambda: original(x)) if of.data_ptr() not in own]
-    assert len(mine) == 6, "q, k, v, the result, and what PyTorch's attention keeps of its own"
-    assert set(mine) <= set(theirs)
+    found = kept(lambda: kernelized(x))
+    assert x.data_ptr() in {of.data_ptr() for of in found}
+    # q and the result, k and v, and the sums of PyTorch's attention.
+    heads = [(2, 2, TOKENS, 8), (2, 2, TOKENS, 8), (2, 4, TOKENS), (2, 4, TOKENS, 8), (2, 4, TOKENS, 8)]
+    assert sorted(tuple(of.shape) for of in found if of.data_ptr() not in own) == heads
     for parameter in kernelized.parameters():
         parameter.requires_grad_(False)
-    frozen = values(2, TOKENS, HIDDEN).requires_grad_()
-    assert frozen.data_ptr() not in {of.data_ptr() for of in kept(lambda: kernelized(frozen))}
-    assert tables
+    assert x.data_ptr() not in {of.data_ptr() for of in kept(lambda: kernelized(x))}, "the weights are frozen"
+
+
+def test_weights_that_are_written_to_between_forward_and_backward(decoder: ModuleType) -> None:
+    """An error where they are needed; not where the input needs no gradient, as with PyTorch's own."""
+    for module in pair(decoder):
+        for needed in (True, False):
+            out = module(values(2, TOKENS, HIDDEN).requires_grad_(needed)).sum()
+            with torch.no_grad():
+                module.attention.q_proj.weight.mul_(1.0)
+            if needed:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    out.backward()
+            else:
+                out.backward()
 
 
 def test_no_gradient_is_added_in_a_pass_of_its_own(decoder: ModuleType) -> None:
     original, kernelized = pair(decoder)
     x = values(2, TOKENS, HIDDEN).requires_grad_()
-    inside = (x * 1).tanh()  # noqa: RUF100
-    assert joined(kernelized(inside)) == {}
-    assert "TanhBackward0" in joined(original((x * 1).tanh()))
+    assert joined(kernelized(x.tanh())) == {}
+    assert "TanhBackward0" in joined(original(x.tanh()))
+
+
+# With a cache, and all that the attention is given
+
+
+@pytest.mark.parametrize("case", [Case(), Case(MistralAttention, MistralConfig), Case(implementation="eager")])
+def test_with_a_cache_it_gives_what_the_classs_forward_gives(decoder: ModuleType, case: Case, calls: list[str]) -> None:
+    """A prompt, and then tokens one by one; with gradients and without."""
+    for enabled in (True, False):
+        results = []
+        for module in pair(decoder, case, tokens=TOKENS + 3):
+            cache = DynamicCache(config=module.attention.config)
+            cos, sin = module.tables
+            found = []
+            with torch.set_grad_enabled(enabled):
+                for first, last in ((0, TOKENS), *((at, at + 1) for at in range(TOKENS, TOKENS + 3))):
+                    tables = cos[:, first:last], sin[:, first:last]
+                    x = values(2, last - first, HIDDEN, seed=first)
+                    found += module.attention(x, tables, attention_mask=None, past_key_values=cache)[:1]
+            results.append([*found, cache.layers[0].keys, cache.layers[0].values])
+        for got, expected in zip(*results, strict=True):
+            assert torch.equal(got, expected)
+    assert len(calls) == 4
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What attentions of the implementation "asked" are called with."""
+    found: list[tuple[Any, ...]] = []
+
+    def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, str]:
+        found.append((q.detach(), k.detach(), v.detach(), mask, options))
+        return q.transpose(1, 2) * 2, "weights"
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "asked", attention)
+    return found
+
+
+CASES_ASKED = [
+    Case(implementation="asked"),
+    Case(MistralAttention, MistralConfig, implementation="asked"),
+    Case(Qwen2Attention, Qwen2Config, implementation="asked"),
+]
+
+
+@pytest.mark.parametrize("case", CASES_ASKED)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_attention_is_called_as_the_classs_forward_calls_it(
+    decoder: ModuleType, asked: list[tuple[Any, ...]], case: Case, training: bool, calls: list[str]
+) -> None:
+    results = []
+    for module in pair(decoder, case):
+        inner = module.train(training).attention
+        inner.attention_dropout, inner.config.sliding_window = 0.25, 3
+        if case.cls is Qwen2Attention:
+            inner.sliding_window = 4
+        results.append(inner(values(2, TOKENS, HIDDEN), module.tables, "mask", None, position_ids=5, use_cache=False))
+    (*theirs, mask, options), (*ours, our_mask, our_options) = asked
+    assert mask == our_mask == "mask"
+    window = {LlamaAttention: {}, MistralAttention: {"sliding_window": 3}, Qwen2Attention: {"sliding_window": 4}}
+    expected = {"dropout": 0.25 * training, "scaling": 8**-0.5, "position_ids": 5, "use_cache": False}
+    assert options == our_options == expected | window[case.cls]
+    for got, wanted in zip(ours, theirs, strict=True):
+        assert torch.equal(got, wanted)
+        assert got.stride() == wanted.stride()
+    assert torch.equal(results[1][0], results[0][0])
+    assert results[1][1] == results[0][1] == "weights"
+    assert len(calls) == 1
+
+
+def test_a_window_that_is_given_too_is_the_error_that_it_is_for_the_class(
+    decoder: ModuleType, asked: list[tuple[Any, ...]]
+) -> None:
+    for module in pair(decoder, CASES_ASKED[1]):
+        with pytest.raises(TypeError, match="multiple values for keyword argument 'sliding_window'"):
+            module.attention(values(2, TOKENS, HIDDEN), module.tables, None, sliding_window=3)
+    assert asked == []
+
+
+def test_the_functions_of_the_classs_own_module_are_called(
+    decoder: ModuleType, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked up in every call, as a global is."""
+    both = pair(decoder, Case(implementation="eager"))
+    eager = modeling_llama.eager_attention_forward
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama, "eager_attention_forward", lambda *a, **o: (2 * eager(*a, **o)[0], None))
+        found = [module(values(2, TOKENS, HIDDEN)) for module in both]
+    assert torch.equal(*found)
+    assert not torch.equal(found[1], both[1](values(2, TOKENS, HIDDEN)))
+    assert len(calls) == 2
+
+
+# The rotary embedding
+
+
+def test_another_formula_runs_in_the_classs_forward(decoder: ModuleType, calls: list[str]) -> None:
+    """The same code around another function."""
+    case = Case(modeling_ernie4_5.Ernie4_5Attention, Ernie4_5Config)
+    original, kernelized = pair(decoder, case)
+    x = values(2, TOKENS, HIDDEN)
+    assert_close(step(kernelized, x), step(original, x), rtol=0, atol=0)
+    assert calls == []
+
+
+def doubled(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def of(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        q, k = function(q, k, cos, sin, unsqueeze_dim)
+        return 2 * q, k
+
+    return of
+
+
+def wrapped(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    return functools.wraps(function)(doubled(function))
+
+
+class Turns(nn.Module):
+    """A module that is called as the function is."""
+
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return q + cos.unsqueeze(1), k - sin.unsqueeze(1)
+
+
+def original_rotary() -> Callable[..., tuple[Tensor, Tensor]]:
+    found: Any = modeling_llama.apply_rotary_pos_emb
+    return type(found).forward if isinstance(found, nn.Module) else found
+
+
+@pytest.mark.parametrize("other", [doubled, wrapped, lambda _: Turns()], ids=["function", "wrapped", "module"])
+def test_what_somebody_put_in_the_rotary_embeddings_place_is_called(
+    decoder: ModuleType, other: Callable[..., Any], calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, x = pair(decoder), values(2, TOKENS, HIDDEN)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", original_rotary())
+    before = both[1](x)
+    assert len(calls) == 1
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other(original_rotary()))
+    found, expected = (step(module, x) for module in both)
+    assert_close(found, expected, rtol=0, atol=0)
+    assert not torch.equal(found["result"], before)
+    assert len(calls) == 1
+
+
+@pytest.fixture
+def rotary(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Llama's rotary embedding, kernel-aware, and as it is afterwards."""
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", original_rotary())
+    found = aware(modeling_llama.__name__)
+    before = dict(found.__dict__)
+    yield found
+    found.__dict__.clear()
+    found.__dict__.update(before)
+
+
+def test_the_kernel_aware_rotary_embedding_is_passed_by(
+    decoder: ModuleType, rotary: nn.Module, calls: list[str]
+) -> None:
+    """By itself and with our kernel; with a forward of others and with hooks it is called."""
+    both, x = pair(decoder), values(2, TOKENS, HIDDEN)
+    expected = step(both[0], x)
+    assert_close(step(both[1], x), expected)
+    rotary.forward = decoder.attention.rotary.layers.rotary_pos_emb.forward.__get__(rotary)
+    assert_close(step(both[1], x), expected)
+    assert len(calls) == 2
+    rotary.forward = doubled(original_rotary())
+    found, expected = (step(module, x) for module in both)
+    assert_close(found, expected, rtol=0, atol=0)
+    rotary.forward = MethodType(lambda _, *a: doubled(original_rotary())(*a), rotary)
+    assert_close(step(both[1], x), expected, rtol=0, atol=0)
+    del rotary.__dict__["forward"]
+    heard: list[str] = []
+    handle = rotary.register_forward_hook(lambda *_: heard.append("hook"))
+    both[1](x)
+    handle.remove()
+    assert heard == ["hook"]
+    assert len(calls) == 2
+
+
+# Who listens
+
+
+PLACES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("place", PLACES)
+def test_hooks_of_a_projection_are_called(decoder: ModuleType, place: str, kind: str, calls: list[str]) -> None:
+    both, x = pair(decoder), values(2, TOKENS, HIDDEN)
+    results, heard = [], []
+    for module in both:
+        found: list[str] = []
+        handle = HOOKS[kind](getattr(module.attention, place), lambda found=found: found.append(kind))
+        results.append(step(module, x))
+        handle.remove()
+        heard.append(found)
+    assert heard[0] == heard[1] != []
+    assert_close(*reversed(results))
+    assert len(calls) == (place == "o_proj")
+
+
+def test_hooks_of_all_modules_are_called(decoder: ModuleType, calls: list[str]) -> None:
+    both, x = pair(decoder), values(2, TOKENS, HIDDEN)
+    heard = []
+    for module in both:
+        found: list[str] = []
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda one, *_, found=found: found.append(type(one).__name__)
+        )
+        module(x)
+        handle.remove()
+        heard.append(found)
+    assert heard[0] == heard[1]
+    assert calls == []
+
+
+class Adapted(nn.Linear):
+    """A linear layer that does something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def changes() -> dict[str, Callable[[nn.Module], Any]]:
+    def adapted(attention: nn.Module) -> None:
+        old = attention.q_proj
+        attention.q_proj = Adapted(HIDDEN, 32, bias=False)
+        attention.q_proj.load_state_dict(old.state_dict())
+
+    def forwarded(attention: nn.Module) -> None:
+        part = attention.v_proj
+        part.forward = MethodType(lambda self, y: 2 * type(self).forward(self, y), part)
+
+    def unnamed(attention: nn.Module) -> None:  # as FSDP does: a plain tensor where the parameter was
+        weight = attention.k_proj.weight
+        del attention.k_proj.weight
+        attention.k_proj.weight = weight.detach()
+
+    def of_a_class(attention: nn.Module) -> None:
+        weight = nn.Parameter(attention.v_proj.weight.detach().as_subclass(Named))
+        attention.v_proj.weight = weight
+
+    return {
+        "a class of its own": adapted,
+        "a forward of its own": forwarded,
+        "a parametrization": lambda attention: parametrizations.weight_norm(attention.q_proj),
+        "a weight that is no parameter": unnamed,
+        "a weight of a class of its own": of_a_class,
+    }
+
+
+@pytest.mark.parametrize("change", changes())
+def test_what_is_not_plain_is_called(decoder: ModuleType, change: str, calls: list[str]) -> None:
+    results = []
+    for module in pair(decoder):
+        torch.manual_seed(1)
+        changes()[change](module.attention)
+        x = values(2, TOKENS, HIDDEN).requires_grad_()
+        out = module(x)
+        results.append([out, *torch.autograd.grad(out.sum(), [x, *module.parameters()])])
+    for got, expected in zip(*results, strict=True):
+        assert type(got) is type(expected)
+        torch.testing.assert_close(got, expected)
+    assert calls == []
+
+
+def test_tables_that_the_op_does_not_know_and_those_that_learn(decoder: ModuleType, calls: list[str]) -> None:
+    """Of another dtype, of fewer elements than a head (an error of the class's), and with gradients of their own."""
+    both, x = pair(decoder, dtype=torch.bfloat16), values(2, TOKENS, HIDDEN, dtype=torch.bfloat16)
+    for module in both:
+        module.attention.config._attn_implementation = "eager"
+        module.attention.o_proj.float()
+    tables = tuple(table.float() for table in both[0].tables)
+    errors = []
+    for module in both:
+        with pytest.raises(RuntimeError) as caught:
+            module.attention(x, tables, None)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+    both = pair(decoder)
+    for module in both:
+        with pytest.raises(RuntimeError, match="must match"):
+            module.attention(x.float(), tuple(table[..., :4] for table in tables), None)
+    results = []
+    for module in both:
+        cos = tables[0].clone().requires_grad_()
+        results.append(torch.autograd.grad(module.attention(x.float(), (cos, tables[1]), None)[0].sum(), cos)[0])
+    assert torch.equal(*results)
+    assert calls == []
+
+
+def test_casts_transforms_and_traces_are_pytorchs(decoder: ModuleType, calls: list[str]) -> None:
+    """Autocast, functorch, forward-mode AD, subclasses and jit's traces: the modules are called, and nothing is lost."""
+    both, x = pair(decoder, Case(implementation="eager")), values(3, 5, HIDDEN)
+
+    def everything(module: nn.Module) -> list[Tensor]:
+        weights = dict(module.named_parameters())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = step(module, x)
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(module(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+        by_weights = grad(lambda w: functional_call(module, w, (x,)).square().sum())(weights)
+        each = vmap(grad(lambda w, one: functional_call(module, w, (one[None],)).sum()), (None, 0))(weights, x)
+        through = jvp(module, (x,), (torch.ones_like(x),))[1]
+        traced = torch.jit.trace(module, (x,), check_trace=False)(x)
+        return [*cast.values(), dual, *by_weights.values(), *each.values(), through, traced]
+
+    for got, expected in zip(*(everything(module) for module in both), strict=True):
+        assert torch.equal(got, expected)
+    assert isinstance(both[1](x.as_subclass(Named)), Named)
+    assert calls == []
+
+
+# What runs it again
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_it_gives_the_same_gradients(decoder: ModuleType, reentrant: bool, calls: list[str]) -> None:
+    _, kernelized = pair(decoder)
+    x = values(2, TOKENS, HIDDEN)
+    expected = step(kernelized, x)
+    leaf = x.clone().requires_grad_()
+    checkpoint(kernelized, leaf, use_reentrant=reentrant).backward(values(2, TOKENS, HIDDEN, seed=9))
+    assert torch.equal(leaf.grad, expected["input"])
+    for name, parameter in kernelized.named_parameters():
+        assert torch.equal(parameter.grad, expected[name])
+    assert len(calls) == 2 + (not reentrant)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(MistralAttention, MistralConfig)])
+@pytest.mark.usefixtures("way")
+def test_compiles_to_one_graph_with_the_same_gradients_and_exports(decoder: ModuleType, case: Case) -> None:
+    _, kernelized = pair(decoder, case)
+    x = values(2, TOKENS, HIDDEN)
+    expected = step(kernelized, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(kernelized, fullgraph=True, backend="aot_eager")
+    found = step(compiled, x)
+    assert_close({name.removeprefix("_orig_mod."): value for name, value in found.items()}, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected["result"], rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+    program = torch.export.export(kernelized, (x,), strict=False)
+    torch.testing.assert_close(program.module()(x), expected["result"], rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_compiled_for_any_number_of_tokens_it_is_compiled_once(decoder: ModuleType) -> None:
+    _, kernelized = pair(decoder, tokens=12)
+    cos, sin = kernelized.tables
+    graphs: list[torch.fx.GraphModule] = []
+    torch._dynamo.reset()
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(kernelized.attention, fullgraph=True, backend=backend, dynamic=True)
+    for tokens in (5, 9, 12):
+        x, tables = values(2, tokens, HIDDEN), (cos[:, :tokens], sin[:, :tokens])
+        expected = kernelized.attention(x, tables)[0]
+        torch.testing.assert_close(compiled(x, tables)[0], expected)
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+    assert any("autograd_function" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+@pytest.mark.parametrize("case", [Case(bias=True), Case(Qwen2Attention, Qwen2Config)])
+@pytest.mark.usefixtures("way")
+def test_gradients_of_gradients_are_the_models_own(decoder: ModuleType, case: Case) -> None:
+    results = []
+    for module in pair(decoder, case._replace(implementation="eager"), torch.float64):
+        for frozen in (False, True):
+            for parameter in module.parameters():
+                parameter.requires_grad_(not frozen)
+            x = values(2, 5, HIDDEN, dtype=torch.float64).requires_grad_()
+            leaves = [x, *(parameter for parameter in module.parameters() if not frozen)]
+            first = torch.autograd.grad(module(x.tanh()).square().sum(), leaves, create_graph=True)
+            penalty = sum(one.square().sum() for one in first)
+            results.append([*first, *torch.autograd.grad(penalty, leaves)])
+    for got, expected in ((results[2], results[0]), (results[3], results[1])):
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("way")
+def test_batched_and_repeated_backwards(decoder: ModuleType) -> None:
+    original, kernelized = pair(decoder, Case(implementation="eager"))
+    x = values(2, TOKENS, HIDDEN).requires_grad_()
+    seeds = torch.stack([values(2, TOKENS, HIDDEN, seed=seed) for seed in (1, 2)])
+    for module in (original, kernelized):
+        y = module(x)
+        once = [torch.autograd.grad(y, x, seed, retain_graph=True)[0] for seed in seeds]
+        (batched,) = torch.autograd.grad(y, x, seeds, is_grads_batched=True)
+        torch.testing.assert_close(batched, torch.stack(once), rtol=1e-4, atol=1e-5)
+
+
+# Within a decoder layer, with the ops for GPUs done by PyTorch
+
+
+class Layer(nn.Module):
+    """A decoder layer with its tables."""
+
+    def __init__(self, layer: nn.Module, cos: Tensor, sin: Tensor) -> None:
+        super().__init__()
+        self.layer, self.tables = layer, (cos, sin)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, position_embeddings=tuple(table.to(x.dtype) for table in self.tables))
+
+
+@pytest.fixture
+def ops(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ops that were called."""
+    found: list[str] = []
+    plain, rotary_of = decoder.plain, decoder.attention.rotary.apply_rotary
+
+    def rotary_projections(x: Tensor, projections: Any, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+        operands = (x, *projections, cos, sin)
+        assert not (torch.is_grad_enabled() and any(of is not None and of.requires_grad for of in operands))
+        found.append("rotary_projections")
+        q, k, v = (F.linear(x, *projections[at : at + 2]) for at in (0, 2, 4))
+        q, k = rotary_of(q.unflatten(-1, (-1, head_dim)), k.unflatten(-1, (-1, head_dim)), cos, sin, 2)
+        return q.flatten(-2), k.flatten(-2), v
+
+    def add_product(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        assert not (torch.is_grad_enabled() and any(of.requires_grad for of in (x, weight, residual)))
+        found.append("add_product")
+        return residual + F.linear(x, weight)
+
+    monkeypatch.setattr(decoder.hopper, "may_take", lambda x: True)
+    monkeypatch.setattr(decoder.hopper, "takes_projections", plain.takes_projections)
+    monkeypatch.setattr(decoder.hopper, "takes_add", lambda x, weight, residual: type(residual) is Tensor)
+    monkeypatch.setattr(decoder.hopper, "takes", lambda *_: False)
+    monkeypatch.setattr(decoder.hopper, "rotary_projections", rotary_projections)
+    monkeypatch.setattr(decoder.hopper, "add_product", add_product)
+    for cls, name in ((LlamaMLP, "GatedMLP"), (LlamaRMSNorm, "RMSNorm"), (LlamaAttention, "RotaryAttention")):
+        monkeypatch.setattr(cls, "kernel_layer_name", name, raising=False)
+    return found
+
+
+def layers(decoder: ModuleType, bias: bool = False) -> tuple[Layer, Layer]:
+    attention = made(Case(bias=bias))
+    config = attention.attention.config
+    config.intermediate_size = 64
+    original = Layer(LlamaDecoderLayer(config, 0), *attention.tables)
+    for parameter in original.layer.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    kernelized = copy.deepcopy(original)
+    kernelized.layer.forward = decoder.layers.DecoderLayer.forward.__get__(kernelized.layer)
+    return original, kernelized
+
+
+def test_a_decoder_layer_adds_the_attentions_product_to_the_residual(
+    decoder: ModuleType, ops: list[str], calls: list[str]
+) -> None:
+    """With gradients and without; whether the attention runs its class's forward or the kernel's."""
+    original, kernelized = layers(decoder)
+    x = values(2, TOKENS, HIDDEN)
+    for _ in range(2):
+        assert_close(step(kernelized, x), step(original, x))
+        with torch.no_grad():
+            torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-5)
+        assert ops == ["rotary_projections", "add_product", "add_product", "rotary_projections", "add_product"]
+        ops.clear()
+        inner = kernelized.layer.self_attn
+        inner.forward = decoder.layers.RotaryAttention.forward.__get__(inner)
+    assert len(calls) == 2
+    assert joined(kernelized(x.clone().requires_grad_())) == {}
+    with torch.no_grad():
+        before = x.clone()
+        kernelized(x)
+        assert torch.equal(x, before)
+
+
+def test_what_needs_no_gradient_gets_none_of_the_added_product(decoder: ModuleType, ops: list[str]) -> None:
+    operands = values(2, 3, 8, seed=1), values(6, 8, seed=2), values(2, 3, 6, seed=3)
+    seed = values(2, 3, 6, seed=4)
+    leaves = [of.clone().requires_grad_() for of in operands]
+    wanted = torch.autograd.grad(leaves[2] + F.linear(leaves[0], leaves[1]), leaves, seed)
+    for chosen in itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in (1, 2, 3)):
+        leaves = [of.clone().requires_grad_(at in chosen) for at, of in enumerate(operands)]
+        decoder.attention.add_product(*leaves).backward(seed)
+        for at, leaf in enumerate(leaves):
+            assert (leaf.grad is not None) == (at in chosen)
+            if leaf.grad is not None:
+                torch.testing.assert_close(leaf.grad, wanted[at])
+    leaves = [of.clone().requires_grad_() for of in operands]
+    twice = [
+        torch.autograd.grad(
+            sum(
+                one.square().sum()
+                for one in torch.autograd.grad(add(*leaves).square().sum(), leaves, create_graph=True)
+            ),
+            leaves,
+        )
+        for add in (decoder.attention.add_product, lambda x, weight, residual: residual + F.linear(x, weight))
+    ]
+    for got, expected in zip(*twice, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert set(ops) == {"add_product"}
+
+
+def listens(module: nn.Module) -> list[str]:
+    heard: list[str] = []
+    module.register_forward_hook(lambda *_: heard.append("called"))
+    return heard
+
+
+@pytest.mark.parametrize("place", ["self_attn", "self_attn.o_proj", "self_attn.k_proj"])
+def test_in_a_decoder_layer_what_is_listened_to_is_called(decoder: ModuleType, ops: list[str], place: str) -> None:
+    original, kernelized = layers(decoder)
+    x = values(2, TOKENS, HIDDEN)
+    heard = listens(kernelized.layer.get_submodule(place))
+    assert_close(step(kernelized, x), step(original, x))
+    with torch.no_grad():
+        torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-5)
+    assert heard == ["called"] * 2
+    assert ops == ["add_product"], "the MLP's, with gradients"
+
+
+def test_in_a_decoder_layer_another_forward_of_the_attention_runs(decoder: ModuleType, ops: list[str]) -> None:
+    _, kernelized = layers(decoder)
+    x = values(2, TOKENS, HIDDEN)
+    inner = kernelized.layer.self_attn
+    inner.forward = lambda hidden_states, **_: (hidden_states * 0, None)
+    with torch.no_grad():
+        found = kernelized(x)
+        mlp = kernelized.layer.mlp(kernelized.layer.post_attention_layernorm(x))
+    torch.testing.assert_close(found, x + mlp, rtol=1e-4, atol=1e-5)
+    assert ops == []
+
+
+def test_a_decoder_layer_whose_last_product_has_a_bias_adds_it_as_before(decoder: ModuleType, ops: list[str]) -> None:
+    original, kernelized = layers(decoder, bias=True)
+    x = values(2, TOKENS, HIDDEN)
+    assert_close(step(kernelized, x), step(original, x))
+    assert ops == ["add_product"], "the MLP's"
+
+
+def test_a_decoder_layer_where_only_the_projections_have_an_op(
+    decoder: ModuleType, ops: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder.hopper, "takes_add", lambda *_: False)
+    original, kernelized = layers(decoder)
+    x = values(2, TOKENS, HIDDEN)
+    assert_close(step(kernelized, x), step(original, x))
+    with torch.no_grad():
+        torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-5)
+    assert ops == ["rotary_projections"] * 2
+
+
+def test_without_gradients_the_attention_by_itself_has_the_op(decoder: ModuleType, ops: list[str]) -> None:
+    original, kernelized = pair(decoder)
+    x = values(2, TOKENS, HIDDEN)
+    with torch.no_grad():
+        torch.testing.assert_close(kernelized(x), original(x))
+    kernelized.requires_grad_(False)
+    torch.testing.assert_close(kernelized(x), original(x))
+    assert ops == ["rotary_projections"] * 2
+
+
+def test_a_decoder_layer_with_the_ops_compiles_to_one_graph(decoder: ModuleType, ops: list[str]) -> None:
+    original, kernelized = layers(decoder)
+    x = values(2, TOKENS, HIDDEN)
+    torch._dynamo.reset()
+    compiled = torch.compile(kernelized, fullgraph=True, backend="aot_eager")
+    found = step(compiled, x)
+    assert_close({name.removeprefix("_orig_mod."): value for name, value in found.items()}, step(original, x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), original(x), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()

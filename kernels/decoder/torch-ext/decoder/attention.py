@@ -178,7 +178,8 @@ def _is_plain(formula: int) -> bool:
 
 def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int, form: int) -> tuple[Tensor, Tensor]:
     """q and k, (..., heads * head_dim), turned; or with TRANSPOSED as `form`, gradients of turned ones turned back."""
-    q, k = q.unflatten(-1, (-1, head_dim)), k.unflatten(-1, (-1, head_dim))
+    shapes = q.shape, k.shape
+    q, k = (of.reshape(*of.shape[:-1], of.shape[-1] // head_dim, head_dim) for of in (q, k))
     if rotary.compiled.takes(q, k, cos, sin, 2, head_dim, False):
         q, k = rotary.compiled.rotate(q, k, cos, sin, 2, head_dim, form)
     elif form:
@@ -186,7 +187,7 @@ def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int, form:
         q, k = _turned_back(q, cos, sin), _turned_back(k, cos, sin)
     else:
         q, k = rotary.apply_rotary(q, k, cos, sin, 2)
-    return q.flatten(-2), k.flatten(-2)
+    return q.reshape(shapes[0]), k.reshape(shapes[1])
 
 
 def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
