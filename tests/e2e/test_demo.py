@@ -349,6 +349,7 @@ def test_rows_that_are_alike_but_for_numbers_are_one() -> None:
         "model.layers.*.input_layernorm",
         "model.layers.*.post_attention_layernorm",
         "model.norm",
+        "model.rotary_emb",
     }
     assert rows["model.layers.*.mlp.act_fn"][1:4] == ("3 x", "SiLUActivation", "kernelhub/activation:SiLU")
     assert rows["model.norm"][1:4] == ("1 x", "LlamaRMSNorm", "its own forward")

@@ -319,6 +319,9 @@ def unusual() -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
     module.inv_freq = module.inv_freq.double()
     yield "frequencies of 64 bits", module, X, POSITIONS
     module = llama()
+    module.inv_freq = module.inv_freq.as_subclass(Named)
+    yield "frequencies are a subclass", module, X, POSITIONS
+    module = llama()
     module.attention_scaling = torch.tensor(1.5)
     yield "the scale is a tensor", module, X, POSITIONS
     module = llama()
