@@ -27,6 +27,7 @@ from kernelhub import (
 )
 from kernelhub.errors import InvalidReference, NoKernelForLayer
 from kernelhub.hub.client import Hub
+from kernelhub.layers.markers import mark_as_calling
 from kernelhub.layers.report_values import ReportRow
 
 pytestmark = pytest.mark.filterwarnings("ignore::kernelhub.errors.KernelHubWarning")
@@ -175,6 +176,78 @@ def test_buffers_that_the_original_changes_are_compared_and_put_back(register: R
     row = checked(model, torch.randn(6, 4), T)
     assert "after the call" in row.reason
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+@use_kernel_forward_from_hub("Act")
+class Counting(nn.Module):
+    """A buffer that the forward puts another in the place of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Module()
+        self.child.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.child.count = self.child.count + 1
+        return torch.relu(x)
+
+
+COUNT = "def forward(self, x):\n        {}\n        return torch.relu(x)"
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (COUNT.format("self.child.count = self.child.count + 1"), ""),
+        (COUNT.format("pass"), "child.count that it sets: the original has it, the kernel has not"),
+        (COUNT.format("self.child.count = self.child.count + 2"), "child.count that it sets: it is off by 1"),
+    ],
+)
+def test_buffers_that_are_replaced_are_compared_and_put_back(register: Register, forward: str, expected: str) -> None:
+    register("Act", forward)
+    model = Counting()
+    count = model.child.count
+    row = checked(model, torch.randn(3, 8))
+    assert (row.outcome, expected in row.reason) == ("original" if expected else "kernel", True)
+    assert model.child.count is count
+    assert count.item() == 0
+
+
+class Embedding(nn.Module):
+    """PyTorch writes to these weights at every look-up, the kernel of a layer that calls it must not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 8, max_norm=1.0)
+        self.scale = nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.scale(self.embed(ids))
+
+
+def test_writes_to_weights_that_only_children_read_are_seen(register: Register) -> None:
+    """Of weights that are not copied, because they may be a whole model's."""
+    right = "return self.scale(self.embed(ids))"
+    for writes, expected in (
+        ("", ""),
+        (
+            "with torch.no_grad():\n            self.scale.weight.mul_(1)\n        ",
+            "a write to scale.weight, which is not taken back: the kernel has it, the original has not",
+        ),
+    ):
+        register("Embedding", f"def forward(self, ids):\n        {writes}{right}")
+        cls = use_kernel_forward_from_hub("Embedding")(type("Embedding", (Embedding,), {}))
+        mark_as_calling(cls)
+        row = checked(cls(), torch.arange(4), T)
+        assert (row.outcome, expected in row.reason) == ("original" if expected else "kernel", True)
+
+
+def test_of_meta_tensors_nothing_can_be_shown(register: Register) -> None:
+    register("Act")
+    row = checked(layers.Act(), torch.randn(3, 8, device="meta"))
+    assert "not tested: a call has tensors on the meta device" in row.reason
+    register("Batch")
+    assert "not tested: its weights" in checked(layers.Batch(4).to("meta"), torch.randn(6, 4, device="meta"), T).reason
 
 
 def test_the_reference_is_the_original_where_float64_cannot_be_had(register: Register) -> None:

@@ -423,8 +423,9 @@ def test_a_proof_of_it_takes_no_second_model(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(replay, "_MOST_OF_CHILDREN", 1000)
     model = made()
     mark(model)
-    taken = snapshot(model.model).tensors
-    assert set(taken) == {name for name, _ in model.model.named_buffers()}
+    taken = snapshot(model.model)
+    assert set(taken.tensors) == {name for name, _ in model.model.named_buffers()}
+    assert set(taken.counted) == {name for name, _ in model.model.named_parameters()}
     compared = [name for name, _ in replay._compared(model.model)]
     assert compared == [f"layers.{at}.{norm}.weight" for at in (0, 1) for norm in NORMS] + ["norm.weight"]
     layer = model.model.layers[0]

@@ -172,6 +172,9 @@ class Recorder:
         if signature in self.calls or len(self.calls) >= self._sample.max_calls:
             return
         tensors = tensors_in((args, kwargs))
+        if any(tensor.is_meta for tensor in tensors):
+            self.left_out = "a call has tensors on the meta device, which have no values"
+            return
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if self.bytes + size > self._sample.max_bytes:
             self.left_out = (
@@ -293,7 +296,10 @@ def as_before(model: nn.Module) -> Iterator[None]:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(module._buffers, dict(module._buffers)) for module in modules]
     values = {
-        id(tensor): (tensor, tensor.clone()) for _, table in buffers for tensor in table.values() if tensor is not None
+        id(tensor): (tensor, tensor.clone())
+        for _, table in buffers
+        for tensor in table.values()
+        if tensor is not None and not tensor.is_meta
     }
     held = Held.by(modules)
     for parameter, _ in gradients:
@@ -428,30 +434,37 @@ def same_random_state(devices: Iterable[torch.device]) -> Iterator[None]:
 def snapshot(module: nn.Module) -> Snapshot:
     """What a call of the module could change: its weights, buffers and attributes, those of its children too.
 
-    Not the weights that only its children read, which may be a whole model's.
+    Of the weights that only its children read, which may be a whole model's, no more than whether they are written to.
     """
-    tables = [child.__dict__ for child in module.modules()]
+    tables = [
+        (f"{path}." if path else "", table)
+        for path, child in module.named_modules()
+        for table in (child.__dict__, child._parameters, child._buffers)
+    ]
     weights = module.named_parameters(recurse=not calls_children(module))
     held = dict((*weights, *module.named_buffers()))
+    others = {name: item for name, item in module.named_parameters() if name not in held and not item.is_inference()}
     return Snapshot(
-        [(table, copy.copy(table)) for table in tables],
+        [(path, table, copy.copy(table)) for path, table in tables],
         {name: (item, item.detach().clone()) for name, item in held.items()},
+        {name: (item, item._version) for name, item in others.items()},
     )
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A module's state, to see what a call changed and to take it back."""
+    """A module's state, to see what a call changed and to take it back, but for writes to tensors that are only counted."""
 
-    attributes: list[tuple[dict[str, Any], dict[str, Any]]]
+    attributes: list[tuple[str, dict[str, Any], dict[str, Any]]]
     tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    counted: Mapping[str, tuple[torch.Tensor, int]]
 
     def take_back(self) -> dict[str, Any]:
         """What is different, by name, with the value that it was given; the module is as before afterwards."""
         changed: dict[str, Any] = {}
-        for table, before in self.attributes:
+        for path, table, before in self.attributes:
             names = [name for name in {**before, **table} if table.get(name, _ABSENT) is not before.get(name, _ABSENT)]
-            changed.update({f"the attribute {name} that it sets": table.get(name) for name in names})
+            changed.update({f"the attribute {path}{name} that it sets": table.get(name) for name in names})
             if names:
                 table.clear()
                 table.update(before)
@@ -460,4 +473,7 @@ class Snapshot:
                 if not same(tensor, value):
                     changed[f"{name} after the call"] = tensor.detach().clone()
                     tensor.copy_(value)
+        for name, (tensor, version) in self.counted.items():
+            if tensor._version != version:
+                changed[f"a write to {name}, which is not taken back"] = True
         return changed
