@@ -159,6 +159,18 @@ def decoder(ops: Any, dtype: torch.dtype) -> None:
         for function in (0, 2):
             ops.gated_product(x, gate, up, function)
             ops.gated_product_parts(x, gate, up, function)
+        residual = numbers(rows, columns, dtype=dtype)
+        ops.add_product(x, gate, residual)
+    for batches, tokens, depth, of_q, of_k, head_dim in (
+        (0, 5, 64, 1, 1, 64), (1, 1, 8, 1, 1, 64), (2, 150, 200, 5, 2, 64), (1, 300, 72, 3, 1, 128), (3, 700, 136, 14, 2, 128),
+        (1, 333, 200, 3, 1, 256), (4, 1000, 576, 14, 2, 64),
+    ):  # fmt: skip
+        q, k, v = (numbers(heads * head_dim, depth, dtype=dtype, seed=heads) for heads in (of_q, of_k, of_k))
+        bias = numbers(of_k * head_dim, dtype=dtype)
+        for tables in (1, batches):
+            cos, sin = (numbers(tables, tokens, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+            x = numbers(batches, tokens, depth, dtype=dtype)
+            ops.rotary_projections(x, q, None, k, bias, v, None, cos, sin, head_dim)
 
 
 PROJECTS: dict[str, Callable[[Any, torch.dtype], None]] = {

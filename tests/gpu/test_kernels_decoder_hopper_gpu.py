@@ -1,9 +1,11 @@
-"""The op for GPUs of compute capability 9.0: both first products of a gated MLP with theirs, against float64 and PyTorch's."""
+"""The ops for GPUs of compute capability 9.0, products with what becomes of them, against float64 and PyTorch's."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -228,15 +230,39 @@ def test_others_run_as_before(decoder: ModuleType) -> None:
         assert not any(name.startswith("gated_product") for name in names)
 
 
-def test_it_compiles_in_one_graph_for_any_number_of_rows(decoder: ModuleType) -> None:
+class Targets:
+    """A backend of torch.compile that runs what it is given, and keeps the names of the ops in it."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        for part in graph.modules():
+            if isinstance(part, torch.fx.GraphModule):
+                targets = [str(node.target).removesuffix(".default") for node in part.graph.nodes]
+                self.names |= {target.rpartition(".")[2] for target in targets}
+        return graph.forward
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_it_compiles_in_one_graph_for_any_number_of_rows(decoder: ModuleType, training: bool) -> None:
     torch.manual_seed(0)
     mlp = MLP(128, 256).to("cuda", torch.bfloat16)
+    forward = functools.partial(decoder.layers.GatedMLP.forward, mlp)
+    targets = Targets()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: decoder.layers.GatedMLP.forward(mlp, x), fullgraph=True, dynamic=True)
-    with torch.no_grad():
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True)
+    seen = torch.compile(forward, fullgraph=True, dynamic=True, backend=targets)
+    with torch.set_grad_enabled(training):
         for rows in (300, 500, 513):
             x = torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16)
-            torch.testing.assert_close(compiled(x), mlp(x), atol=2e-3, rtol=2e-2)
+            expected = mlp(x)
+            for way in (compiled, seen):
+                torch.testing.assert_close(way(x), expected, atol=2e-3, rtol=2e-2)
+    assert ("gated_product_parts" if training else "gated_product") in targets.names
+    assert targets.graphs == 1
 
 
 def test_exported_programs_take_any_number_of_rows(decoder: ModuleType) -> None:
@@ -258,3 +284,319 @@ def test_exported_programs_take_any_number_of_rows(decoder: ModuleType) -> None:
             torch.testing.assert_close(
                 program(x[:1].expand(rows, -1)), mlp(x[:1].expand(rows, -1)), atol=2e-3, rtol=2e-2
             )
+
+
+# Batches, tokens, hidden, heads of q, of k and v, elements of a head: whole tiles, tails of rows, of columns and of depth, a
+# tile of several results' heads, fewer steps than a tile is written in, more tiles than blocks.
+ATTENTIONS = (
+    (1, 256, 64, 4, 4, 64),
+    (2, 1000, 2048, 32, 8, 64),
+    (1, 77, 72, 3, 1, 64),
+    (3, 333, 200, 5, 2, 128),
+    (1, 1500, 640, 3, 1, 256),
+    (4, 1111, 576, 14, 2, 64),
+    (1, 1, 8, 1, 1, 64),
+)
+
+
+class Attention(NamedTuple):
+    x: Tensor
+    projections: Any
+    cos: Tensor
+    sin: Tensor
+    head_dim: int
+
+
+def attention(
+    decoder: ModuleType, sizes: tuple[int, ...], dtype: torch.dtype, bias: bool = False, tables: int = 1
+) -> Attention:
+    batches, tokens, hidden, of_q, of_k, head_dim = sizes
+    generator = torch.Generator("cuda").manual_seed(tokens)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    parts: list[Tensor | None] = []
+    for heads in (of_q, of_k, of_k):
+        parts.append((2 * hidden**-0.5 * numbers(heads * head_dim, hidden)).to(dtype))
+        parts.append(numbers(heads * head_dim).to(dtype) if bias else None)
+    # no table of a model has halves that differ, but the formula takes both
+    cos, sin = numbers(tables, tokens, head_dim).to(dtype), numbers(tables, tokens, head_dim).to(dtype)
+    x = numbers(batches, tokens, hidden).to(dtype)
+    return Attention(x, decoder.plain.Projections(*parts, parts[0].t(), None), cos, sin, head_dim)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+    heads = x.unflatten(-1, (-1, head_dim))
+    first, second = heads.chunk(2, -1)
+    return (heads * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)).flatten(-2)
+
+
+def products(of: Attention, dtype: torch.dtype) -> list[Tensor]:
+    x = of.x.to(dtype)
+    parts = [None if part is None else part.to(dtype) for part in of.projections[:6]]
+    return [F.linear(x, weight, bias) for weight, bias in zip(parts[::2], parts[1::2], strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bias", "tables"), [(False, False), (True, True)], ids=["plain", "bias-and-tables"])
+@pytest.mark.parametrize("sizes", ATTENTIONS, ids=str)
+def test_projections_are_turned_as_pytorch_turns_them(
+    decoder: ModuleType, sizes: tuple[int, ...], bias: bool, tables: bool, dtype: torch.dtype
+) -> None:
+    of = attention(decoder, sizes, dtype, bias, sizes[0] if tables else 1)
+    poison()
+    q, k, v = decoder.hopper.rotary_projections(*of)
+    # The bits of the products with what PyTorch does after them: turned by numbers that change nothing, then by it.
+    nothing = torch.ones_like(of.cos), torch.zeros_like(of.sin)
+    poison()
+    plain = decoder.hopper.rotary_projections(of.x, of.projections, *nothing, of.head_dim)
+    assert torch.equal(v, plain[2])
+    for got, product in zip((q, k), plain, strict=False):
+        assert torch.equal(got, turned(product, of.cos, of.sin, of.head_dim))
+    for got, apart, exact in zip(plain, products(of, dtype), products(of, torch.float64), strict=True):
+        assert got.dtype is dtype
+        assert got.shape == apart.shape
+        assert got.is_contiguous()
+        assert distance(got, exact) <= 1.02 * distance(apart, exact)
+
+
+def test_projections_of_any_strides_and_places(decoder: ModuleType) -> None:
+    of = attention(decoder, (2, 150, 128, 4, 2, 64), torch.bfloat16, bias=True, tables=2)
+    expected = decoder.hopper.rotary_projections(*of)
+
+    def apart(x: Tensor) -> Tensor:
+        return torch.zeros(*x.shape[:-1], x.shape[-1] + 1, device="cuda", dtype=x.dtype)[..., 1:].copy_(x)
+
+    moved = of._replace(
+        x=apart(of.x),
+        projections=of.projections._replace(
+            **{n: apart(getattr(of.projections, n)) for n in ("q", "q_bias", "k", "v")}
+        ),
+        cos=apart(of.cos),
+        sin=of.sin.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    for got, want in zip(decoder.hopper.rotary_projections(*moved), expected, strict=True):
+        assert torch.equal(got, want)
+    flat = of.x.flatten(0, 1)
+    for got, want in zip(decoder.hopper.rotary_projections(flat, *of[1:]), expected, strict=True):
+        assert torch.equal(got, want.flatten(0, 1))
+    none = of._replace(x=of.x[:0], cos=of.cos[:1], sin=of.sin[:1])
+    assert [made.shape for made in decoder.hopper.rotary_projections(*none)] == [
+        (0, 150, 256),
+        (0, 150, 128),
+        (0, 150, 128),
+    ]
+
+
+# Rows, depth, columns: as SIZES, with a row of tiles that is not full and columns of which a tile has few.
+SUMS = (
+    (256, 64, 256),
+    (257, 2048, 136),
+    (1000, 200, 344),
+    (513, 72, 1000),
+    (300, 576, 8),
+    (5000, 640, 2304),
+    (1, 8, 8),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SUMS, ids=str)
+def test_a_sum_is_rounded_once(decoder: ModuleType, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, weight, _ = operands(*sizes, dtype)
+    residual = torch.randn(sizes[0], sizes[2], device="cuda").to(dtype)
+    before = residual.clone()
+    exact = residual.double() + x.double() @ weight.double().t()
+    poison()
+    got = decoder.hopper.add_product(x, weight, residual)
+    assert got.dtype is dtype
+    assert torch.equal(residual, before)
+    # Half of the distance of two numbers of the dtype, and of a sum in float32.
+    precision = torch.finfo(dtype).eps / 2 + 1e-4 * torch.finfo(dtype).eps
+    slack = 1e-5 * (x.abs().double() @ weight.abs().double().t() + residual.abs())
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert bool(((got.double() - exact).abs() <= precision * exact.abs() + slack + smallest).all())
+    assert distance(got, exact) <= 1.02 * distance(torch.addmm(residual, x, weight.t()), exact)
+
+
+def test_sums_of_any_strides_and_places(decoder: ModuleType) -> None:
+    x, weight, _ = operands(512, 128, 264, torch.bfloat16)
+    residual = torch.randn(512, 264, device="cuda").bfloat16()
+    expected = decoder.hopper.add_product(x, weight, residual)
+    assert torch.equal(
+        decoder.hopper.add_product(x.view(2, 4, 64, 128), weight, residual.view(2, 4, 64, 264)).view(512, 264), expected
+    )
+    apart = [
+        torch.zeros(*of.shape[:-1], of.shape[-1] + 3, device="cuda").bfloat16()[:, 3:].copy_(of) for of in (x, weight)
+    ]
+    turned_round = residual.t().contiguous().t()
+    assert torch.equal(decoder.hopper.add_product(*apart, turned_round), expected)
+    assert torch.equal(decoder.hopper.add_product(x[:1].expand(512, 128), weight, residual)[0], expected[0])
+    assert decoder.hopper.add_product(x[:0], weight, residual[:0]).shape == (0, 264)
+
+
+def test_operands_that_do_not_fit_are_said(decoder: ModuleType) -> None:
+    x, q, _ = operands(256, 64, 128, torch.bfloat16)
+    bias, table = q[:, 0].contiguous(), torch.randn(1, 256, 64, device="cuda").bfloat16()
+    op = decoder.hopper.ops.rotary_projections
+    right = (x, q, None, q, bias, q, None, table, table, 64)
+    assert len(op(*right)) == 3
+    for place, wrong in (
+        (0, x.cpu()),
+        (0, x.float()),
+        (0, x[:, :60]),
+        (0, x[:255]),
+        (1, q[:100]),
+        (3, q[:, :56]),
+        (5, q.half()),
+        (4, bias[:64]),
+        (4, bias.float()),
+        (7, table[:, :, :32]),
+        (7, table[:, :128]),
+        (8, table.float()),
+        (8, table[0]),
+        (8, table.cpu()),
+        (9, 32),
+        (9, 128),
+    ):
+        with pytest.raises(RuntimeError, match="rotary_projections"):
+            op(*(wrong if at == place else of for at, of in enumerate(right)))
+    op = decoder.hopper.ops.add_product
+    residual = torch.randn(256, 128, device="cuda").bfloat16()
+    for wrong in (
+        (x.float(), q.float(), residual.float()),
+        (x, q, residual[:, :64]),
+        (x, q, residual[:255]),
+        (x, q, residual[None]),
+        (x, q, residual.half()),
+        (x, q[:100], residual[:, :100]),
+        (x, q[:, :32], residual),
+        (x, q, residual.cpu()),
+    ):
+        with pytest.raises(RuntimeError, match="add_product"):
+            op(*wrong)
+
+
+def calls(decoder: ModuleType) -> list[tuple[Tensor, Callable[[], tuple[Tensor, ...]]]]:
+    """Both ops by operands that are taken, each with one that may be changed."""
+    of = attention(decoder, (4, 2048, 512, 16, 4, 64), torch.bfloat16, bias=True)
+    x, weight, _ = operands(8192, 512, 1024, torch.bfloat16)
+    residual = torch.randn(8192, 1024, device="cuda").bfloat16()
+    assert decoder.hopper.takes_projections(*of)
+    assert decoder.hopper.takes_add(x, weight, residual)
+    return [
+        (of.x, lambda: decoder.hopper.rotary_projections(*of)),
+        (residual, lambda: (decoder.hopper.add_product(x, weight, residual),)),
+    ]
+
+
+def test_all_give_the_same_bits_and_graphs_can_hold_them(decoder: ModuleType) -> None:
+    for operand, call in calls(decoder):
+        first = call()
+        for _ in range(20):
+            assert all(torch.equal(one, other) for one, other in zip(call(), first, strict=True))
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(graph, stream=stream):
+            held = call()
+        operand.mul_(0.5)
+        graph.replay()
+        assert all(torch.equal(one, other) for one, other in zip(held, call(), strict=True))
+
+
+def test_they_run_on_the_current_stream(decoder: ModuleType) -> None:
+    for operand, call in calls(decoder):
+        expected = call()
+        kept = operand.clone()
+        operand.zero_()
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            operand.copy_(kept)
+            got = call()
+        stream.synchronize()
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_they_run_on_the_tensors_device(decoder: ModuleType) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    of = attention(decoder, (1, 300, 128, 4, 2, 64), torch.bfloat16)
+    x, weight, _ = operands(300, 128, 256, torch.bfloat16)
+    expected = (*decoder.hopper.rotary_projections(*of), decoder.hopper.add_product(x, weight, of.x[0] @ weight.t()))
+    moved = [None if part is None else part.to("cuda:1") for part in of.projections]
+    projections = decoder.plain.Projections(*moved)
+    there = [part.to("cuda:1") for part in (of.x, of.cos, of.sin, x, weight)]
+    got = (
+        *decoder.hopper.rotary_projections(there[0], projections, *there[1:3], 64),
+        decoder.hopper.add_product(*there[3:], there[0][0] @ there[4].t()),
+    )
+    for one, other in zip(got, expected, strict=True):
+        assert one.device == torch.device("cuda:1")
+        torch.testing.assert_close(one.to("cuda:0"), other, atol=1e-2, rtol=1e-2)
+
+
+def test_what_is_taken(decoder: ModuleType) -> None:
+    hopper = decoder.hopper
+    of = attention(decoder, (4, 2048, 512, 16, 4, 64), torch.bfloat16)
+    assert hopper.takes_projections(*of)
+    for wrong in (
+        of._replace(x=of.x[:, :, :508]),
+        of._replace(x=of.x[:1], cos=of.cos[:, :250], sin=of.sin[:, :250]),
+        of._replace(cos=of.cos.float(), sin=of.sin.float()),
+        of._replace(cos=of.cos[0], sin=of.sin[0]),
+        of._replace(cos=of.cos.cpu(), sin=of.sin.cpu()),
+        of._replace(head_dim=32),
+        of._replace(head_dim=128),
+        of._replace(projections=of.projections._replace(v=of.projections.v[:200])),
+        of._replace(projections=of.projections._replace(k=of.projections.k.half())),
+    ):
+        assert not hopper.takes_projections(*wrong)
+    x, weight, _ = operands(8192, 512, 1024, torch.bfloat16)
+    residual = torch.randn(8192, 1024, device="cuda").bfloat16()
+    assert hopper.takes_add(x, weight, residual)
+    for wrong in (
+        (x[:250], weight, residual[:250]),
+        (x, weight, residual[:1]),
+        (x, weight, residual.float()),
+        (x, weight.half(), residual),
+        (x[:, :508], weight[:, :508], residual),
+        (x.cpu(), weight, residual),
+    ):
+        assert not hopper.takes_add(*wrong)
+    with torch.autocast("cuda", torch.float16):
+        assert not hopper.takes_add(x, weight, residual)
+        assert not hopper.takes_projections(*of)
+    full = hopper._pairs(0)
+    # a round of tiles of 256 x 256, of which one is left: it is full, and with one tile more half of the next is not
+    assert hopper._fills(256, [256] * full, 0, one=100, several=100)
+    assert not hopper._fills(512, [256] * (full + 1), 0, one=10, several=90)
+    assert not hopper._fills(255, [256] * full, 0, one=100, several=100)
+    assert hopper._fills(256 * 100, [256] * full, 0, one=100, several=100)
+
+
+def test_both_compile_in_one_graph_for_any_number_of_rows(decoder: ModuleType) -> None:
+    of = attention(decoder, (4, 2048, 512, 16, 4, 64), torch.bfloat16, bias=True)
+    _, weight, _ = operands(1, 512, 1024, torch.bfloat16)
+
+    def both(x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        hopper = decoder.hopper
+        assert hopper.takes_projections(x, of.projections, cos, sin, of.head_dim)
+        assert hopper.takes_add(x, weight, residual)
+        made = hopper.rotary_projections(x, of.projections, cos, sin, of.head_dim)
+        return *made, hopper.add_product(x, weight, residual)
+
+    targets = Targets()
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, dynamic=True)
+    seen = torch.compile(both, fullgraph=True, dynamic=True, backend=targets)
+    with torch.no_grad():
+        for batches, tokens in ((4, 2048), (5, 1600), (3, 2700)):
+            x, residual = (torch.randn(batches, tokens, n, device="cuda").bfloat16() for n in (512, 1024))
+            tables = [torch.randn(1, tokens, of.head_dim, device="cuda").bfloat16() for _ in range(2)]
+            expected = both(x, residual, *tables)
+            for way in (compiled, seen):
+                assert all(torch.equal(*pair) for pair in zip(way(x, residual, *tables), expected, strict=True))
+    assert {"rotary_projections", "add_product"} <= targets.names
+    assert targets.graphs == 1

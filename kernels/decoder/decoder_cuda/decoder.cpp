@@ -1,5 +1,6 @@
 #include "decoder.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "launch.h"
@@ -18,28 +19,43 @@ Tensor in_order(const Tensor& tensor) {
   return aligned(dense.data_ptr()) ? dense : torch::stable::clone(dense);
 }
 
-void check_weight(const char* name, const char* what, const Tensor& weight, const Tensor& x, int64_t columns) {
+// The input: rows of `depth` elements, which is its last dimension.
+int64_t check_input(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cuda(), name, ": expected all tensors on one device; the input is not on a GPU");
+  STD_TORCH_CHECK(x.dim() > 0, name, ": expected an input of rows");
+  STD_TORCH_CHECK(dtype_of(x, name) != FLOAT32, name, ": expected bfloat16 or float16");
+  const int64_t depth = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(
+      depth > 0 && depth % 8 == 0 && depth <= MOST && x.numel() / depth <= MOST, name,
+      ": expected rows of a multiple of 8 elements, and of both at most ", MOST, "; got ", depth, " elements");
+  return depth;
+}
+
+// A weight's rows, which are a result's columns.
+int64_t check_weight(const char* name, const char* what, const Tensor& weight, const Tensor& x, int64_t multiple) {
   check_device(name, what, weight, x);
   STD_TORCH_CHECK(
-      weight.dim() == 2 && weight.size(0) == columns && weight.size(1) == x.size(x.dim() - 1), name, ": the ", what,
-      " does not fit; expected ", columns, " rows of the input's last dimension");
+      weight.dim() == 2 && weight.size(1) == x.size(x.dim() - 1), name, ": the ", what,
+      " does not fit; expected rows of the input's last dimension");
+  const int64_t columns = weight.size(0);
+  STD_TORCH_CHECK(
+      columns > 0 && columns % multiple == 0 && columns <= MOST, name, ": the ", what, " has ", columns,
+      " rows; expected a multiple of ", multiple, ", at most ", MOST);
+  return columns;
 }
 
 // Columns of the result, of operands that fit.
 int64_t check(const char* name, const Tensor& x, const Tensor& gate, const Tensor& up, int64_t function) {
-  STD_TORCH_CHECK(x.is_cuda(), name, ": expected all tensors on one device; the input is not on a GPU");
+  check_input(name, x);
   STD_TORCH_CHECK(function == SILU || function == GELU_TANH, name, ": function is ", function, "; expected 0 or 2");
-  STD_TORCH_CHECK(x.dim() > 0 && gate.dim() == 2, name, ": expected an input of rows and weights of two dimensions");
-  STD_TORCH_CHECK(dtype_of(x, name) != FLOAT32, name, ": expected bfloat16 or float16");
-  const int64_t depth = x.size(x.dim() - 1), columns = gate.size(0);
+  const int64_t columns = check_weight(name, "gate's weight", gate, x, 8);
   STD_TORCH_CHECK(
-      depth > 0 && depth % 8 == 0 && columns % 8 == 0, name, ": expected sizes that are multiples of 8, got ", depth,
-      " and ", columns);
-  check_weight(name, "gate's weight", gate, x, columns);
-  check_weight(name, "other weight", up, x, columns);
-  STD_TORCH_CHECK(
-      x.numel() / depth <= MOST && columns <= MOST && depth <= MOST, name, ": expected sizes of at most ", MOST);
+      check_weight(name, "other weight", up, x, 8) == columns, name, ": expected as many rows of both weights, ", columns);
   return columns;
+}
+
+void check_capability(const Device& device) {
+  STD_TORCH_CHECK(device.overlaps, "expected a GPU of compute capability 9.0");
 }
 
 void run(
@@ -49,7 +65,7 @@ void run(
     return;
   }
   const OnDevice device(x);
-  STD_TORCH_CHECK(device.overlaps, "expected a GPU of compute capability 9.0");
+  check_capability(device);
   const Tensor operands[] = {in_order(x), in_order(gate), in_order(up)};
   GatedArgs args{};
   args.x = operands[0].data_ptr();
@@ -79,6 +95,91 @@ std::tuple<Tensor, Tensor, Tensor> gated_product_parts(
   const Tensor y = new_tensor(x, columns), a = new_tensor(x, columns), b = new_tensor(x, columns);
   run(x, gate, up, function, y, &a, &b);
   return {y, a, b};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rotary_projections(
+    const Tensor& x, const Tensor& q, const std::optional<Tensor>& q_bias, const Tensor& k,
+    const std::optional<Tensor>& k_bias, const Tensor& v, const std::optional<Tensor>& v_bias, const Tensor& cos,
+    const Tensor& sin, int64_t head_dim) {
+  const char* const name = "rotary_projections";
+  const char* const names[] = {"query's weight", "key's weight", "value's weight"};
+  const char* const bias_names[] = {"query's bias", "key's bias", "value's bias"};
+  const Tensor* const weights[] = {&q, &k, &v};
+  const std::optional<Tensor>* const biases[] = {&q_bias, &k_bias, &v_bias};
+  ProjectionsArgs args{};
+  args.depth = check_input(name, x);
+  args.rows = x.numel() / args.depth;
+  STD_TORCH_CHECK(
+      head_dim == 64 || head_dim == 128 || head_dim == 256, name, ": head_dim is ", head_dim, "; expected 64, 128 or 256");
+  args.head_dim = static_cast<int>(head_dim);
+  for (int of = 0; of < 3; ++of) {
+    args.columns[of] = check_weight(name, names[of], *weights[of], x, head_dim);
+    if (biases[of]->has_value()) {
+      const Tensor& bias = biases[of]->value();
+      check_device(name, bias_names[of], bias, x);
+      STD_TORCH_CHECK(
+          bias.dim() == 1 && bias.size(0) == args.columns[of], name, ": the ", bias_names[of], " does not fit; expected ",
+          args.columns[of], " elements");
+    }
+  }
+  STD_TORCH_CHECK(
+      args.columns[0] + args.columns[1] + args.columns[2] <= MOST, name, ": expected at most ", MOST, " rows of all weights");
+  check_device(name, "cosine", cos, x);
+  check_same(name, "sine", sin, cos);
+  STD_TORCH_CHECK(
+      cos.dim() == 3 && cos.size(2) == head_dim, name, ": expected tables of (batch or 1, tokens, ", head_dim, ")");
+  args.period = cos.size(0) * cos.size(1);
+  STD_TORCH_CHECK(
+      args.period == args.rows || (cos.size(0) == 1 && args.period > 0 && args.rows % args.period == 0), name,
+      ": the tables have ", cos.size(0), " times ", cos.size(1), " rows; expected one for each of the input's ", args.rows,
+      ", or for each token");
+  STD_TORCH_CHECK(args.period <= MOST / head_dim, name, ": expected tables of at most ", MOST, " elements");
+  const Tensor results[] = {new_tensor(x, args.columns[0]), new_tensor(x, args.columns[1]), new_tensor(x, args.columns[2])};
+  if (args.rows > 0) {
+    const OnDevice device(x);
+    check_capability(device);
+    const Tensor dense[] = {in_order(x), in_order(q), in_order(k), in_order(v), in_order(cos), in_order(sin)};
+    std::optional<Tensor> dense_biases[3];
+    args.x = dense[0].data_ptr();
+    for (int of = 0; of < 3; ++of) {
+      args.weights[of] = dense[1 + of].data_ptr();
+      args.results[of] = results[of].data_ptr();
+      if (biases[of]->has_value()) {
+        dense_biases[of] = in_order(biases[of]->value());
+        args.biases[of] = dense_biases[of]->data_ptr();
+      }
+    }
+    args.cos = dense[4].data_ptr();
+    args.sin = dense[5].data_ptr();
+    check_launch(rotary_projections(args, dtype_of(x, name), device));
+  }
+  return {results[0], results[1], results[2]};
+}
+
+Tensor add_product(const Tensor& x, const Tensor& weight, const Tensor& residual) {
+  const char* const name = "add_product";
+  AddArgs args{};
+  args.depth = check_input(name, x);
+  args.rows = x.numel() / args.depth;
+  args.columns = check_weight(name, "weight", weight, x, 8);
+  check_device(name, "residual", residual, x);
+  const auto sizes = x.sizes(), others = residual.sizes();
+  STD_TORCH_CHECK(
+      sizes.size() == others.size() && std::equal(sizes.begin(), sizes.end() - 1, others.begin()) &&
+          others[others.size() - 1] == args.columns,
+      name, ": the residual has another shape than the product");
+  const Tensor y = new_tensor(x, args.columns);
+  if (args.rows > 0) {
+    const OnDevice device(x);
+    check_capability(device);
+    const Tensor dense[] = {in_order(x), in_order(weight), in_order(residual)};
+    args.x = dense[0].data_ptr();
+    args.weight = dense[1].data_ptr();
+    args.residual = dense[2].data_ptr();
+    args.y = y.data_ptr();
+    check_launch(add_product(args, dtype_of(x, name), device));
+  }
+  return y;
 }
 
 } // namespace kernelhub

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 #include <torch/csrc/stable/tensor.h>
@@ -17,5 +18,16 @@ Tensor gated_product(const Tensor& x, const Tensor& gate, const Tensor& up, int6
 // The same with x @ gate.T and x @ up.T, which a backward needs.
 std::tuple<Tensor, Tensor, Tensor> gated_product_parts(
     const Tensor& x, const Tensor& gate, const Tensor& up, int64_t function);
+
+// x @ q.T, x @ k.T, x @ v.T, each plus its bias, and the first two with Llama's rotary embedding. x: (..., depth), of
+// batch * tokens rows, the weights: (heads * head_dim, depth), cos and sin: (batch or 1, tokens, head_dim)
+// -> (..., heads * head_dim).
+std::tuple<Tensor, Tensor, Tensor> rotary_projections(
+    const Tensor& x, const Tensor& q, const std::optional<Tensor>& q_bias, const Tensor& k,
+    const std::optional<Tensor>& k_bias, const Tensor& v, const std::optional<Tensor>& v_bias, const Tensor& cos,
+    const Tensor& sin, int64_t head_dim);
+
+// residual + x @ weight.T, rounded once. x: (..., depth), weight: (columns, depth), residual: (..., columns).
+Tensor add_product(const Tensor& x, const Tensor& weight, const Tensor& residual);
 
 } // namespace kernelhub

@@ -1,4 +1,4 @@
-// What decoder.cpp asks of the kernel: plain C++, without torch and without CUDA's headers.
+// What decoder.cpp asks of the kernels: plain C++, without torch and without CUDA's headers.
 
 #pragma once
 
@@ -27,7 +27,38 @@ struct GatedArgs {
   int function;
 };
 
-// For compute capability 9.0, BFLOAT16 and FLOAT16. Returns a cudaError_t.
+// results[i] = x @ weights[i].T + biases[i], where there is one, and the first two with Llama's rotary embedding: row r takes the
+// row `r % period` of cos and sin, (period, head_dim). x: rows x depth, weights: columns x depth, results: rows x columns, all
+// contiguous, with the alignment of `GatedArgs`; depth is a multiple of 8, columns are multiples of head_dim, which is 64, 128
+// or 256.
+struct ProjectionsArgs {
+  const void* x;
+  const void* weights[3];
+  const void* biases[3];
+  void* results[3];
+  const void* cos;
+  const void* sin;
+  int64_t rows;
+  int64_t columns[3];
+  int64_t depth;
+  int64_t period;
+  int head_dim;
+};
+
+// y = residual + x @ weight.T. x: rows x depth, weight: columns x depth, residual and y: rows x columns, as in `GatedArgs`.
+struct AddArgs {
+  const void* x;
+  const void* weight;
+  const void* residual;
+  void* y;
+  int64_t rows;
+  int64_t columns;
+  int64_t depth;
+};
+
+// For compute capability 9.0, BFLOAT16 and FLOAT16. Each returns a cudaError_t.
 int gated_product(const GatedArgs& args, Dtype dtype, const Device& device);
+int rotary_projections(const ProjectionsArgs& args, Dtype dtype, const Device& device);
+int add_product(const AddArgs& args, Dtype dtype, const Device& device);
 
 } // namespace kernelhub

@@ -9,11 +9,17 @@
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def("gated_product(Tensor x, Tensor gate, Tensor up, int function) -> Tensor");
   ops.def("gated_product_parts(Tensor x, Tensor gate, Tensor up, int function) -> (Tensor, Tensor, Tensor)");
+  ops.def(
+      "rotary_projections(Tensor x, Tensor q, Tensor? q_bias, Tensor k, Tensor? k_bias, Tensor v, Tensor? v_bias, "
+      "Tensor cos, Tensor sin, int head_dim) -> (Tensor, Tensor, Tensor)");
+  ops.def("add_product(Tensor x, Tensor weight, Tensor residual) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("gated_product", TORCH_BOX(&kernelhub::gated_product));
   ops.impl("gated_product_parts", TORCH_BOX(&kernelhub::gated_product_parts));
+  ops.impl("rotary_projections", TORCH_BOX(&kernelhub::rotary_projections));
+  ops.impl("add_product", TORCH_BOX(&kernelhub::add_product));
 }
 #endif
 

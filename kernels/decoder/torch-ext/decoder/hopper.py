@@ -36,9 +36,10 @@ _HERE_ADD = hasattr(ops, "add_product")
 _FUNCTIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 2, "NewGELUActivation": 2}
 _DTYPES = frozenset((torch.bfloat16, torch.float16))
 _PLAIN = frozenset((Tensor, nn.Parameter))
-_HEAD_DIMS = frozenset((32, 64, 128, 256))
-# Two blocks work on 256 rows together, so that fewer would leave tensor cores idle.
+_HEAD_DIMS = frozenset((64, 128, 256))
+# Two blocks work on 256 rows together, by 256 columns of a result, so that fewer would leave tensor cores idle.
 _FEWEST_ROWS = 256
+_TILE = 256
 _MOST_ROWS = 2**31 - 256  # which the op refuses more than
 
 
@@ -77,28 +78,24 @@ def gated_product_parts(x: Tensor, weights: Weights, product: str) -> tuple[Tens
 
 
 def takes_projections(x: Tensor, projections: Projections, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
-    """Whether the op takes x, (batch, tokens, hidden), with cos and sin, (batch or 1, tokens, head_dim), and is faster."""
+    """Whether the op takes x, (batch, tokens, hidden), with cos and sin, (batch or 1, tokens, head_dim), and is faster.
+
+    In us on an H200, bfloat16, beside three products and kernels/rotary, by how full the tensor cores are: 26 and 25 of 36 %
+    of a round (512 rows of 2048, 32 and 8 heads of 64), 27 and 31 of 73 % (1024 rows), 129 and 118 of 73 % of three (1536
+    rows of 4096, heads of 128), 99 and 98 of 81 % (2048 rows of 3072, 24 and 8 heads of 128), 135 and 147 of 97 %.
+    """
     if not (_HERE_PROJECTIONS and x.is_cuda and x.dtype in _DTYPES) or head_dim not in _HEAD_DIMS or _exporting():
         return False
-    q, _, k, _, v, _, _, _ = projections
-    shape, hidden, tables = x.shape, x.shape[-1], cos.shape
+    hidden = x.shape[-1]
+    columns = [projections.q.shape[0], projections.k.shape[0], projections.v.shape[0]]
     return (
-        len(shape) == len(tables) == 3
-        and tables[2] == head_dim
-        and tables[1] == shape[1]
-        and (tables[0] == 1 or tables[0] == shape[0])
-        and sin.shape == tables
-        and type(cos) in _PLAIN
-        and type(sin) in _PLAIN
-        and cos.dtype is x.dtype
-        and sin.dtype is x.dtype
+        hidden % 8 == 0
+        and 0 < _FEWEST_ROWS * hidden <= x.numel() <= _MOST_ROWS * hidden
+        and not any(of % head_dim for of in columns)
         and cos.is_cuda
         and sin.is_cuda
-        and hidden % 8 == 0
-        and q.shape[0] % head_dim == k.shape[0] % head_dim == v.shape[0] % head_dim == 0
-        and 0 < _FEWEST_ROWS * hidden <= x.numel() <= _MOST_ROWS * hidden
-        and _capable(x.get_device())
-        and plain.takes(x, Weights(*projections[:6]))
+        and _fills(x.numel() // hidden, columns, x.get_device(), one=70, several=80)
+        and plain.takes_projections(x, projections, cos, sin, head_dim)
     )
 
 
@@ -113,20 +110,24 @@ def rotary_projections(
 
 
 def takes_add(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
-    """Whether the op takes x, (..., features), and the residual, (..., hidden), and is faster."""
+    """Whether the op takes x, (..., features), and the residual, (..., hidden), and is faster.
+
+    In us on an H200, bfloat16, beside a product and an addition: 25 and 23 where the tensor cores are full to 73 % (1536 rows
+    of 2048 to 2048), 46 and 44 of 73 % of two rounds (3072 rows), 26 and 30, 96 and 114 of 97 % (2048 and 8192 rows).
+    """
     if not (_HERE_ADD and x.is_cuda and x.dtype in _DTYPES) or _exporting():
         return False
     hidden, features = weight.shape
     return (
         x.shape[-1] == features
-        and residual.shape == (*x.shape[:-1], hidden)
-        and residual.dtype is x.dtype
-        and type(residual) in _PLAIN
-        and residual.device == x.device
         and features % 8 == 0
         and hidden % 8 == 0
         and 0 < _FEWEST_ROWS * features <= x.numel() <= _MOST_ROWS * features
-        and _capable(x.get_device())
+        and residual.shape == (*x.shape[:-1], hidden)
+        and residual.dtype is x.dtype
+        and type(residual) in _PLAIN
+        and residual.is_cuda
+        and _fills(x.numel() // features, [hidden], x.get_device(), one=90, several=90)
         and plain.takes(x, Weights(weight, None, None, None, weight, None))
     )
 
@@ -148,16 +149,38 @@ def _exporting() -> bool:
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
+def _fills(rows: int, columns: list[int], device: int, one: int, several: int) -> bool:
+    """Whether products of those rows by each of the columns fill a GPU that the ops are for.
+
+    Pairs of multiprocessors make tiles in rounds, and wait in the last one for whoever is still at work. Filled are so many
+    percent of all rounds: `one` where there is one, else `several`.
+    """
+    pairs = _pairs(device)
+    if pairs == 0:
+        return False
+    tiles = (rows + _TILE - 1) // _TILE * sum([(of + _TILE - 1) // _TILE for of in columns])
+    rounds = (tiles + pairs - 1) // pairs
+    return 100 * rows * sum(columns) >= (several if rounds > 1 else one) * rounds * pairs * _TILE * _TILE
+
+
 def _capable(device: int) -> bool:
-    return _capability(device) == (9, 0)
+    return _pairs(device) != 0
+
+
+def _pairs(device: int) -> int:
+    """Pairs of multiprocessors of a GPU that the ops are for; 0 of any other."""
+    return _known_pairs(device)
+
+
+@cache
+def _known_pairs(device: int) -> int:
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count // 2 if (found.major, found.minor) == (9, 0) else 0
 
 
 # What `torch.compiler.assume_constant_result` does, which imports dynamo: 1 s. Not of the cached function itself, which
 # torch.compile would look through.
-_capable._dynamo_marked_constant = True
-
-
-_capability = cache(torch.cuda.get_device_capability)
+_pairs._dynamo_marked_constant = True
 
 
 def _register_shapes() -> None:

@@ -1,0 +1,394 @@
+// Products of matrices for compute capability 9.0, whose tensor cores read their operands from shared memory and whose copy
+// engine brings tiles there.
+//
+// Two blocks that share the weights' tiles work on 256 rows. In each, one thread has tiles copied, some steps ahead, and two
+// groups of four warps multiply: a group's 64 rows by 256 rows of the weights. What becomes of a tile is computed and written
+// while the tensor cores are at the next one: `multiply_tiles` calls for a part of it with each step.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "device.h"
+
+namespace kernelhub {
+
+namespace {
+
+constexpr int ROWS = 128, COLUMNS = 256, DEPTH = 64, STAGES = 4; // of a block's tile, of a step, and steps at hand
+constexpr int BLOCKS = 2; // that share weights
+[[maybe_unused]] constexpr int TALL = 8;  // pairs of blocks below each other which are at work before the next columns are
+constexpr int X_BYTES = ROWS * DEPTH * 2, WEIGHT_BYTES = COLUMNS / BLOCKS * DEPTH * 2; // of the weights what a block copies
+constexpr int STAGE_BYTES = X_BYTES + BLOCKS * WEIGHT_BYTES;
+constexpr int OUT_COLUMNS = 128, OUT_BYTES = ROWS * OUT_COLUMNS * 2; // what is written at a time
+constexpr int GROUP = 128, GROUPS = 2, THREADS = (1 + GROUPS) * GROUP;
+constexpr int SHARED = 1024 + STAGES * STAGE_BYTES + OUT_BYTES + (2 * STAGES + GROUPS) * 8; // 1024: tiles begin at multiples of it
+
+// Of a product, in tiles: pairs of blocks' rows, and columns.
+struct Sizes {
+  int down, across, depth;
+};
+
+struct Place {
+  int row, column; // of a pair of blocks' tile, counted in such
+};
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+// Arrives; the barrier also waits for that many bytes.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Without a scope of its own: with that of the cluster each wait empties the first cache, and each arrival waits for all
+// memory, which took a quarter of the time.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra READY;\nbra AGAIN;\nREADY:\n}" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int block) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(block)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& from, int x, int y, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&from), "r"(x), "r"(y), "r"(barrier)
+      : "memory");
+}
+
+// Into both blocks' shared memory, at the same place.
+__device__ __forceinline__ void load_shared_tile(uint32_t to, const CUtensorMap& from, int x, int y, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+      "[%4], %5;" ::"r"(to),
+      "l"(&from), "r"(x), "r"(y), "r"(barrier), "h"(static_cast<uint16_t>((1 << BLOCKS) - 1))
+      : "memory");
+}
+
+__device__ __forceinline__ void store_tile(const CUtensorMap& to, uint32_t from, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&to), "r"(x), "r"(y),
+               "r"(from)
+               : "memory");
+}
+
+// A tile's rows of 128 bytes, 8 of which make 1024 bytes whose 16-byte parts the copy engine has permuted.
+__device__ __forceinline__ uint64_t descriptor(uint32_t at) {
+  return static_cast<uint64_t>((at & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// d = 64 rows of the tile at `rows` times 256 at `columns`, 16 elements deep; added to d where `adds`.
+#define EIGHT(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define THIRTY_TWO(i) EIGHT(i), EIGHT(i + 8), EIGHT(i + 16), EIGHT(i + 24)
+#define WGMMA(TYPE) \
+  asm volatile( \
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %130, 0;\n" \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " " \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
+      "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, " \
+      "%71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, " \
+      "%94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
+      "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
+      "%128, %129, adds, 1, 1, 0, 0;\n}" \
+      : THIRTY_TWO(0), THIRTY_TWO(32), THIRTY_TWO(64), THIRTY_TWO(96) \
+      : "l"(rows), "l"(columns), "r"(adds))
+
+template <typename T>
+__device__ __forceinline__ void multiply(float (&d)[128], uint64_t rows, uint64_t columns, int adds) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    WGMMA("bf16");
+  } else {
+    WGMMA("f16");
+  }
+}
+#undef WGMMA
+#undef THIRTY_TWO
+#undef EIGHT
+
+// Two elements in one register. Unpacked by what the compiler may not move: where it does so ahead, registers run out.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(two);
+  } else {
+    const __half2 two = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(two);
+  }
+}
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t two) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    uint32_t a, b;
+    asm volatile("shl.b32 %0, %2, 16;\nand.b32 %1, %2, 0xffff0000;" : "=r"(a), "=r"(b) : "r"(two));
+    return {__uint_as_float(a), __uint_as_float(b)};
+  } else {
+    return __half22float2(reinterpret_cast<const __half2&>(two));
+  }
+}
+
+// The order in which tiles are taken: those at work at a time share rows and columns, which the second cache then holds.
+__device__ __forceinline__ Place place(int tile, int down, int across) {
+  const int band = TALL * across, first = tile / band * TALL, inside = tile % band, tall = min(TALL, down - first);
+  return {first + inside % tall, inside / tall};
+}
+
+// What a thread knows of its kernel: the tiles of its pair of blocks, and where things lie in shared memory.
+struct Work {
+  uint32_t block, tiles_at, out_at, full, empty, read; // the last three barriers: of each stage, and one for each group
+  int pair, pairs, tiles, steps, down, across;
+};
+
+__device__ __forceinline__ Work begin_work(const Sizes& sizes) {
+  extern __shared__ char memory[];
+  Work work;
+  work.tiles_at = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
+  work.out_at = work.tiles_at + STAGES * STAGE_BYTES;
+  work.full = work.out_at + OUT_BYTES;
+  work.empty = work.full + STAGES * 8;
+  work.read = work.empty + STAGES * 8;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(work.block));
+  work.pair = blockIdx.x / BLOCKS;
+  work.pairs = gridDim.x / BLOCKS;
+  work.down = sizes.down;
+  work.across = sizes.across;
+  work.tiles = sizes.down * sizes.across;
+  work.steps = (sizes.depth + DEPTH - 1) / DEPTH;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_init(work.full + 8 * stage, 1);
+      barrier_init(work.empty + 8 * stage, BLOCKS * GROUPS); // a stage has weights for both blocks
+    }
+    for (int group = 0; group < GROUPS; ++group) {
+      barrier_init(work.read + 8 * group, 1);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  return work;
+}
+
+// Neither block ends while the other may still write to its shared memory.
+__device__ __forceinline__ void end_work() {
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+
+// The first group's work. `load_weights(to, depth, column, barrier)` has this block's half of a tile's weights copied, from
+// that depth on, the column counted in tiles.
+template <typename LoadWeights>
+__device__ __forceinline__ void copy_tiles(const Work& work, const CUtensorMap& x, LoadWeights load_weights) {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  if (threadIdx.x == 0) {
+    int stage = 0, parity = 1;
+    for (int tile = work.pair; tile < work.tiles; tile += work.pairs) {
+      const Place at = place(tile, work.down, work.across);
+      const int row = (BLOCKS * at.row + work.block) * ROWS;
+      for (int step = 0; step < work.steps; ++step) {
+        const uint32_t barrier = work.full + 8 * stage, to = work.tiles_at + stage * STAGE_BYTES;
+        barrier_wait(work.empty + 8 * stage, parity);
+        barrier_expect(barrier, STAGE_BYTES);
+        load_tile(to, x, step * DEPTH, row, barrier);
+        load_weights(to + X_BYTES + work.block * WEIGHT_BYTES, step * DEPTH, at.column, barrier);
+        if (++stage == STAGES) {
+          stage = 0;
+          parity ^= 1;
+        }
+      }
+    }
+  }
+}
+
+// The other groups' work. A thread of a group has of its 64 rows the one at `thread / 32 * 16 + thread % 32 / 4` and the one 8
+// below, and of each 8 columns two, from `thread % 4 * 2` on: d[4 * n] and d[4 * n + 1] are those of the n-th eight, and the
+// next two those of the other row. `do_part()` does a part of what else there is to do, if there is any; `finish(place)` is
+// called when d is the product.
+template <typename T, typename DoPart, typename Finish>
+__device__ __forceinline__ void multiply_tiles(
+    const Work& work, int group, int thread, float (&d)[128], DoPart do_part, Finish finish) {
+  int stage = 0, parity = 0;
+  const auto release = [&] { // the stage before this one, in both blocks
+    if (thread < BLOCKS) {
+      barrier_arrive(work.empty + 8 * (stage ? stage - 1 : STAGES - 1), thread);
+    }
+  };
+  for (int tile = work.pair; tile < work.tiles; tile += work.pairs) {
+    for (int step = 0; step < work.steps; ++step) {
+      barrier_wait(work.full + 8 * stage, parity);
+      const uint32_t from = work.tiles_at + stage * STAGE_BYTES;
+      const uint64_t rows = descriptor(from + group * (X_BYTES / GROUPS)), columns = descriptor(from + X_BYTES);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int k = 0; k < DEPTH / 16; ++k) {
+        multiply<T>(d, rows + 2 * k, columns + 2 * k, step | k);
+      }
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      do_part();
+      if (step > 0) {
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        release();
+      }
+      if (++stage == STAGES) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < 128; ++i) { // not read before this: that products write to registers later the compiler does not know
+      asm volatile("" : "+f"(d[i])::"memory");
+    }
+    release();
+    finish(place(tile, work.down, work.across));
+  }
+}
+
+// A group's shared memory beside the operands, for what it writes and for what else it reads: 64 rows of 128 columns, as the
+// copy engine has them. A thread has the elements that it has of a product.
+struct Out {
+  uint32_t at, mine, turn;
+  int group, thread;
+
+  __device__ __forceinline__ Out(const Work& work, int group, int thread) : group(group), thread(thread) {
+    at = work.out_at + group * (OUT_BYTES / GROUPS);
+    mine = at + row() * 128 + thread % 4 * 4;
+    turn = row() % 8 * 16;
+  }
+
+  // Of the group's, the upper of the thread's two.
+  __device__ __forceinline__ int row() const { return thread / 32 * 16 + thread % 32 / 4; }
+
+  __device__ __forceinline__ void sync() const { asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(GROUP) : "memory"); }
+
+  // Before the first is written, or copied here: until what was written before has been copied, and all have read what is here.
+  __device__ __forceinline__ void begin() const {
+    if (thread == 0) {
+      asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    }
+    sync();
+  }
+
+  // Two columns of the n-th eight of 16; `below` for the row 8 below.
+  __device__ __forceinline__ uint32_t place_of(int n, int below) const {
+    return mine + n / 8 * (OUT_BYTES / GROUPS / 2) + below * 1024 + ((n % 8 * 16) ^ turn);
+  }
+  __device__ __forceinline__ void write(int n, int below, uint32_t two) const {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(place_of(n, below)), "r"(two) : "memory");
+  }
+  __device__ __forceinline__ uint32_t read(int n, int below) const {
+    uint32_t two;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(two) : "r"(place_of(n, below)) : "memory");
+    return two;
+  }
+
+  // After the last: copies the columns from x on and the rows from y on.
+  __device__ __forceinline__ void end(const CUtensorMap& to, int x, int y) const {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    sync();
+    if (thread == 0) {
+      store_tile(to, at, x, y);
+      store_tile(to, at + OUT_BYTES / GROUPS / 2, x + 64, y);
+      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    }
+  }
+
+  // When all is written.
+  __device__ __forceinline__ void wait() const {
+    if (thread == 0) {
+      asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    }
+  }
+};
+
+#endif
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// A function of the driver, which this library is not linked with.
+cudaError_t find_encode(Encode& encode) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status{};
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
+#endif
+  encode = reinterpret_cast<Encode>(found);
+  return error == cudaSuccess && (status != cudaDriverEntryPointSuccess || found == nullptr) ? cudaErrorNotSupported : error;
+}
+
+inline int tiles_of(int64_t n, int size) { return static_cast<int>((n + size - 1) / size); }
+
+// The tensors of a call as the copy engine is told of them; `error` is the first one's that could not be.
+class Describe {
+ public:
+  explicit Describe(Dtype dtype) : dtype_(dtype) {
+    static Encode encode = nullptr;
+    static const cudaError_t found = find_encode(encode);
+    encode_ = encode;
+    error = found;
+  }
+
+  void x(CUtensorMap& map, const void* data, int64_t rows, int64_t depth) { add(map, data, rows, depth, ROWS); }
+  void weight(CUtensorMap& map, const void* data, int64_t columns, int64_t depth) {
+    add(map, data, columns, depth, COLUMNS / BLOCKS);
+  }
+  void result(CUtensorMap& map, const void* data, int64_t rows, int64_t columns) {
+    add(map, data, rows, columns, ROWS / GROUPS);
+  }
+
+  cudaError_t error;
+
+ private:
+  // A matrix that is copied in tiles of 64 columns and as many rows.
+  void add(CUtensorMap& map, const void* data, int64_t rows, int64_t columns, int tall) {
+    if (error != cudaSuccess) {
+      return;
+    }
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t stride = sizes[0] * 2;
+    const cuuint32_t box[] = {64, static_cast<cuuint32_t>(tall)}, elements[] = {1, 1};
+    const CUresult made = encode_(
+        &map, dtype_ == BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+        const_cast<void*>(data), sizes, &stride, box, elements, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    error = made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  }
+
+  Encode encode_;
+  Dtype dtype_;
+};
+
+// Not launched before what came before is done (programmatic dependent launch): that changed nothing.
+template <typename... Arguments>
+cudaError_t start_tiles(void (*kernel)(Arguments...), const Device& device, const Arguments&... arguments) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  const int blocks = std::max(device.multiprocessors / BLOCKS, 1) * BLOCKS;
+  kernel<<<blocks, THREADS, SHARED, static_cast<cudaStream_t>(device.stream)>>>(arguments...);
+  return cudaGetLastError();
+}
+
+} // namespace
+
+} // namespace kernelhub
