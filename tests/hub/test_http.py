@@ -418,8 +418,8 @@ def test_an_error_ends_the_jobs_that_run(hub: LoopbackHub, patience: Patience) -
 
 def test_a_cancelled_request_is_not_tried_again(hub: LoopbackHub, patience: Patience) -> None:
     hub.fail("/x", 500)
-    budget = Budget(patience)
-    client = client_of(hub, replace(patience, sleep=lambda _: setattr(budget, "cancelled", True)))
+    budget = Budget(replace(patience, sleep=lambda _: setattr(budget, "cancelled", True)))
+    client = client_of(hub, budget.patience)
     with pytest.raises(Cancelled):
         client.send("/x", lambda response, budget: None, budget, {})
     assert len(hub.requests) == 1

@@ -73,13 +73,7 @@ class Revision:
 
     @classmethod
     def parse(cls, text: str) -> Revision:
-        if (
-            not isinstance(text, str)
-            or not _REVISION.fullmatch(text)
-            or text.endswith(("/", ".", ".lock"))
-            or "//" in text
-            or "/." in text
-        ):
+        if not is_revision(text):
             raise InvalidReference(
                 f"{text!r} is not a revision", hint="Expected the name of a branch, a tag or a commit."
             )
@@ -95,6 +89,17 @@ class Revision:
 
 
 Pin = Version | Revision
+
+
+def is_revision(text: str) -> bool:
+    """Whether `text` may be the name of a branch, a tag or a commit."""
+    return (
+        isinstance(text, str)
+        and bool(_REVISION.fullmatch(text))
+        and not text.endswith(("/", ".", ".lock"))
+        and "//" not in text
+        and "/." not in text
+    )
 
 
 def is_commit(text: str) -> bool:

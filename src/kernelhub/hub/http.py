@@ -87,6 +87,20 @@ class Budget:
         """Seconds until the deadline; negative after it."""
         return self._deadline - self.patience.clock()
 
+    def pause(self, interrupted: Interrupted) -> str:
+        """Wait before the next attempt: as long as the hub asks, else longer each time. Or say why there will be none."""
+        self.failures += 1
+        patience = self.patience
+        wait = patience.backoff * 2 ** (self.failures - 1) * (0.5 + patience.random() / 2)
+        if interrupted.after is not None:
+            wait = max(interrupted.after, 0.0) + patience.random() * patience.backoff
+        if self.failures >= patience.attempts or wait >= self.remaining():
+            asked = "" if interrupted.after is None else f"; it asks to wait {interrupted.after:.0f} s"
+            times = "" if self.failures == 1 else f", {self.failures} times"
+            return f"{interrupted}{times}{asked}"
+        patience.sleep(wait)
+        return ""
+
     @property
     def overdue(self) -> bool:
         """Whether the deadline is past and no read that was under way then can still be."""
@@ -200,7 +214,8 @@ class HttpClient:
                 budget.check()
                 return self._attempt(target, consume, budget, {**headers, **more_headers()}, absent)
             except Interrupted as interrupted:
-                self._pause(target, interrupted, budget)
+                if given_up := budget.pause(interrupted):
+                    raise self._unavailable(target, given_up, interrupted.status) from interrupted
 
     def _attempt(
         self,
@@ -238,19 +253,6 @@ class HttpClient:
             raise Interrupted(_reason(error)) from error
         except (*_session_errors("HTTPError"), *_session_errors("InvalidURL")) as error:
             raise self._unavailable(target, _reason(error)) from error
-
-    def _pause(self, target: str, interrupted: Interrupted, budget: Budget) -> None:
-        """Wait before the next attempt: as long as the hub asks, else longer each time. Or give up."""
-        budget.failures += 1
-        patience = self.patience
-        wait = patience.backoff * 2 ** (budget.failures - 1) * (0.5 + patience.random() / 2)
-        if interrupted.after is not None:
-            wait = max(interrupted.after, 0.0) + patience.random() * patience.backoff
-        if budget.failures >= patience.attempts or wait >= budget.remaining():
-            asked = "" if interrupted.after is None else f"; it asks to wait {interrupted.after:.0f} s"
-            times = "" if budget.failures == 1 else f", {budget.failures} times"
-            raise self._unavailable(target, f"{interrupted}{times}{asked}", interrupted.status) from interrupted
-        patience.sleep(wait)
 
     def _unavailable(self, target: str, reason: str, status: int | None = None) -> HubUnavailable:
         return HubUnavailable(

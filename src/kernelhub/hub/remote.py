@@ -178,22 +178,10 @@ class WebFiles:
                 raise self._unavailable(path, _reason(error)) from error
             except KernelHubError:
                 raise
-            except Interrupted as interrupted:
-                self._pause(path, interrupted, budget)
-            except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-                self._pause(path, Interrupted(_reason(error), status=getattr(error, "status", None)), budget)
-
-    def _pause(self, path: str, interrupted: Interrupted, budget: Budget) -> None:
-        """Wait before the next attempt: as long as the host asks, else longer each time. Or give up."""
-        budget.failures += 1
-        patience = self.patience
-        wait = patience.backoff * 2 ** (budget.failures - 1) * (0.5 + patience.random() / 2)
-        if interrupted.after is not None:
-            wait = max(interrupted.after, 0.0) + patience.random() * patience.backoff
-        if budget.failures >= patience.attempts or wait >= budget.remaining():
-            asked = "" if interrupted.after is None else f"; it asks to wait {interrupted.after:.0f} s"
-            raise self._unavailable(path, f"{interrupted}{asked}", interrupted.status) from interrupted
-        patience.sleep(wait)
+            except (Interrupted, aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+                interrupted = error if isinstance(error, Interrupted) else Interrupted(_reason(error))
+                if given_up := budget.pause(interrupted):
+                    raise self._unavailable(path, given_up, getattr(error, "status", None)) from error
 
     def _filesystem(self) -> Any:
         """fsspec's file system for this thread, with the user agent of this moment; fsspec keeps and reuses it."""

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from kernelhub.core.metadata import MAX_BYTES as MAX_METADATA
 from kernelhub.core.paths import Tree, clashing, is_bytecode, safe_path
-from kernelhub.core.refs import KernelRef, Pin, RepoId, Revision, Version, is_commit, parse_pin
+from kernelhub.core.refs import KernelRef, Pin, RepoId, Revision, Version, is_commit, is_revision, parse_pin
 from kernelhub.core.trust import Origin
 from kernelhub.errors import (
     IntegrityError,
@@ -138,7 +138,7 @@ class HuggingFaceSource:
                 name = row.get("name") if isinstance(row, dict) else None
                 if not isinstance(name, str):
                     raise self._malformed(target, f"expected a name and a targetCommit in {kind}")
-                if _is_revision(name):
+                if is_revision(name):
                     found[name] = self._commit(row.get("targetCommit"), target)
         return found
 
@@ -357,14 +357,6 @@ def _below(path: str, prefix: str) -> str:
     if not path.startswith(prefix):
         raise InvalidMetadata(f"the hub lists {path!r} under {prefix[:-1]!r}")
     return path[len(prefix) :]
-
-
-def _is_revision(name: str) -> bool:
-    try:
-        Revision.parse(name)
-    except InvalidReference:
-        return False
-    return True
 
 
 def _locked(report: Callable[[int], None]) -> Callable[[int], None]:

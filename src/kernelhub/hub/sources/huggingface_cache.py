@@ -25,12 +25,11 @@ from typing import Any
 
 from kernelhub.core.metadata import MAX_BYTES, Metadata
 from kernelhub.core.paths import is_bytecode, safe_path
-from kernelhub.core.refs import Pin, RepoId, Revision, Version, is_commit
+from kernelhub.core.refs import Pin, RepoId, Revision, Version, is_commit, is_revision
 from kernelhub.core.trust import Origin
 from kernelhub.errors import (
     IntegrityError,
     InvalidMetadata,
-    InvalidReference,
     KernelNotFound,
     RepositoryNotFound,
     Violation,
@@ -93,7 +92,7 @@ class HuggingFaceCacheSource:
         found = {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if path.is_file() and _is_revision(name):
+            if path.is_file() and is_revision(name):
                 commit = path.read_text(errors="replace")[:100].strip()
                 if not is_commit(commit):
                     raise InvalidMetadata(f"{path}: expected a commit of 40 hex digits, got {commit!r}")
@@ -201,11 +200,3 @@ def _is_what_it_is_named(path: Path, name: str) -> bool:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest() == name
-
-
-def _is_revision(name: str) -> bool:
-    try:
-        Revision.parse(name)
-    except InvalidReference:
-        return False
-    return True
