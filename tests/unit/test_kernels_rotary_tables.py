@@ -18,6 +18,7 @@ from kernelprojects import load_noarch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.func import vmap
 from transformers import LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
@@ -357,6 +358,9 @@ def test_transforms_and_fake_tensors_are_the_classs_own() -> None:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             cos, _ = forward(mode.from_tensor(X), mode.from_tensor(POSITIONS))
             assert cos.shape == (2, 5, 16)
+        with forward_ad.dual_level():
+            module.inv_freq = forward_ad.make_dual(module.inv_freq, torch.ones(8))
+            assert forward_ad.unpack_dual(forward(X, POSITIONS)[0]).tangent is not None
     assert calls == []
 
 
@@ -414,6 +418,11 @@ def test_another_formula_runs_itself(cls: type[LlamaRotaryEmbedding]) -> None:
         got = layers.RotaryEmbedding.forward(module, x, POSITIONS)
     assert calls == []
     assert same(got, module(x, POSITIONS))
+
+
+def test_a_class_can_be_asked_while_tensors_have_no_values() -> None:
+    with FakeTensorMode():
+        assert formulas.of_tables(type("Fresh", (LlamaRotaryEmbedding,), {})) == HALVES
 
 
 def test_a_class_is_asked_once() -> None:
