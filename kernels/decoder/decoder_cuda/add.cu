@@ -14,7 +14,7 @@ struct Maps {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int WRITES = 8, READS = 8; // parts in which a tile is written and the next one's residual read, one with each step
+constexpr int READS = 8; // parts in which what is added is read, one with each step
 constexpr int HALF = ROWS / GROUPS * OUT_COLUMNS * 2; // bytes that a group has copied at a time
 
 template <typename T>
@@ -51,22 +51,7 @@ add_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes sizes
     };
     const auto do_one = [&] {
       if (part < WRITES) {
-        if (part % (WRITES / 2) == 0) {
-          out.begin();
-        }
-        switch (part) {
-#define PART(n) \
-  case n: \
-    _Pragma("unroll") for (int i = 8 * n; i < 8 * n + 8; ++i) { \
-      out.write(i / 2 % 16, i % 2, kept[i]); \
-    } \
-    break;
-          PART(0) PART(1) PART(2) PART(3) PART(4) PART(5) PART(6) PART(7)
-#undef PART
-        }
-        if (part % (WRITES / 2) == WRITES / 2 - 1) {
-          out.end(maps.y, column + (part == WRITES - 1 ? OUT_COLUMNS : 0), row);
-        }
+        out.write_part(part, kept, maps.y, column, row);
       } else {
         switch (part - WRITES) {
           case 1: { // at 0, 2 and 5 what is copied has time

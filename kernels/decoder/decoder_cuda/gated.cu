@@ -14,8 +14,6 @@ struct Maps {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int PARTS = 8; // in which a tile is written, one with each step
-
 // As kernels/activation has them for 16 bits.
 template <int FUNCTION>
 __device__ __forceinline__ float value(float x) {
@@ -37,7 +35,7 @@ gated_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes siz
     });
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    constexpr int ALL = KEEP ? 3 * PARTS : PARTS;
+    constexpr int ALL = KEEP ? 3 * WRITES : WRITES;
     const Out out(work, threadIdx.x / GROUP - 1, threadIdx.x % GROUP);
     float d[128];
     uint32_t kept[64]; // a and b of the tile before, in 16 bits
@@ -57,11 +55,11 @@ gated_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes siz
       }
     };
     const auto write_part = [&] {
-      const int which = KEEP ? part / PARTS : 2;
-      if (part % PARTS == 0) {
+      const int which = KEEP ? part / WRITES : 2;
+      if (part % WRITES == 0) {
         out.begin();
       }
-      switch (part % PARTS) {
+      switch (part % WRITES) {
 #define PART(n) \
   case n: \
     write_columns(2 * n, which); \
@@ -70,7 +68,7 @@ gated_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes siz
         PART(0) PART(1) PART(2) PART(3) PART(4) PART(5) PART(6) PART(7)
 #undef PART
       }
-      if (++part % PARTS == 0) {
+      if (++part % WRITES == 0) {
         const int row = (BLOCKS * before.row + work.block) * ROWS + out.group * (ROWS / GROUPS);
         out.end(which == 0 ? maps.a : which == 1 ? maps.b : maps.y, before.column * OUT_COLUMNS, row);
       }

@@ -29,7 +29,9 @@ constexpr int X_BYTES = ROWS * DEPTH * 2, WEIGHT_BYTES = COLUMNS / BLOCKS * DEPT
 constexpr int STAGE_BYTES = X_BYTES + BLOCKS * WEIGHT_BYTES;
 constexpr int OUT_COLUMNS = 128, OUT_BYTES = ROWS * OUT_COLUMNS * 2; // what is written at a time
 constexpr int GROUP = 128, GROUPS = 2, THREADS = (1 + GROUPS) * GROUP;
-constexpr int SHARED = 1024 + STAGES * STAGE_BYTES + OUT_BYTES + (2 * STAGES + GROUPS) * 8; // 1024: tiles begin at multiples of it
+[[maybe_unused]] constexpr int WRITES = 8; // parts in which a tile is written, one with each step
+// 1024: tiles begin at multiples of it.
+constexpr int SHARED = 1024 + STAGES * STAGE_BYTES + OUT_BYTES + (2 * STAGES + GROUPS) * 8;
 
 // Of a product, in tiles: pairs of blocks' rows, and columns.
 struct Sizes {
@@ -307,6 +309,26 @@ struct Out {
       store_tile(to, at, x, y);
       store_tile(to, at + OUT_BYTES / GROUPS / 2, x + 64, y);
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    }
+  }
+
+  // One of WRITES parts of what is written of a tile, in two halves: `kept` has its elements in 16 bits, in the order of d.
+  __device__ __forceinline__ void write_part(int part, const uint32_t (&kept)[64], const CUtensorMap& to, int x, int y) const {
+    if (part % (WRITES / 2) == 0) {
+      begin();
+    }
+    switch (part) {
+#define PART(n) \
+  case n: \
+    _Pragma("unroll") for (int i = 8 * n; i < 8 * n + 8; ++i) { \
+      write(i / 2 % 16, i % 2, kept[i]); \
+    } \
+    break;
+      PART(0) PART(1) PART(2) PART(3) PART(4) PART(5) PART(6) PART(7)
+#undef PART
+    }
+    if (part % (WRITES / 2) == WRITES / 2 - 1) {
+      end(to, x + (part == WRITES - 1 ? OUT_COLUMNS : 0), y);
     }
   }
 

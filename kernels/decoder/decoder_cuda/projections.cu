@@ -24,7 +24,6 @@ struct Operands {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int WRITES = 8; // parts in which a tile is written, one with each step; it is turned before
 constexpr int TABLE = ROWS / GROUPS * 64 * 2; // bytes of a table that a group has at a time: of 64 rows 32 pairs
 
 // Not to be moved: where the compiler has all loads ahead, registers run out.
@@ -126,22 +125,7 @@ rotary_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes si
 #undef PART
         }
       } else if (part < WRITTEN) {
-        if (part == TURNS || part == TURNS + WRITES / 2) {
-          out.begin();
-        }
-        switch (part - TURNS) {
-#define PART(n) \
-  case n: \
-    _Pragma("unroll") for (int i = 8 * n; i < 8 * n + 8; ++i) { \
-      out.write(i / 2 % 16, i % 2, kept[i]); \
-    } \
-    break;
-          PART(0) PART(1) PART(2) PART(3) PART(4) PART(5) PART(6) PART(7)
-#undef PART
-        }
-        if (part == TURNS + WRITES / 2 - 1 || part == WRITTEN - 1) {
-          out.end(maps.results[of], tile * COLUMNS + (part == WRITTEN - 1 ? OUT_COLUMNS : 0), row);
-        }
+        out.write_part(part - TURNS, kept, maps.results[of], tile * COLUMNS, row);
       } else if (part == ALL - 1) { // a part later, when what was written has been copied
         const Place at = place(next, work.down, work.across);
         if (at.column < operands.ends[1]) {
