@@ -19,6 +19,9 @@ def warn(text: str, category: type[Warning]) -> None:
 
     The line decides what is shown again and what a filter for a module passes: it is no use where all have the same.
     """
+    # The stack is walked, because how deep the user's line lies depends on PyTorch's hooks and on who wraps the model.
+    # `warnings.warn(skip_file_prefixes=...)` is of Python 3.12, goes by files, of which generated code has none, and
+    # names no line at all in a thread that only libraries run in.
     frame = _users_frame(sys._getframe(1))
     names = frame.f_globals
     registry = names.setdefault("__warningregistry__", {})
