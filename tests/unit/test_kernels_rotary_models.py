@@ -63,7 +63,7 @@ def rows(model, mode):
     return sum(row.layer_name == "rotary_pos_emb" for row in kernel_report(model).kernels)
 
 
-facts = {}
+facts = {"families": {name: families.FAMILIES[name].kernels for name in known}}
 for name, make in made.items():
     torch.manual_seed(0)
     model, facts[name] = make().eval(), {}
@@ -139,53 +139,6 @@ def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 SWAPPED = ("llama", "qwen3", "gemma", "mistral", "olmo2", "nanochat")
-# As many as without the distribution: tests/layers/test_families.py. `mark` names the functions of the last two.
-FAMILIES = {
-    "llama": {
-        "RMSNorm": 5,
-        "SiLU": 2,
-        "GatedMLP": 2,
-        "DecoderLayer": 2,
-        "rotary_pos_emb": 2,
-        "RotaryEmbedding": 1,
-        "CausalDecoder": 1,
-    },
-    "qwen3": {
-        "RMSNorm": 9,
-        "SiLU": 2,
-        "GatedMLP": 2,
-        "DecoderLayer": 2,
-        "rotary_pos_emb": 2,
-        "RotaryEmbedding": 1,
-        "CausalDecoder": 1,
-    },
-    "gemma": {
-        "RMSNormZeroCentered": 5,
-        "GeluTanh": 2,
-        "GatedMLP": 2,
-        "rotary_pos_emb": 2,
-        "RotaryEmbedding": 1,
-        "CausalDecoder": 1,
-    },
-    "mistral": {
-        "RMSNorm": 5,
-        "SiLU": 2,
-        "GatedMLP": 2,
-        "DecoderLayer": 2,
-        "rotary_pos_emb": 2,
-        "RotaryEmbedding": 1,
-        "CausalDecoder": 1,
-    },
-    "phi3": {
-        "RMSNorm": 5,
-        "SiLU": 2,
-        "PackedGatedMLP": 2,
-        "rotary_pos_emb": 2,
-        "RotaryEmbedding": 1,
-        "CausalDecoder": 1,
-    },
-    "gpt-neox": {"LayerNorm": 5, "GeLU": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1},
-}
 
 
 @pytest.mark.parametrize("name", SWAPPED)
@@ -204,14 +157,15 @@ def test_each_models_rotary_embeddings_run_the_compiled_kernel_with_the_same_bit
     }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "mistral", "phi3", "gpt-neox"])
 def test_the_default_mapping_swaps_them_beside_norms_and_activations(facts: dict[str, Any], name: str) -> None:
-    assert facts[name]["all"] == FAMILIES[name]
+    """As many as without the distribution; `mark` names the functions of the last two."""
+    assert facts[name]["all"] == facts["families"][name]
     assert facts[name]["close"]
 
 
 def test_use_kernels_swaps_them_with_the_default_mapping_registered(facts: dict[str, Any]) -> None:
-    assert facts["use_kernels"] == FAMILIES["llama"]
+    assert facts["use_kernels"] == facts["families"]["llama"]
 
 
 def test_a_compiled_model_has_the_op_in_its_graph(facts: dict[str, Any]) -> None:

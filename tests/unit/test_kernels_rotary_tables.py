@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from kernelhub.integrations.transformers import FAMILIES
+from kernelhub.integrations.families import FAMILIES
 from kernelhub.layers.contract import compare
 
 rotary = load_noarch("rotary", "_rotary_tables_under_test")
