@@ -173,18 +173,18 @@ def test_ends_with_0_and_says_the_same_in_every_form(
     assert printed == json.loads(saved.read_text())
     assert printed["ok"] is True
     (model,) = printed["models"]
-    assert (model["layers"], model["kernels"], model["restored"]) == (9, 9, True)
+    assert (model["layers"], model["kernels"], model["restored"]) == (11, 11, True)
     assert model["max_error"] < 1e-6
     assert model["inputs"] == "input_ids 2 x 10"
     assert model["faster"] == len(KernelReport.from_dict(model["proof"]).kernels)
     assert model["before_ms"] > 0
     assert model["after_ms"] > 0
-    assert len(KernelReport.from_dict(model["report"]).kernels) == 9
+    assert len(KernelReport.from_dict(model["report"]).kernels) == 11
     assert model["unreached"] == {}
 
     assert demo() == 0
     text = capsys.readouterr().out
-    for expected in ("kernelhub/norm:RMSNorm", "model.layers.*.input_layernorm", "exactly", "9 of 9", "9/9", "2 x 10"):
+    for expected in ("kernelhub/norm:RMSNorm", "model.layers.*.input_layernorm", "exactly", "11 of 11", "11/11", "2 x 10"):
         assert expected in text
     assert "FAILED" not in text
 
@@ -294,7 +294,7 @@ def test_after_is_the_model_with_the_kernels_that_were_faster(
     )
     case = tiny_case()
     made = compare(case, rounds=2)
-    assert len(made.report.kernels) == 9
+    assert len(made.report.kernels) == 11
     assert len(made.proof.kernels) == (8 if wins else 0)  # no labels, no loss
     assert made.problems == ()
     each = demo_module.REPEATS
