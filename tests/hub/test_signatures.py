@@ -137,15 +137,17 @@ def refused(hub: Hub, match: str = "nobody who is trusted for it signed it", ref
 
 
 def test_a_key_is_two_files_and_only_its_owner_reads_the_private_one(tmp_path: Path) -> None:
+    path = tmp_path / "keys" / "my key"
     before = os.umask(0)
     try:
-        key = generate(tmp_path / "my key")
+        key = generate(path)
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "my key").stat().st_mode) == 0o600
-    assert (tmp_path / "my key.pub").read_text() == f"{key} {key.id}\n"
-    assert key.id in (tmp_path / "my key").read_text().splitlines()[0]
-    assert load_signer(tmp_path / "my key").public == key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert path.with_name("my key.pub").read_text() == f"{key} {key.id}\n"
+    assert key.id in path.read_text().splitlines()[0]
+    assert load_signer(path).public == key
     assert PublicKey.parse(str(key)) == key
 
 

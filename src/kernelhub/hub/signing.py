@@ -62,6 +62,8 @@ def _right(payload: bytes, signature: Signature, key: PublicKey) -> bool:
 def generate(path: Path) -> PublicKey:
     """Make a key: the private one in `path`, which only its owner can read, the public one in `path` with `.pub`.
 
+    A folder that is not there is made, for the owner alone.
+
     Raises `InvalidReference` where either is there already: no key is ever overwritten.
     """
     ed25519, _ = _library()
@@ -75,6 +77,8 @@ def generate(path: Path) -> PublicKey:
     beside = path.with_name(path.name + PUBLIC_SUFFIX)
     if os.path.lexists(beside):
         raise InvalidReference(f"{beside} is there already", hint="Keys are never overwritten: take another name.")
+    with writing(f"the key {path}"):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _create(path, b"kernelhub signing key " + public.id.encode() + b"\n" + pem, 0o600)
     _create(beside, f"{public} {public.id}\n".encode(), 0o644)
     return public
