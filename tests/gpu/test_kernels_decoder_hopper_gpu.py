@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from kernelprojects import load_compiled
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -599,4 +602,44 @@ def test_both_compile_in_one_graph_for_any_number_of_rows(decoder: ModuleType) -
             for way in (compiled, seen):
                 assert all(torch.equal(*pair) for pair in zip(way(x, residual, *tables), expected, strict=True))
     assert {"rotary_projections", "add_product"} <= targets.names
+    assert targets.graphs == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiled_decoder_layer_has_them_all(
+    decoder: ModuleType, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(**sizes, head_dim=64)
+    config._attn_implementation = "sdpa"
+    original = LlamaDecoderLayer(config, 0).to("cuda", torch.bfloat16).train(training)
+    layer = copy.deepcopy(original)
+    for name, kernel in (("", "DecoderLayer"), ("self_attn", "RotaryAttention"), ("mlp", "GatedMLP")):
+        part = layer.get_submodule(name)
+        part.forward = MethodType(getattr(decoder.layers, kernel).forward, part)
+        monkeypatch.setattr(type(part), "kernel_layer_name", kernel, raising=False)
+    monkeypatch.setattr(type(layer.input_layernorm), "kernel_layer_name", "RMSNorm", raising=False)
+    targets = Targets()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=targets)
+    with torch.set_grad_enabled(training):
+        for batches, tokens in ((4, 2048), (5, 1600)):
+            x = torch.randn(batches, tokens, 512, device="cuda").bfloat16().requires_grad_(training)
+            angles = torch.arange(tokens, device="cuda")[None, :, None] / 100 ** (
+                torch.arange(64, device="cuda") % 32 / 32
+            )
+            tables = angles.cos().bfloat16(), angles.sin().bfloat16()
+            expected, got = (of(x, position_embeddings=tables) for of in (original, compiled))
+            assert distance(got.detach(), expected.detach().double()) <= 0.01
+            if training:
+                grad = torch.randn_like(got)
+                leaves = [(x, *of.parameters()) for of in (original, layer)]
+                wanted, found = (
+                    torch.autograd.grad(made, of, grad) for made, of in zip((expected, got), leaves, strict=True)
+                )
+                for one, other in zip(found, wanted, strict=True):
+                    assert distance(one, other.double()) <= 0.02
+    first = "gated_product_parts" if training else "gated_product"
+    assert {first, "rotary_projections", "add_product"} <= targets.names
     assert targets.graphs == 1
