@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,21 @@ def kernel_store(request: pytest.FixtureRequest) -> Path:
     """
     assert request.config.cache is not None
     return request.config.cache.mkdir("kernels")
+
+
+@pytest.fixture
+def unnamed() -> Iterator[None]:
+    """Classes are the process's: what a test names of torch's and transformers' does not stay named."""
+    from torch import nn
+
+    from kernelhub.layers.markers import FunctionModule
+
+    def subclasses(cls: type) -> set[type]:
+        return {cls} | {found for child in type.__subclasses__(cls) for found in subclasses(child)}
+
+    yield
+    for cls in subclasses(nn.Module):
+        if cls.__module__.startswith(("torch.", "transformers.")) and not issubclass(cls, FunctionModule):
+            for name in ("kernel_layer_name", "kernel_condition", "kernel_calls_children"):
+                if name in vars(cls):
+                    delattr(cls, name)

@@ -44,12 +44,13 @@ from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.integrations.transformers import default_mapping, mark
 from kernelhub.layers.kernelize import kernelize, unkernelize
 from kernelhub.layers.mapping import use_kernel_mapping
-from kernelhub.layers.markers import FunctionModule
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.report import KernelReport, kernel_report
 from kernelhub.layers.repositories import LocalLayerRepository
 from kernelhub.layers.timing import Speed
 from kernelhub.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("unnamed")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,21 +59,6 @@ def store(kernel_store: Path) -> Iterator[None]:
     set_default_hub(Hub(settings=Settings(cache=kernel_store, offline=True)))
     yield
     set_default_hub(None)
-
-
-@pytest.fixture(autouse=True)
-def unnamed() -> Iterator[None]:
-    """Classes are the process's: what a test names does not stay named."""
-    yield
-    for cls in _subclasses(nn.Module):
-        if issubclass(cls, FunctionModule):  # a function's name is its own
-            continue
-        if "kernel_condition" in vars(cls) and cls.__module__.startswith(("torch.", "transformers.")):
-            del cls.kernel_layer_name, cls.kernel_condition
-
-
-def _subclasses(cls: type) -> set[type]:
-    return {cls} | {found for child in type.__subclasses__(cls) for found in _subclasses(child)}
 
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}

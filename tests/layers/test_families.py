@@ -22,7 +22,6 @@ from kernelhub import (
 )
 from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.integrations.transformers import default_mapping, kernelize_pretrained, mark
-from kernelhub.layers.markers import FunctionModule
 from kernelhub.settings import Settings
 
 SIZES: dict[str, Any] = {
@@ -113,9 +112,8 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 @pytest.fixture
-def model(family: Family) -> Iterator[nn.Module]:
+def model(family: Family, unnamed: None) -> Iterator[nn.Module]:
     """The family's model with random weights, norms' too, which otherwise multiply by one."""
-    named = {cls: vars(cls).get("kernel_layer_name") for cls in _subclasses(nn.Module)}
     torch.manual_seed(0)
     model = family.model().eval()
     with torch.no_grad():
@@ -124,15 +122,6 @@ def model(family: Family) -> Iterator[nn.Module]:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     yield model
     unkernelize(model)  # functions are the process's, too: the next model finds the originals
-    for cls in _subclasses(nn.Module):  # classes are the process's: what was named here does not stay named
-        if issubclass(cls, FunctionModule):  # a function's name is its own, not a class's of others
-            continue
-        if "kernel_layer_name" in vars(cls) and named.get(cls) is None:
-            del cls.kernel_layer_name, cls.kernel_condition
-
-
-def _subclasses(cls: type) -> set[type]:
-    return {cls} | {found for child in type.__subclasses__(cls) for found in _subclasses(child)}
 
 
 def logits(model: nn.Module, family: Family) -> torch.Tensor:

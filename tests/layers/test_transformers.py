@@ -36,12 +36,14 @@ from kernelhub.integrations.transformers import (
 )
 from kernelhub.layers.kernelize import kernelize, unkernelize
 from kernelhub.layers.mapping import use_kernel_mapping
-from kernelhub.layers.markers import FunctionModule, replace_kernel_forward_from_hub
+from kernelhub.layers.markers import replace_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.plan import plan_kernels
 from kernelhub.layers.report import KernelReport, kernel_report
 from kernelhub.layers.repositories import LayerRepository
 from kernelhub.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("unnamed")
 
 SOURCES = Path(transformers.__file__).parent
 
@@ -52,22 +54,6 @@ def store(kernel_store: Path) -> Iterator[None]:
     set_default_hub(Hub(settings=Settings(cache=kernel_store, offline=True)))
     yield
     set_default_hub(None)
-
-
-@pytest.fixture(autouse=True)
-def unnamed() -> Iterator[None]:
-    """Classes are the process's: what a test names does not stay named."""
-    yield
-    for cls in _subclasses(nn.Module):
-        condition = vars(cls).get("kernel_condition")
-        if issubclass(cls, FunctionModule):  # a function's name is its own
-            continue
-        if condition is not None and cls.__module__.startswith(("torch.", "transformers.")):
-            del cls.kernel_layer_name, cls.kernel_condition
-
-
-def _subclasses(cls: type) -> set[type]:
-    return {cls} | {found for child in type.__subclasses__(cls) for found in _subclasses(child)}
 
 
 def llama() -> LlamaForCausalLM:

@@ -19,8 +19,9 @@ from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.integrations.transformers import default_mapping, mark
 from kernelhub.layers import replay
 from kernelhub.layers.capture import snapshot
-from kernelhub.layers.markers import FunctionModule
 from kernelhub.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("unnamed")
 
 LAYER = "CausalDecoder"
 IDS = torch.arange(1, 21).reshape(2, 10)
@@ -36,21 +37,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     set_default_hub(Hub(settings=Settings(cache=tmp_path_factory.mktemp("store"), offline=True, build="never")))
     yield
     set_default_hub(None)
-
-
-@pytest.fixture(autouse=True)
-def unnamed() -> Iterator[None]:
-    """Classes are the process's: what a test names does not stay named."""
-    yield
-    for cls in _subclasses(nn.Module):
-        if cls.__module__.startswith(("torch.", "transformers.")) and not issubclass(cls, FunctionModule):
-            for name in ("kernel_layer_name", "kernel_condition", "kernel_calls_children"):
-                if name in vars(cls):
-                    delattr(cls, name)
-
-
-def _subclasses(cls: type) -> set[type]:
-    return {cls} | {found for child in type.__subclasses__(cls) for found in _subclasses(child)}
 
 
 def causal(name: str, **options: Any) -> Callable[[], Any]:

@@ -45,6 +45,8 @@ from kernelhub.layers.mode import Mode
 from kernelhub.layers.report import kernel_report
 from kernelhub.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("unnamed")
+
 IDS = torch.arange(20).reshape(2, 10)
 LABELS = IDS.masked_fill(IDS % 5 == 0, -100)
 SMALL = {
@@ -64,19 +66,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     set_default_hub(Hub(settings=Settings(cache=cache, offline=True, build="never")))
     yield
     set_default_hub(None)
-
-
-@pytest.fixture(autouse=True)
-def unnamed() -> Iterator[None]:
-    """Classes are the process's: what a test names does not stay named."""
-    yield
-    for cls in _subclasses(nn.Module):
-        if "kernel_condition" in vars(cls) and cls.__module__.startswith(("torch.", "transformers.")):
-            del cls.kernel_layer_name, cls.kernel_condition
-
-
-def _subclasses(cls: type) -> set[type]:
-    return {cls} | {found for child in type.__subclasses__(cls) for found in _subclasses(child)}
 
 
 def llama(**options: object) -> LlamaForCausalLM:
