@@ -402,15 +402,20 @@ def main() -> None:
         folder = options.cache or Path(temporary)
         result["operations"] = measure_operations(peers, folder, options.only, copy)
         result["copy_gb_s_after"] = copy_bandwidth()
+        save(result, options.json)  # the models take as long again
+        if options.plot:
+            plot(result["operations"], options.plot)
         if not options.no_models:
             from gpu_models import measure_models
 
             result["models"] = measure_models(folder / "always")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.plot:
-        plot(result["operations"], options.plot)
+            save(result, options.json)
+
+
+def save(result: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
