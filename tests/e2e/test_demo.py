@@ -329,6 +329,7 @@ def test_rows_that_are_alike_but_for_numbers_are_one() -> None:
         "ForCausalLMLoss",
         "model",
         "model.layers.*",
+        "model.layers.*.self_attn",
         "model.layers.*.self_attn.rotary_pos_emb",
         "model.layers.*.mlp",
         "model.layers.*.mlp.act_fn",
