@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernelprojects import load_compiled
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -41,7 +42,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows and widths: a few elements, less than a warp, unaligned, one to eight packs to a thread with few rows and with many, rows too long
 # for registers (forwards above 8192 packs of 16 bytes, backwards above 2048), aligned and not.
 SHAPES = (
-    (67, 7), (67, 65), (700, 128), (3000, 64), (67, 1000), (5, 4096), (900, 2048), (600, 4096), (600, 5120),
+    (67, 7), (67, 65), (700, 128), (3000, 64), (67, 1000), (5, 4096), (901, 2048), (601, 4096), (600, 5120),
     (600, 8192), (600, 16384), (9, 16384), (7, 16392), (5, 40004), (3, 70001), (3, 131072),
 )  # fmt: skip
 
@@ -118,7 +119,7 @@ def test_is_at_most_twice_as_far_from_float64_as_the_models_own_code(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_norm_of_rows_whose_mean_is_far_from_zero(norm: ModuleType, dtype: torch.dtype) -> None:
     """Where the mean square is nearly all the mean's square no digits are lost, whatever the rows beside it are like."""
-    for rows, width in ((700, 64), (67, 70), (5, 1000), (600, 4096), (600, 8192), (5, 40004), (3, 131072)):
+    for rows, width in ((700, 64), (67, 70), (5, 1000), (901, 2048), (601, 4096), (600, 8192), (5, 40004), (3, 131072)):
         original, kernelized = pair(norm, "LayerNorm", width, dtype)
         (x,) = inputs("LayerNorm", (rows, width), torch.float32, 1.0)
         x += torch.tensor([0.0, 0.5, 7.0, 9.0, 100.0, 1000.0], device="cuda")[torch.arange(rows) % 6, None]
@@ -140,6 +141,23 @@ def test_layer_norm_of_a_row_of_equal_elements_is_the_bias(norm: ModuleType, dty
         with torch.no_grad():
             got = kernelized(x.expand(rows, width).to(dtype))
         assert torch.equal(got, kernelized.bias.expand(rows, width)), (rows, width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_without_weight_or_bias(norm: ModuleType, dtype: torch.dtype) -> None:
+    """Wherever a kernel has them: in registers, in shared memory, in global memory."""
+    for rows, width in ((5, 4096), (67, 1000), (901, 2048), (601, 4096), (600, 5120), (600, 8192), (3, 131072)):
+        (x,) = inputs("LayerNorm", (rows, width), dtype)
+        x[0] = 60000.0  # the mean far from zero, in the same block
+        weight, bias = (torch.randn(width, device="cuda").to(dtype) for _ in range(2))
+        for w, b in ((None, None), (weight, None), (None, bias)):
+            wide = [None if of is None else of.double() for of in (w, b)]
+            reference, eager = F.layer_norm(x.double(), (width,), *wide), F.layer_norm(x, (width,), w, b)
+            poison()
+            got = norm.layer_norm(x, w, b)
+            unit = torch.finfo(dtype).eps * float(reference.abs().max())
+            assert torch.equal(got[0], torch.zeros_like(got[0]) if b is None else b), (rows, width)
+            assert error(got[1:], reference[1:]) <= 2 * error(eager[1:], reference[1:]) + unit, (rows, width, w is None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -368,8 +386,8 @@ def test_ops_are_what_their_schemas_and_shapes_say(norm: ModuleType, op: str) ->
 @pytest.mark.parametrize("layer", ALL)
 def test_autocast_gives_what_the_original_gives(norm: ModuleType, layer: str, compiled: bool) -> None:
     """PyTorch's layer norm is float32 there, whatever it is given, and its gradients are as before."""
-    torch._dynamo.reset()
     for dtype, enabled in itertools.product(DTYPES, (True, False)):
+        torch._dynamo.reset()  # one module's code is compiled 8 times at most
         original, kernelized = pair(norm, layer, 96, dtype)
         called = torch.compile(kernelized, fullgraph=True, backend="eager") if compiled else kernelized
         for cast in (torch.bfloat16, torch.float16):

@@ -1,4 +1,4 @@
-// Rows on the GPU: 16 bytes at a time, sums over a row by the threads that share it, and launches.
+// Rows on the GPU: 16 bytes at a time, and launches.
 
 #pragma once
 
@@ -98,10 +98,19 @@ __device__ __forceinline__ Pack<T, V> pack(const float (&from)[V]) {
   return to;
 }
 
+// A pack of one number.
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> filled(float with) {
+  float of[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    of[v] = with;
+  }
+  return pack<T, V>(of);
+}
 template <typename T, int V>
 __device__ __forceinline__ Pack<T, V> zeros() {
-  const float none[V] = {};
-  return pack<T, V>(none);
+  return filled<T, V>(0.0f);
 }
 
 // Pack i of what begins at `from`. Plain loads and stores: on H200 loads past L1 (no_allocate) are 6 % slower in every kernel.
@@ -156,13 +165,17 @@ __device__ __forceinline__ Pack<T, V> rounded_product(const float (&x)[V], const
   }
 }
 
-// Copies 16 bytes into shared memory, for this thread's own use, while it goes on; `commit` ends a group of such copies, and
-// `wait_for_copies` waits until at most PENDING groups are not done.
+// Copies 16 bytes into shared memory while the thread goes on; `commit` ends a group of such copies, and `wait_for_copies`
+// waits until at most PENDING groups are not done. AGAIN: of what other blocks will read, too, through L1.
+template <bool AGAIN = false>
 __device__ __forceinline__ void copy_behind(uint4* to, const void* from) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (AGAIN) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  }
 #else
   *to = *static_cast<const uint4*>(from);
 #endif
@@ -216,57 +229,7 @@ __device__ __forceinline__ void wait_for_input() {
 #endif
 }
 
-// The threads that share a row: blockDim.x of them, a power of 2 or a multiple of 32; threadIdx.y counts rows.
-struct Team {
-  int lane, across;
-
-  __device__ Team() : lane(threadIdx.x), across(blockDim.x) {}
-
-  // The sums over the row of each of K numbers, the same for all its threads, in an order that only the shape decides. To be
-  // called by all threads of the row's warps; `shared` is for `SHARED<K>` floats, and not the same twice running.
-  template <int K>
-  __device__ __forceinline__ void sum(float (&of)[K], float* shared) const {
-    add_up(of, across);
-    if (across <= 32) {
-      return;
-    }
-    const int warps = across / 32, first = threadIdx.y * warps, within = lane % 32;
-    if (within == 0) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-        shared[k * 32 + first + lane / 32] = of[k];
-      }
-    }
-    wait();
-    const int least = warps <= 1 ? 1 : 1 << (32 - __clz(warps - 1)), from = within & (least - 1);
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      of[k] = from < warps ? shared[k * 32 + first + from] : 0.0f;
-    }
-    add_up(of, least);
-  }
-
- private:
-  // For the row's own threads: of 16 barriers the first is the block's, so at most 15 rows of two warps or more.
-  __device__ __forceinline__ void wait() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(across) : "memory");
-  }
-
-  template <int K>
-  __device__ __forceinline__ static void add_up(float (&of)[K], int across) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset >>= 1) {
-      if (offset < across) {
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-          of[k] += __shfl_xor_sync(0xffffffffu, of[k], offset);
-        }
-      }
-    }
-  }
-};
-template <int K>
-constexpr int SHARED = K * 32;
+constexpr int MOST_ROWS = 4; // in a block, of rows of more than a warp
 
 // How a grid covers rows: `across` threads for each, `together` rows in a block.
 struct Cover {
@@ -289,7 +252,7 @@ inline int threads_for(int parts, int each) {
 }
 
 inline Cover cover(int64_t rows, int across, int least) {
-  const int together = across >= least ? 1 : least / across;
+  const int wanted = across >= least ? 1 : least / across, together = across > 32 ? std::min(wanted, MOST_ROWS) : wanted;
   const int64_t blocks = (rows + together - 1) / together;
   constexpr int64_t most = 0x7fffffff;
   return {static_cast<unsigned>(blocks < most ? blocks : most), static_cast<unsigned>(across),

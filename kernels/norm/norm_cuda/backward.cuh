@@ -10,6 +10,7 @@
 #include "launch.h"
 #include "math.cuh"
 #include "rows.cuh"
+#include "team.cuh"
 
 namespace kernelhub {
 
@@ -132,16 +133,6 @@ __device__ __forceinline__ void finish(
   store<T, V>(args.x_grad, at, to);
 }
 
-template <typename T, int V>
-__device__ __forceinline__ Pack<T, V> ones() {
-  float of[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    of[v] = 1.0f;
-  }
-  return pack<T, V>(of);
-}
-
 constexpr int BACKWARD_THREADS = 512;
 
 template <Kind KIND>
@@ -154,10 +145,10 @@ constexpr int ARRAYS = KIND == ADD || KIND == GATED ? 3 : 2; // what is read of 
 template <typename T, int V, int EACH, Kind KIND, int STAGES>
 __global__ void __launch_bounds__(BACKWARD_THREADS) backward_rows(const __grid_constant__ BackwardArgs args) {
   constexpr int SUMS = KIND == LAYER ? 2 : 1;
-  __shared__ float shared[2][SHARED<2>];
+  __shared__ __align__(16) float shared[2][SHARED<2>];
   extern __shared__ uint4 ring[];
   wait_for_input();
-  const Team team;
+  const Team<15> team;
   const int count = static_cast<int>(args.n) / V, threads = blockDim.x * blockDim.y;
   uint4* const mine = ring + threadIdx.y * blockDim.x + threadIdx.x;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
@@ -191,7 +182,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_rows(const __grid_c
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int i = team.lane + k * team.across;
-    weight[k] = args.weight == nullptr ? ones<T, V>() : i < count ? load<T, V>(args.weight, i) : zeros<T, V>();
+    weight[k] = args.weight == nullptr ? filled<T, V>(1.0f) : i < count ? load<T, V>(args.weight, i) : zeros<T, V>();
   }
   float sums[SUMS][EACH][V] = {};
   int turn = 0, stage = 0;
@@ -273,9 +264,9 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_rows(const __grid_c
 // Rows of any length and alignment: the input's gradient, and the statistics for `backward_columns`.
 template <typename T, int V, Kind KIND>
 __global__ void __launch_bounds__(1024) backward_long_rows(const __grid_constant__ BackwardArgs args) {
-  __shared__ float shared[2][SHARED<2>];
+  __shared__ __align__(16) float shared[2][SHARED<2>];
   wait_for_input();
-  const Team team;
+  const Team<15> team;
   const int64_t count = args.n / V;
   int turn = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
@@ -289,7 +280,7 @@ __global__ void __launch_bounds__(1024) backward_long_rows(const __grid_constant
 #pragma unroll 2
       for (int64_t i = team.lane; i < here; i += team.across) {
         const Pack<T, V> x = load<T, V>(from, i), grad = load<T, V>(grads, i);
-        const Pack<T, V> weight = args.weight == nullptr ? ones<T, V>() : load<T, V>(args.weight, i);
+        const Pack<T, V> weight = args.weight == nullptr ? filled<T, V>(1.0f) : load<T, V>(args.weight, i);
         Pack<T, V> other;
         if constexpr (KIND == ADD || KIND == GATED) {
           other = load<T, V>(others, i);

@@ -1,6 +1,7 @@
 #include "launch.h"
 #include "math.cuh"
 #include "rows.cuh"
+#include "team.cuh"
 
 namespace kernelhub {
 
@@ -68,14 +69,17 @@ __device__ __forceinline__ Pack<T, V> added(const Pack<T, V>& a, const Pack<T, V
   return pack<T, V>(x);
 }
 
+template <int EACH, bool FULL>
+constexpr int MOST_THREADS = EACH == 1 || (EACH == 2 && !FULL) ? 1024 : 512;
+
 // Rows of up to EACH packs to a thread, which are read once and held in registers. FULL: of exactly so many, by whole warps;
 // on H200 what there is to ask and to compute, not memory, is the limit otherwise.
 template <typename T, int V, int EACH, Kind KIND, bool FULL>
-__global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) rms_rows(const __grid_constant__ RmsArgs args) {
+__global__ void __launch_bounds__(MOST_THREADS<EACH, FULL>, EACH == 2 && FULL && KIND == PLAIN ? 3 : EACH == 4 ? 2 : 1) rms_rows(const __grid_constant__ RmsArgs args) {
   constexpr bool EARLY = EACH <= 2; // the weight, where few registers wait for it
-  __shared__ float shared[SHARED<1>];
+  __shared__ __align__(16) float shared[SHARED<1>];
   wait_for_input();
-  const Team team;
+  const Team<MOST_ROWS, FULL ? 32 : 1, MOST_THREADS<EACH, FULL>> team;
   const int count = FULL ? EACH * team.across : static_cast<int>(args.n) / V;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (FULL && row >= args.rows) {
@@ -110,7 +114,8 @@ __global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) rms
   if constexpr (EARLY) {
     load_weight();
   }
-  float squares[1] = {};
+  constexpr int CHAINS = EACH <= 4 ? 2 : 1; // of additions that wait for each other
+  float squares[1] = {}, chains[CHAINS] = {};
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     if constexpr (KIND == ADD) {
@@ -124,11 +129,15 @@ __global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) rms
     input<T, V, KIND>(args, x[k], other[k], of);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      squares[0] += of[v] * of[v];
+      chains[v % CHAINS] += of[v] * of[v];
     }
     if constexpr (!EARLY) {
       forget(x[k]);
     }
+  }
+#pragma unroll
+  for (int chain = 0; chain < CHAINS; ++chain) {
+    squares[0] += chains[chain];
   }
   team.sum(squares, shared);
   const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
@@ -149,9 +158,9 @@ __global__ void __launch_bounds__(EACH <= 2 ? 1024 : 512, EACH == 4 ? 2 : 1) rms
 // Rows of any length and alignment, which are read twice.
 template <typename T, int V, Kind KIND>
 __global__ void __launch_bounds__(1024) rms_long_rows(const __grid_constant__ RmsArgs args) {
-  __shared__ float shared[2][SHARED<1>];
+  __shared__ __align__(16) float shared[2][SHARED<1>];
   wait_for_input();
-  const Team team;
+  const Team<MOST_ROWS> team;
   const int64_t count = args.n / V;
   int turn = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
@@ -198,8 +207,9 @@ __global__ void __launch_bounds__(1024) rms_long_rows(const __grid_constant__ Rm
 template <typename T, int EACH, Kind KIND>
 cudaError_t run_rows(const RmsArgs& args, dim3 grid, dim3 block, const Device& device) {
   constexpr int V = WIDE<T>;
-  if (KIND != GATED && block.x >= 32 && args.n == int64_t{EACH} * V * block.x) {
-    return launch(rms_rows<T, V, EACH, KIND, KIND != GATED>, grid, block, 0, device, args);
+  constexpr bool FULL = KIND != GATED;
+  if (FULL && block.x >= 32 && block.x * block.y <= MOST_THREADS<EACH, FULL> && args.n == int64_t{EACH} * V * block.x) {
+    return launch(rms_rows<T, V, EACH, KIND, FULL>, grid, block, 0, device, args);
   }
   return launch(rms_rows<T, V, EACH, KIND, false>, grid, block, 0, device, args);
 }
