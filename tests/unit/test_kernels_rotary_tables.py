@@ -173,6 +173,11 @@ def as_kernelized(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     return kernel.forward.__get__(module)
 
 
+def test_they_are_as_many_as_the_documentation_says() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "layers.md").read_text()
+    assert f"for the {len(LAYERS)} classes whose tables" in " ".join(text.split())
+
+
 @pytest.mark.parametrize("classes", CLASSES.values(), ids=lambda classes: classes[0][0])
 def test_each_class_is_given_its_own_tables(classes: list[tuple[str, str, str]]) -> None:
     """Bit for bit, at lengths that end within, at and behind the vectors that PyTorch's cosine computes at once.
@@ -217,6 +222,7 @@ def test_positions_expanded_of_32_bits_and_of_another_dimension() -> None:
         POSITIONS[None],
         POSITIONS.repeat_interleave(2, -1)[:, ::2],
         POSITIONS[:, :0],
+        2**24 + 1 + POSITIONS * 2**36,  # to the nearest float32, as by itself
     ):
         with counted() as calls:
             assert same(forward(X, position_ids=positions), module(X, position_ids=positions))
