@@ -699,7 +699,7 @@ def ops(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append("add_product")
         return residual + F.linear(x, weight)
 
-    monkeypatch.setattr(decoder.hopper, "may_take", lambda x: True)
+    monkeypatch.setattr(decoder.hopper, "may_take_rows", lambda x: True)
     monkeypatch.setattr(decoder.hopper, "takes_projections", plain.takes_projections)
     monkeypatch.setattr(decoder.hopper, "takes_add", lambda x, weight, residual: type(residual) is Tensor)
     monkeypatch.setattr(decoder.hopper, "takes", lambda *_: False)
@@ -710,8 +710,8 @@ def ops(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def layers(decoder: ModuleType, bias: bool = False) -> tuple[Layer, Layer]:
-    attention = made(Case(bias=bias))
+def layers(decoder: ModuleType, bias: bool = False, heads: int = 4) -> tuple[Layer, Layer]:
+    attention = made(Case(bias=bias, heads=heads))
     config = attention.attention.config
     config.intermediate_size = 64
     original = Layer(LlamaDecoderLayer(config, 0), *attention.tables)
@@ -819,6 +819,23 @@ def test_a_decoder_layer_where_only_the_projections_have_an_op(
     with torch.no_grad():
         torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-5)
     assert ops == ["rotary_projections"] * 2
+
+
+def test_a_decoder_layer_where_only_the_sum_has_an_op(
+    decoder: ModuleType, ops: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the heads are together as wide as the model: else it is known too late."""
+    monkeypatch.setattr(decoder.hopper, "takes_projections", lambda *_: False)
+    for heads, expected in ((6, ["add_product"]), (4, [])):
+        original, kernelized = layers(decoder, heads=heads)
+        x = values(2, TOKENS, HIDDEN)
+        with torch.no_grad():
+            torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-5)
+        assert ops == expected
+        ops.clear()
+        assert_close(step(kernelized, x), step(original, x))
+        assert ops == ["add_product", "add_product"]
+        ops.clear()
 
 
 def test_without_gradients_the_attention_by_itself_has_the_op(decoder: ModuleType, ops: list[str]) -> None:

@@ -70,7 +70,9 @@ def added(
     projections = attention_linears(module)
     if projections is None or projections.o is None or projections.o_bias is not None:
         return None
-    made = _projected(module, x, tables, projections)
+    # Where the heads are as wide as the model, x is of the shape that the op will be asked to take.
+    adds = projections.o.shape[1] == x.shape[-1] and hopper.takes_add(x, projections.o, residual)
+    made = _projected(module, x, tables, projections, wanted=adds)
     if made is None:
         return None
     found, _ = _attend(module, *made, mask, cache, kwargs, windowed)
@@ -81,16 +83,16 @@ def added(
 
 def may_take(x: Tensor, tables: Any) -> bool:
     """Whether it is worth while to look for the weights: there is nothing to gain without gradients but by the op."""
-    return tables is not None and (torch.is_grad_enabled() or hopper.may_take(x))
+    return tables is not None and (torch.is_grad_enabled() or hopper.may_take_rows(x))
 
 
 def _projected(
-    module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor] | None, projections: Projections
+    module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], projections: Projections, wanted: bool = False
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """q and k turned, and v, (batch, tokens, heads * head_dim) each; None where the class's forward is to make them.
 
     That is where the tensors are none that `takes_projections` knows, where the rotary embedding is not Llama's or
-    somebody's kernel stands in for it, and where there is nothing to gain.
+    somebody's kernel stands in for it, and, unless they are `wanted`, where there is nothing to gain.
     """
     cos, sin = tables
     head_dim = module.head_dim
@@ -102,7 +104,7 @@ def _projected(
         return _Projections.apply(head_dim, x, *projections[:6], cos, sin)
     if hopper.takes_projections(x, projections, cos, sin, head_dim):
         return hopper.rotary_projections(x, projections, cos, sin, head_dim)
-    return None
+    return _apart(x, projections, cos, sin, head_dim) if wanted else None
 
 
 def _attend(
@@ -176,6 +178,14 @@ def _is_plain(formula: int) -> bool:
     return formula != rotary.formulas.UNKNOWN and formula & ~rotary.formulas.CAST_BACK == 0
 
 
+def _apart(
+    x: Tensor, projections: Projections, cos: Tensor, sin: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k turned, and v, by three products and the rotary kernel."""
+    q, k, v = (F.linear(x, *projections[at : at + 2]) for at in (0, 2, 4))
+    return *_turned(q, k, cos, sin, head_dim, 0), v
+
+
 def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int, form: int) -> tuple[Tensor, Tensor]:
     """q and k, (..., heads * head_dim), turned; or with TRANSPOSED as `form`, gradients of turned ones turned back."""
     shapes = q.shape, k.shape
@@ -214,8 +224,7 @@ class _Projections(torch.autograd.Function):
         if hopper.takes_projections(x, projections, cos, sin, head_dim):
             q, k, v = hopper.rotary_projections(x, projections, cos, sin, head_dim)
         else:
-            q, k, v = F.linear(x, q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
-            q, k = _turned(q, k, cos, sin, head_dim, 0)
+            q, k, v = _apart(x, projections, cos, sin, head_dim)
         _, for_x, for_q, _, for_k, _, for_v, *_ = ctx.needs_input_grad
         kept = x if for_q or for_k or for_v else None
         weights = (q_weight, k_weight, v_weight) if for_x else (None, None, None)

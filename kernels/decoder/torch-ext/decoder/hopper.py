@@ -22,6 +22,7 @@ __all__ = [
     "gated_product",
     "gated_product_parts",
     "may_take",
+    "may_take_rows",
     "rotary_projections",
     "takes",
     "takes_add",
@@ -46,6 +47,11 @@ _MOST_ROWS = 2**31 - 256  # which the op refuses more than
 def may_take(x: Tensor) -> bool:
     """Whether it is worth while to look for the weights."""
     return HERE and x.is_cuda and x.dtype in _DTYPES
+
+
+def may_take_rows(x: Tensor) -> bool:
+    """As `may_take`, of x with so many rows that some op may be faster: asked first where a token at a time is decoded."""
+    return may_take(x) and not _exporting() and x.numel() >= _FEWEST_ROWS * x.shape[-1]
 
 
 def takes(x: Tensor, weights: Weights, product: str) -> bool:

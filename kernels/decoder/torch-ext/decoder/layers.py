@@ -228,7 +228,7 @@ class DecoderLayer(nn.Module):
         parts = self._modules
         normed, residual = _norm_and_input(parts["input_layernorm"], hidden_states)
         made = None
-        if hopper.may_take(normed) and position_embeddings is not None:
+        if position_embeddings is not None and hopper.may_take_rows(normed):
             options = {"position_ids": position_ids, "use_cache": use_cache, **kwargs}
             made = _added(
                 parts["self_attn"], normed, residual, position_embeddings, attention_mask, past_key_values, options
