@@ -10,8 +10,14 @@ import pytest
 import torch
 from kernelprojects import load_compiled
 from torch import Tensor, nn
-from transformers import LlamaConfig, Phi3Config
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers import DynamicCache, LlamaConfig, Phi3Config
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 pytestmark = [
@@ -163,3 +169,144 @@ def test_the_product_is_not_kept(decoder: ModuleType) -> None:
         kernelized(x)
     weights = {parameter.data_ptr() for parameter in kernelized.parameters()}
     assert sum(width == BETWEEN for at, width in held.items() if at not in weights) == 2
+
+
+# The attention
+
+
+class Attention(nn.Module):
+    """An attention with its positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.layer, self.rotary = LlamaAttention(config, 0), LlamaRotaryEmbedding(config)
+
+    def forward(self, x: Tensor, start: int = 0, cache: DynamicCache | None = None) -> Tensor:
+        tables = self.rotary(x, torch.arange(start, start + x.shape[1], device=x.device)[None])
+        tables = tuple(table.to(x.dtype) for table in tables)
+        return self.layer(x, position_embeddings=tables, attention_mask=None, past_key_values=cache)[0]
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaAttention, "kernel_layer_name", "RotaryAttention", raising=False)
+
+
+@pytest.fixture
+def ops(decoder: ModuleType, named: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ops for Hopper that are called."""
+    found: list[str] = []
+    for name in ("rotary_projections", "add_product"):
+        op = getattr(decoder.hopper, name)
+        monkeypatch.setattr(decoder.hopper, name, lambda *a, op=op, name=name: (found.append(name), op(*a))[1])
+    return found
+
+
+def attentions(
+    decoder: ModuleType, dtype: torch.dtype, hidden: int, heads: int, layer: str = "RotaryAttention", bias: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=2 * hidden, num_attention_heads=heads, num_key_value_heads=heads // 4,
+        head_dim=64, attention_bias=bias,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    original = (Attention if layer == "RotaryAttention" else Layer)(config).to("cuda", dtype)
+    for name, parameter in original.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name), std=hidden**-0.5)
+    kernelized = copy.deepcopy(original)
+    kernelized.layer.forward = getattr(decoder.layers, layer).forward.__get__(kernelized.layer)
+    return original, kernelized
+
+
+def on_hopper(decoder: ModuleType, dtype: torch.dtype) -> bool:
+    return decoder.hopper.HERE and torch.cuda.get_device_capability() == (9, 0) and dtype is not torch.float32
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_attention_is_as_near_to_float64_as_the_models_own(
+    decoder: ModuleType, dtype: torch.dtype, bias: bool, ops: list[str]
+) -> None:
+    """Of few rows, and of as many as one op makes q, k and v of, with gradients and without."""
+    for tokens, hidden, heads in ((150, 256, 4), (2048, 2048, 32)):
+        original, kernelized = attentions(decoder, dtype, hidden, heads, bias=bias)
+        x = values(2, tokens, hidden, dtype=dtype)
+        exact = step(copy.deepcopy(original).double(), x.double())
+        eager, got = step(original, x), step(kernelized, x)
+        assert_as_near(got, eager, exact)
+        with torch.no_grad():
+            assert_as_near({"result": kernelized(x)}, eager, {"result": exact["result"]})
+    assert ops == ["rotary_projections"] * (2 if on_hopper(decoder, dtype) else 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_decoder_layer_of_many_rows_has_sums_in_its_products(
+    decoder: ModuleType, dtype: torch.dtype, ops: list[str]
+) -> None:
+    original, kernelized = attentions(decoder, dtype, 2048, 32, layer="DecoderLayer")
+    x = values(2, 2048, 2048, dtype=dtype)
+    exact = step(copy.deepcopy(original).double(), x.double())
+    eager = step(original, x)
+    assert_as_near(step(kernelized, x), eager, exact)
+    here = on_hopper(decoder, dtype)
+    assert ops == ["rotary_projections", "add_product", "add_product"] * here
+    ops.clear()
+    with torch.no_grad():
+        before = x.clone()
+        assert_as_near({"result": kernelized(x)}, eager, {"result": exact["result"]})
+        assert torch.equal(x, before)
+    assert ops == ["rotary_projections", "add_product"] * here
+    if here and dtype is torch.bfloat16:
+        assert adds(original, x) - adds(kernelized, x) == 4  # with those that turn q and k
+
+
+def test_with_a_cache_it_gives_what_the_classs_forward_gives(decoder: ModuleType, ops: list[str]) -> None:
+    """A prompt, of which one op makes q, k and v, and then tokens one by one."""
+    both, found = attentions(decoder, torch.bfloat16, 2048, 32), []
+    with torch.no_grad():
+        for module in both:
+            cache = DynamicCache(config=module.layer.config)
+            made = [module(values(2, 2048, 2048, dtype=torch.bfloat16), 0, cache)]
+            for at in range(3):
+                made.append(module(values(2, 1, 2048, dtype=torch.bfloat16, seed=at), 2048 + at, cache))
+            found.append([*made, cache.layers[0].keys, cache.layers[0].values])
+    for expected, got in zip(*found, strict=True):
+        assert float((got - expected).norm()) <= 0.01 * float(expected.norm())
+    assert ops == ["rotary_projections"] * on_hopper(decoder, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("named")
+def test_a_graph_can_hold_it(decoder: ModuleType) -> None:
+    _, kernelized = attentions(decoder, torch.bfloat16, 2048, 32, layer="DecoderLayer")
+    x = values(2, 2048, 2048, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = kernelized(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = kernelized(x)
+        graph.replay()
+        assert torch.equal(out, expected)
+        other = values(2, 2048, 2048, dtype=torch.bfloat16, seed=1)
+        expected = kernelized(other)
+        x.copy_(other)
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.usefixtures("named")
+def test_compiled_it_gives_the_same(decoder: ModuleType, training: bool) -> None:
+    original, kernelized = attentions(decoder, torch.bfloat16, 2048, 32, layer="DecoderLayer")
+    x = values(2, 2048, 2048, dtype=torch.bfloat16)
+    exact = step(copy.deepcopy(original).double(), x.double())
+    eager = step(original, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(kernelized, fullgraph=True)
+    if training:
+        found = step(compiled, x)
+        assert_as_near({name.removeprefix("_orig_mod."): value for name, value in found.items()}, eager, exact)
+    else:
+        with torch.no_grad():
+            assert_as_near({"result": compiled(x)}, eager, {"result": exact["result"]})
+    torch._dynamo.reset()
