@@ -281,14 +281,14 @@ def test_after_is_the_model_with_the_kernels_that_were_faster(
     case = tiny_case()
     made = compare(case, rounds=2)
     assert len(made.report.kernels) == 11
-    assert len(made.proof.kernels) == (8 if wins else 0)  # no labels, no loss
+    assert len(made.proof.kernels) == (10 if wins else 0)  # no labels, no loss
     assert made.problems == ()
     each = demo_module.REPEATS
-    assert timed == ([count for count in (0, 8, 8, 0) * 2 for _ in range(each)] if wins else [0] * 4 * each)
+    assert timed == ([count for count in (0, 10, 10, 0) * 2 for _ in range(each)] if wins else [0] * 4 * each)
     assert wins or made.forward.before == made.forward.after, "the same model"
     assert kernel_report(case.model).kernels == ()
     show_demo(Demo((made,)))
-    assert f"timed with the {8 if wins else 0} that were faster here" in capsys.readouterr().out
+    assert f"timed with the {10 if wins else 0} that were faster here" in capsys.readouterr().out
     rows = {row[0]: row for row in grouped(made.report, made.proof)}
     assert rows["model.norm"][10] == f"{int(wins)} of 1"
 
