@@ -723,3 +723,25 @@ def test_the_report_says_which_functions_nothing_can_reach() -> None:
     assert "not reached: " in str(report)
     assert KernelReport.from_dict(report.to_dict()) == report
     assert kernel_report(llama()).notes == ()
+
+
+@pytest.mark.parametrize("mode", [Mode.INFERENCE, Mode.TRAINING], ids=str)
+def test_a_compiled_decoder_layer_sees_that_its_parts_run_kernels(mode: Mode) -> None:
+    """Else it would call them, and what is between two products would be no op of ours."""
+    model = llama().train(mode is Mode.TRAINING)
+    kernelize_pretrained(model, mode=mode | Mode.TORCH_COMPILE)
+    found: set[str] = set()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        for part in graph.modules():
+            if isinstance(part, torch.fx.GraphModule):
+                found.update(str(node.target) for node in part.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    try:
+        with torch.set_grad_enabled(mode is Mode.TRAINING):
+            torch.compile(model, backend=backend, fullgraph=True)(torch.arange(8)[None], use_cache=False)
+    finally:
+        unkernelize(model)
+    assert not any("silu" in name for name in found)

@@ -6,6 +6,7 @@ Looked at in every call, because hooks, other forwards and other weights may com
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +104,8 @@ def runs(module: nn.Module, *forwards: Any) -> bool:
     forward = held.get("forward")
     if forward is None:
         return True
-    if getattr(forward, "__self__", None) is not module:
+    # Not `getattr(forward, "__self__", None)`, which in a frame of torch 2.11's compiler is None.
+    if type(forward) is not MethodType or forward.__self__ is not module:
         return False
     function = forward.__func__
     if function is type(module).forward:
