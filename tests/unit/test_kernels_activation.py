@@ -177,6 +177,14 @@ def test_autocast_and_meta_tensors_give_what_the_original_gives(layer: str, dtyp
         assert (got.is_meta, got.dtype, got.shape) == (True, expected.dtype, expected.shape)
 
 
+def test_the_written_out_gelu_is_wide_where_autocast_widens_powers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it does on GPUs only; there tests compare it with the original."""
+    x = values((6, 32), torch.bfloat16)
+    assert kernel("NewGELU")(x).dtype == torch.bfloat16
+    monkeypatch.setattr(activation.functions, "_widens_powers", lambda _: True)
+    assert kernel("NewGELU")(x).dtype == torch.float32
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_special_values(layer: str) -> None:
     """Zero stays zero, a NaN stays one, and large numbers do what the formula's limit says."""

@@ -67,7 +67,7 @@ class NewGELU(nn.Module):
     has_backward = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return functions.gelu_tanh(input)
+        return functions.gelu_new(input)
 
 
 class FastGELU(nn.Module):
