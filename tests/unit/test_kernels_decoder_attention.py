@@ -362,6 +362,14 @@ def test_the_functions_of_the_classs_own_module_are_called(
     assert len(calls) == 2
 
 
+def test_without_gradients_and_ops_nothing_is_looked_for(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a token at a time is decoded."""
+    original, kernelized = pair(decoder)
+    monkeypatch.setattr(decoder.attention, "attention_linears", lambda _: pytest.fail("the weights are looked for"))
+    with torch.no_grad():
+        assert torch.equal(kernelized(values(2, 1, HIDDEN)), original(values(2, 1, HIDDEN)))
+
+
 # The rotary embedding
 
 
@@ -411,6 +419,27 @@ def test_what_somebody_put_in_the_rotary_embeddings_place_is_called(
     assert_close(found, expected, rtol=0, atol=0)
     assert not torch.equal(found["result"], before)
     assert len(calls) == 1
+
+
+def test_a_function_of_somebodys_is_called_also_where_it_computes_the_same(
+    decoder: ModuleType, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (_, kernelized), original = pair(decoder), original_rotary()
+    x, heard = values(2, TOKENS, HIDDEN), []
+
+    def counted(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        heard.append(q.shape[-1])
+        return original(q, k, cos, sin, unsqueeze_dim)
+
+    class Counted(nn.Module):
+        forward = staticmethod(counted)
+
+    for other in (counted, Counted()):
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
+        kernelized(x)
+        assert heard == [8], "it is called, and not asked for its formula"
+        heard.clear()
+    assert calls == []
 
 
 @pytest.fixture
@@ -713,7 +742,7 @@ def ops(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def layers(decoder: ModuleType, bias: bool = False, heads: int = 4) -> tuple[Layer, Layer]:
     attention = made(Case(bias=bias, heads=heads))
     config = attention.attention.config
-    config.intermediate_size = 64
+    config.intermediate_size, config.mlp_bias = 64, bias
     original = Layer(LlamaDecoderLayer(config, 0), *attention.tables)
     for parameter in original.layer.parameters():
         nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
@@ -802,11 +831,17 @@ def test_in_a_decoder_layer_another_forward_of_the_attention_runs(decoder: Modul
     assert ops == []
 
 
-def test_a_decoder_layer_whose_last_product_has_a_bias_adds_it_as_before(decoder: ModuleType, ops: list[str]) -> None:
+def test_a_decoder_layer_whose_last_products_have_biases_adds_them_as_before(
+    decoder: ModuleType, ops: list[str]
+) -> None:
     original, kernelized = layers(decoder, bias=True)
+    inner = kernelized.layer.self_attn
+    inner.forward = decoder.layers.RotaryAttention.forward.__get__(inner)
     x = values(2, TOKENS, HIDDEN)
-    assert_close(step(kernelized, x), step(original, x))
-    assert ops == ["add_product"], "the MLP's"
+    assert_close(step(kernelized, x), step(original, x), atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-4)
+    assert ops == ["rotary_projections"] * 2, "the attention's module is called, and has it"
 
 
 def test_a_decoder_layer_where_only_the_projections_have_an_op(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kernelhub import get_kernel_dep
@@ -175,7 +174,7 @@ _known: dict[FunctionType, bool] = {}
 
 def _is_plain(formula: int) -> bool:
     """Pairs i and i + head_dim / 2, each product rounded: all else says something of tables of other dtypes."""
-    return formula != rotary.formulas.UNKNOWN and formula & ~rotary.formulas.CAST_BACK == 0
+    return formula & ~rotary.formulas.CAST_BACK == 0  # UNKNOWN has all bits
 
 
 def _apart(
@@ -234,8 +233,7 @@ class _Projections(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Every operation here is differentiable, but for additions in place.
-        in_place = is_dynamo_compiling() or not torch.is_grad_enabled()
+        # Every operation here is differentiable, for gradients of gradients.
         x, q_weight, k_weight, v_weight, cos, sin = ctx.saved_tensors
         _, for_x, *needs = ctx.needs_input_grad
         shape = q_grad.shape[:-1]
@@ -250,7 +248,7 @@ class _Projections(torch.autograd.Function):
         if for_x:
             x_grad = grads[0].mm(q_weight)
             for grad, weight in zip(grads[1:], (k_weight, v_weight), strict=True):
-                x_grad = x_grad.addmm_(grad, weight) if in_place else x_grad.addmm(grad, weight)
+                x_grad.addmm_(grad, weight)
             x_grad = x_grad.view(*shape, q_weight.shape[1])
         return None, x_grad, *found, None, None
 
@@ -278,4 +276,4 @@ class _AddProduct(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         x_grad = None if weight is None else rows.mm(weight).view(*grad.shape[:-1], weight.shape[1])
         weight_grad = None if x is None else rows.t().mm(x.reshape(-1, x.shape[-1]))
-        return x_grad, weight_grad, grad if ctx.needs_input_grad[2] else None
+        return x_grad, weight_grad, grad
