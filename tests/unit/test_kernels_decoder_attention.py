@@ -49,6 +49,14 @@ def way(request: pytest.FixtureRequest, decoder: ModuleType, monkeypatch: pytest
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], bool]:
+    """The backward that on a CPU gains nothing. The fixture is what there is without it."""
+    found = decoder.attention._has_backward
+    monkeypatch.setattr(decoder.attention, "_has_backward", lambda _: torch.is_grad_enabled())
+    return found
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -360,6 +368,19 @@ def test_the_functions_of_the_classs_own_module_are_called(
     assert torch.equal(*found)
     assert not torch.equal(found[1], both[1](values(2, TOKENS, HIDDEN)))
     assert len(calls) == 2
+
+
+def test_on_a_cpu_the_classs_forward_runs(
+    decoder: ModuleType,
+    calls: list[str],
+    as_on_a_gpu: Callable[[Tensor], bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, kernelized = pair(decoder)
+    monkeypatch.setattr(decoder.attention, "_has_backward", as_on_a_gpu)
+    x = values(2, TOKENS, HIDDEN)
+    assert_close(step(kernelized, x), step(original, x), rtol=0, atol=0)
+    assert calls == []
 
 
 def test_without_gradients_and_ops_nothing_is_looked_for(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,8 +163,8 @@ class RMSNormGatedMLPLayout(nn.Module):
 class RotaryAttention(nn.Module):
     """As Llama has it: `o_proj` of the attention of q and k, turned, and v.
 
-    With gradients, of plain linear layers, it reads the weights of `q_proj`, `k_proj` and `v_proj`, and has a backward of
-    its own: see `attention.py`; where there is an op for the three products and the rotary embedding, without gradients
+    With gradients, on a GPU and of plain linear layers, it reads the weights of `q_proj`, `k_proj` and `v_proj`, and has a
+    backward of its own: see `attention.py`; where there is an op for the three products and the rotary embedding, without gradients
     too. Anything else the forward of the class computes.
     """
 
