@@ -170,7 +170,14 @@ def test_ends_with_0_and_says_the_same_in_every_form(
 
     assert demo() == 0
     text = capsys.readouterr().out
-    for expected in ("kernelhub/norm:RMSNorm", "model.layers.*.input_layernorm", "exactly", "11 of 11", "11/11", "2 x 10"):
+    for expected in (
+        "kernelhub/norm:RMSNorm",
+        "model.layers.*.input_layernorm",
+        "exactly",
+        "11 of 11",
+        "11/11",
+        "2 x 10",
+    ):
         assert expected in text
     assert "FAILED" not in text
 
