@@ -1,4 +1,4 @@
-"""Which classes of transformers' and torch's have a formula that a kernel of ours knows, by name, and of which instances."""
+"""Which classes of transformers' and torch's have a formula that a kernel of ours knows, by name and forward, and of which instances."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FAMILIES", "MARKED", "TORCH", "Family", "family_of"]
+from kernelhub.integrations.forwards import digest
+
+__all__ = ["FAMILIES", "MARKED", "OTHER_FORWARD", "TORCH", "Family", "family_of"]
 
 # A torch class is in every model of the process: this in an instance's `__dict__` says that `mark` was asked to name it.
 MARKED = "_kernelhub_layer"
 TORCH = "torch.nn.modules."
+OTHER_FORWARD = "its forward is none that the kernel was compared with: another version's, or somebody put it there"
 
 
 # What a kernel reads of a module, and why it could not
@@ -108,6 +111,7 @@ def _shape(value: object) -> str:
 class Family:
     """Classes whose forward one layer of ours computes; `unfit` says of an instance why the kernel cannot read it.
 
+    `forwards` are the digests of those forwards; none where the kernel itself asks a class what it computes.
     `calls_children`: its kernel reads no weights, and calls each child as a module: hooks and adapters run.
     """
 
@@ -116,11 +120,16 @@ class Family:
     unfit: Callable[[nn.Module], str | None] = _nothing
     package: str = "transformers."
     calls_children: bool = False
+    forwards: str = ""
+
+    def knows(self, cls: type[nn.Module]) -> bool:
+        """Whether what the class computes is one of this family's forwards, and not only of a name that is in it."""
+        return not self.forwards or digest(cls) in self.forwards.split()
 
     def condition(self, module: nn.Module) -> bool:
         """Whether a kernel may stand in for this instance: it can be read, and for a torch class `mark` named it."""
         named = self.package != TORCH or module.__dict__.get(MARKED) == self.layer
-        return named and self.unfit(module) is None
+        return named and self.unfit(module) is None and self.knows(type(module))
 
 
 # By class name: transformers has one class per architecture and formula. A test holds each to its family's formula.
@@ -156,6 +165,7 @@ FAMILIES = (
         Llama4TextRMSNorm
         """,
         _row_of_weights,
+        forwards="5fb94fa1780c6f5e 5edac47a9e7b8825",
     ),
     Family(
         "RMSNormCastLast",
@@ -165,6 +175,7 @@ FAMILIES = (
         OlmoHybridRMSNorm OpenAIPrivacyFilterRMSNorm
         """,
         _row_of_weights,
+        forwards="fe34deb9a1b249a3 0b36ae1bf6e2463f 687c985291675a8f",
     ),
     Family(
         "RMSNormCastLast",
@@ -173,6 +184,7 @@ FAMILIES = (
         MuseGlimmerRMSNorm MuseSparkRMSNorm NeoMMERMSNorm
         """,
         _scaled,
+        forwards="01466f9f6d738959",
     ),
     Family(
         "RMSNormZeroCentered",
@@ -182,6 +194,7 @@ FAMILIES = (
         T5GemmaRMSNorm VaultGemmaRMSNorm
         """,
         _row_of_weights,
+        forwards="c0a0b8e34b52e0fe",
     ),
     Family(
         "RMSNormWeightDtype",
@@ -190,6 +203,7 @@ FAMILIES = (
         SwitchTransformersLayerNorm T5LayerNorm UMT5LayerNorm UdopLayerNorm
         """,
         _row_of_weights,
+        forwards="856b7d36f87eb0cc",
     ),
     Family(
         "RMSNormGated",
@@ -198,16 +212,19 @@ FAMILIES = (
         Qwen4ExpTextRMSNormGated
         """,
         _gated,
+        forwards="a88390e0b17b5b8a",
     ),
     Family(
         "RMSNormGatedCastLast",
         "BailingHybridRMSNormGated Glm5NextTextRMSNormGated KimiLinearRMSNormGated",
         _gated,
+        forwards="9745ddce21bca89e",
     ),
     Family(
         "RMSNormGateFirst",
         "BambaRMSNormGated GraniteMoeHybridRMSNormGated MambaRMSNormGated",
         _row_of_weights,
+        forwards="60db511a2866b439",
     ),
     Family(
         "LayerNormCastLast",
@@ -215,6 +232,7 @@ FAMILIES = (
         Cohere2LayerNorm Cohere2MoeLayerNorm CohereCompassLayerNorm CohereLayerNorm
         """,
         _row_of_weights,
+        forwards="ea3fe30d8448b6d4",
     ),
     Family(
         "GatedMLP",
@@ -242,6 +260,7 @@ FAMILIES = (
         VoxtralRealtimeMLP VoxtralRealtimeTextMLP YoutuMLP ZambaMLP
         """,
         _gated_mlp("act_fn"),
+        forwards="9b6ca9a43b63caf6 f5957513a81304ee 9d905fd2633ca61e",
     ),
     Family(
         "PackedGatedMLP",
@@ -250,6 +269,7 @@ FAMILIES = (
         Phi4MultimodalMLP
         """,
         _gated_mlp("activation_fn"),
+        forwards="584c117e5aa6a9c0",
     ),
     Family(
         "GatedFeedForward",
@@ -258,6 +278,7 @@ FAMILIES = (
         Pop2PianoDenseGatedActDense T5DenseGatedActDense UMT5DenseGatedActDense UdopDenseGatedActDense
         """,
         _gated_mlp("act"),
+        forwards="51ce481e4220eab7",
     ),
     Family(
         "RotaryAttention",
@@ -269,6 +290,7 @@ FAMILIES = (
         NemotronAttention PhimoeAttention PocketTTSAttention Qwen2MoeAttention SolarOpenAttention
         UnlimitedOcrTextAttention
         """,
+        forwards="7874b471dc70c74a 5443523012c2c491",
     ),
     Family(
         "WindowedRotaryAttention",
@@ -276,6 +298,7 @@ FAMILIES = (
         CwmAttention DeepseekOcr2VisionAttention MiniMaxAttention MinistralAttention MistralAttention
         MixtralAttention Qwen2Attention VoxtralRealtimeAttention VoxtralRealtimeTextAttention
         """,
+        forwards="3b8e5e14938e4158 df2b3fee9f00b97a",
     ),
     Family(
         "DecoderLayer",
@@ -300,6 +323,7 @@ FAMILIES = (
         UnlimitedOcrTextDecoderLayer Xcodec2DecoderLayer YoutuDecoderLayer
         """,
         _decoder_layer,
+        forwards="b03e84c101e6a84a",
     ),
     Family(
         "CausalDecoder",
@@ -310,6 +334,7 @@ FAMILIES = (
         Qwen3Model SeedOssModel SmolLM3Model VoxtralRealtimeTextModel YoutuModel
         """,
         calls_children=True,
+        forwards="fdd70ef053b5f056 c2ee79c3938bce7a 33a42ee6b39dc3bc 7306f3413e569c70 15e2c1e04b54a507",
     ),
     Family(
         "RotaryEmbedding",
@@ -365,19 +390,19 @@ FAMILIES = (
         """,
         _rotary_tables,
     ),
-    Family("SiLU", "SiLUActivation"),
-    Family("GeLU", "GELUActivation", _calls_torch),
-    Family("GeluTanh", "GELUTanh"),
-    Family("NewGELU", "NewGELUActivation AccurateGELUActivation"),
-    Family("FastGELU", "FastGELUActivation"),
-    Family("QuickGELU", "QuickGELUActivation"),
-    Family("Mish", "MishActivation"),
-    Family("ReLUSquared", "ReLUSquaredActivation"),
-    Family("LayerNorm", "LayerNorm", _layer_norm, TORCH),
-    Family("SiLU", "SiLU", _out_of_place, TORCH),
-    Family("TorchGELU", "GELU", _torch_gelu, TORCH),
-    Family("Mish", "Mish", _out_of_place, TORCH),
-    Family("Tanh", "Tanh", _nothing, TORCH),
+    Family("SiLU", "SiLUActivation", forwards="ae44248d59492585"),
+    Family("GeLU", "GELUActivation", _calls_torch, forwards="e8bc5e58801ca6ce"),
+    Family("GeluTanh", "GELUTanh", forwards="e8bc5e58801ca6ce"),
+    Family("NewGELU", "NewGELUActivation AccurateGELUActivation", forwards="8731a54de0ffa00a a2fa43a69effc080"),
+    Family("FastGELU", "FastGELUActivation", forwards="b78e27f82cc2c3bd"),
+    Family("QuickGELU", "QuickGELUActivation", forwards="4867b5aec6f13181"),
+    Family("Mish", "MishActivation", forwards="e8bc5e58801ca6ce"),
+    Family("ReLUSquared", "ReLUSquaredActivation", forwards="febc0d51c1dc23a1"),
+    Family("LayerNorm", "LayerNorm", _layer_norm, TORCH, forwards="98e969eaedf807bd"),
+    Family("SiLU", "SiLU", _out_of_place, TORCH, forwards="ddae0dac5c4663bf"),
+    Family("TorchGELU", "GELU", _torch_gelu, TORCH, forwards="b4fb9f8b78d0b648"),
+    Family("Mish", "Mish", _out_of_place, TORCH, forwards="bf0fd230001c04cd"),
+    Family("Tanh", "Tanh", _nothing, TORCH, forwards="a81172dbfbfd32c2"),
 )
 _BY_NAME = {(family.package, name): family for family in FAMILIES for name in family.names.split()}
 _PACKAGES = ("transformers.", TORCH)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from kernelhub.integrations.families import OTHER_FORWARD
+from kernelhub.integrations.forwards import digest
 from kernelhub.layers.mapping import KernelMapping
 from kernelhub.layers.markers import FUNCS, replace_kernel_forward_from_hub, use_kernel_forward_from_hub
 from kernelhub.layers.repositories import LayerRepository
@@ -37,6 +39,9 @@ Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM Qwen3_5ForCausa
 SmolLM3ForCausalLM Starcoder2ForCausalLM YoutuForCausalLM
 """
 FUSED_CLASSES = frozenset(_NAMES.split())
+# Digests (`forwards.py`) of that forward, and of the loss and the function that it calls.
+_FUSED_FORWARD = "b0276fa03263c1d2"
+_LOSS, _CROSS_ENTROPY = "90cd70f33ede6cde", "9ca2226a2c7bcf09"
 
 
 @use_kernel_forward_from_hub(LAYER)
@@ -64,7 +69,7 @@ def mark_loss(module: nn.Module) -> bool:
         return False
     if module.__dict__.get(_OWN) is causal_lm_loss:
         return True
-    if hasattr(module, _OWN) or "loss_function" not in _names(cls.forward):
+    if hasattr(module, _OWN) or "loss_function" not in _names(cls.forward) or not _knows_loss():
         return False
     # Without a loss type, or with one that it does not know, transformers takes this loss, too.
     if LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss) is not ForCausalLMLoss:
@@ -93,6 +98,8 @@ def mark_fused_loss(model: nn.Module) -> dict[str, str]:
         reason = _unfit(module) if cls is not None else "its forward is not one that the kernel knows"
         if cls is not None and getattr(type(module), "forward", None) is not getattr(cls, "forward", None):
             reason = f"{type(module).__name__} has a forward of its own"
+        elif cls is not None and digest(type(module)) != _FUSED_FORWARD:
+            reason = OTHER_FORWARD
         if cls is None or reason is not None:
             kept[path] = str(reason)
             continue
@@ -116,7 +123,13 @@ def _is_known(cls: type) -> bool:
 
 
 def _condition(module: nn.Module) -> bool:
-    return _ASKED in module.__dict__ and _unfit(module) is None
+    return _ASKED in module.__dict__ and _unfit(module) is None and digest(type(module)) == _FUSED_FORWARD
+
+
+def _knows_loss() -> bool:
+    """Whether transformers' loss is the one that the kernels compute."""
+    cross_entropy = ForCausalLMLoss.__globals__.get("fixed_cross_entropy")
+    return digest(ForCausalLMLoss) == _LOSS and digest(cross_entropy) == _CROSS_ENTROPY
 
 
 def _unfit(module: Any) -> str | None:
@@ -130,4 +143,4 @@ def _unfit(module: Any) -> str | None:
         return "it has a loss of its own"
     if LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss) is not ForCausalLMLoss:
         return f"its loss is that of {module.loss_type}"
-    return None
+    return None if _knows_loss() else "its loss is another than the kernel computes"

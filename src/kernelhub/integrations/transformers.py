@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from kernelhub.integrations.families import FAMILIES, MARKED, TORCH, Family, family_of
+from kernelhub.integrations.families import FAMILIES, MARKED, OTHER_FORWARD, TORCH, Family, family_of
 from kernelhub.integrations.rotary import FUNCTION, mark_rotary
 from kernelhub.layers.kernelize import kernelize
 from kernelhub.layers.mapping import KernelMapping, use_kernel_mapping
@@ -89,7 +89,8 @@ LEFT_TO_INDUCTOR: Mapping[str, Mapping[str, tuple[Mode, ...]]] = {
 class Marks:
     """What `mark` found, by module path: the layers' names (also those that they had), and why other layers have none.
 
-    `unreached` are functions (rotary embeddings) that no kernel can stand in for, by name, and why.
+    `unreached` are functions (rotary embeddings) that no kernel can stand in for, and classes whose forward is another than
+    the one that the kernel is for, by name, and why.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
@@ -110,7 +111,7 @@ def mark(model: nn.Module) -> Marks:
     A class of transformers' is named itself, as its decorator would do. A class of torch's is named too, but with a
     condition that holds only for the instances in models that `mark` was called on: those of other models keep their
     forward, whatever they are kernelized with. A subclass with a forward of its own is left alone, and so is a class
-    that is named already. The loss of a causal language model, which is a function, is named on the model; see
+    that is named already, and one whose forward is another than that of transformers 5.22, by its source. The loss of a causal language model, which is a function, is named on the model; see
     `kernelhub.integrations.losses`, also for the projection before it.
 
     Example: `mark(model)`, `with use_kernel_mapping(default_mapping()): kernelize(model, mode=Mode.INFERENCE)`.
@@ -133,6 +134,9 @@ def mark(model: nn.Module) -> Marks:
             continue
         if _named_by_others(cls, family):
             marks.layers[path] = vars(cls)["kernel_layer_name"]
+            continue
+        if not family.knows(type(module)):
+            marks.kept[path] = marks.unreached[f"{cls.__module__}.{cls.__qualname__}"] = OTHER_FORWARD
             continue
         reason = family.unfit(module)
         if reason:
