@@ -198,6 +198,35 @@ def test_a_forward_that_somebody_put_on_the_class_stays(monkeypatch: pytest.Monk
         unkernelize(model)
 
 
+class SiLU(nn.Module):
+    """Named as one of the activations that the kernels know, and another."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.7 * x)
+
+
+class Tripled(modeling_llama.LlamaRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(x)
+
+
+def test_classes_of_somebodys_inside_the_layers_are_called() -> None:
+    """An activation of a known name, and a norm that comes from the model's."""
+    model = llama()
+    model.model.layers[0].mlp.act_fn = SiLU()
+    model.model.layers[1].post_attention_layernorm.__class__ = Tripled
+    expected = logits(model)
+    marks = mark(model)
+    assert marks.kept == {
+        "model.layers.0.mlp": "its act_fn is a SiLU with another forward than the one of that name that the kernel knows",
+        "model.layers.1.post_attention_layernorm": "Tripled has a forward of its own",
+    }
+    kernelize_pretrained(model)
+    assert "DecoderLayer" in {row.layer for row in kernel_report(model).kernels}
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    unkernelize(model)
+
+
 def test_a_forward_that_comes_after_the_class_was_named_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     assert mark(model).layers["model.layers.0.mlp"] == "GatedMLP"

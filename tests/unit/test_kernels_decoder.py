@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, Phi3Config, T5Config
+from transformers.activations import GELUTanh
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
@@ -463,6 +464,68 @@ def test_another_norm_in_the_place_of_one_is_called(decoder: ModuleType, place: 
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(both[0](x), both[1](x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["input_layernorm", "post_attention_layernorm", "mlp"])
+@pytest.mark.usefixtures("way", "marked")
+def test_a_class_that_comes_from_a_marked_one_with_a_forward_of_its_own_is_called(
+    decoder: ModuleType, place: str
+) -> None:
+    """It has the mark of the class that it comes from, and is what `mark` and `kernelize` leave alone."""
+    both, x = layers(decoder), values(2, 5, HIDDEN)
+    for layer in both:
+        part = layer.layer.get_submodule(place)
+        base = type(part)
+        part.__class__ = type("Other", (base,), {"forward": lambda self, y, base=base: 3 * base.forward(self, y)})
+    found, expected = (step(layer, x) for layer in both)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(both[0](x), both[1](x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("way", "marked")
+def test_a_class_that_comes_from_a_marked_one_and_has_its_forward_is_passed_by(
+    decoder: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FSDP makes them of the model's."""
+    _, kernelized = layers(decoder)
+    kernelized.layer.mlp.__class__ = type("FSDPLlamaMLP", (LlamaMLP,), {})
+    calls = counted(decoder, monkeypatch)
+    step(kernelized, values(2, 5, HIDDEN))
+    assert len(calls) == 1
+
+
+class SiLU(nn.Module):
+    """Named as one of the activations that the kernels know, and another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.7 * x)
+
+
+@pytest.mark.parametrize("layer", MLPS)
+@pytest.mark.usefixtures("way")
+def test_an_activation_that_has_no_more_than_the_name_is_called(decoder: ModuleType, layer: str) -> None:
+    both, x = pair(decoder, layer), values(5, HIDDEN)
+    for module in both:
+        setattr(module, MLPS[layer][1], SiLU())
+    found, expected = (step(module, x) for module in both)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("marked")
+def test_a_norm_and_its_sibling_mlp_have_the_activation_that_is_there(decoder: ModuleType) -> None:
+    norm, mlp = LlamaRMSNorm(HIDDEN), llama()
+    kernel = decoder.layers.RMSNormGatedMLPLayout(norm, mlp)
+    forward, x = decoder.layers.RMSNormGatedMLP.forward, values(5, HIDDEN)
+    for other in (GELUTanh(), SiLU()):
+        mlp.act_fn = other
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                torch.testing.assert_close(forward(kernel, x), mlp(norm(x)), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="the activation is SiLU; expected one of SiLUActivation"):
+        decoder.layers.RMSNormGatedMLPLayout(norm, mlp)
 
 
 class Adapted(nn.Linear):

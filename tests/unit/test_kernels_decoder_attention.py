@@ -6,7 +6,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from types import MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -845,6 +845,24 @@ def test_in_a_decoder_layer_another_forward_of_the_attention_runs(decoder: Modul
     x = values(2, TOKENS, HIDDEN)
     inner = kernelized.layer.self_attn
     inner.forward = lambda hidden_states, **_: (hidden_states * 0, None)
+    with torch.no_grad():
+        found = kernelized(x)
+        mlp = kernelized.layer.mlp(kernelized.layer.post_attention_layernorm(x))
+    torch.testing.assert_close(found, x + mlp, rtol=1e-4, atol=1e-5)
+    assert ops == []
+
+
+def test_in_a_decoder_layer_an_attention_with_a_forward_of_its_own_runs_it(decoder: ModuleType, ops: list[str]) -> None:
+    """That comes from a marked class, and has its mark; in a module with all that Llama's has."""
+
+    class Other(LlamaAttention):
+        def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+            return hidden_states * 0, None
+
+    Other.forward = FunctionType(Other.forward.__code__, vars(modeling_llama))
+    _, kernelized = layers(decoder)
+    x = values(2, TOKENS, HIDDEN)
+    kernelized.layer.self_attn.__class__ = Other
     with torch.no_grad():
         found = kernelized(x)
         mlp = kernelized.layer.mlp(kernelized.layer.post_attention_layernorm(x))

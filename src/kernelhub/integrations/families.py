@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,11 +61,16 @@ def _gated_mlp(name: str) -> Callable[[nn.Module], str | None]:
 
     def unfit(module: nn.Module) -> str | None:
         activation = getattr(module, name, None)
-        kind = type(activation).__name__
-        if not isinstance(activation, nn.Module) or kind not in _GATES:
-            shown = kind if isinstance(activation, nn.Module) else repr(activation)
+        kind: Any = type(activation)
+        if not isinstance(activation, nn.Module) or kind.__name__ not in _GATES:
+            shown = kind.__name__ if isinstance(activation, nn.Module) else repr(activation)
             return f"its {name} is {shown}; the kernel knows {', '.join(_GATES)}"
-        return _calls_torch(activation) if kind == "GELUActivation" else None
+        found = family_of(kind)
+        if found is None or kind.forward is not found[0].forward or not found[1].knows(kind):
+            return (
+                f"its {name} is a {kind.__name__} with another forward than the one of that name that the kernel knows"
+            )
+        return _calls_torch(activation) if kind.__name__ == "GELUActivation" else None
 
     return unfit
 

@@ -23,7 +23,7 @@ from .functions import (
 )
 from .gated import gated_mlp
 from .model import CausalDecoder
-from .plain import linears, runs, takes
+from .plain import linears, marked_as, runs, takes
 
 __all__ = [
     "CausalDecoder",
@@ -40,6 +40,8 @@ __all__ = [
 # The kernels' forwards that compute what the modules' own do: a module that runs one of them may be passed by.
 _NORMS = tuple(getattr(norm.layers, name).forward for name in FORMS)
 _ACTIVATIONS = tuple(getattr(activation.layers, name).forward for name in ("SiLU", "GeLU", "GeluTanh", "NewGELU"))
+# Whose classes are meant by the names in PRODUCTS.
+_ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
 
 
 class GatedMLP(nn.Module):
@@ -133,7 +135,7 @@ class RMSNormGatedMLP(nn.Module):
         norm, mlp = self.parts
         weights = linears(mlp, "gate_proj", "up_proj", "down_proj")
         weight = norm._parameters["weight"]
-        if weights is None or _product(mlp._modules["act_fn"]) is None:
+        if weights is None or _product(mlp._modules["act_fn"]) != self.product:
             return type(mlp).forward(mlp, FORMULAS[self.formula](hidden_states, weight, self.eps))
         return rms_norm_gated_mlp(hidden_states, weight, self.eps, weights, self.formula, self.product)
 
@@ -145,7 +147,7 @@ class RMSNormGatedMLPLayout(nn.Module):
         super().__init__()
         self.parts = (norm, mlp)  # no submodules: an attribute that is quick to read
         self.eps = _epsilon(norm)
-        self.formula = getattr(type(norm), "kernel_layer_name", None)
+        self.formula = marked_as(type(norm))
         missing = [name for name in ("gate_proj", "up_proj", "down_proj", "act_fn") if not hasattr(mlp, name)]
         if missing:
             raise TypeError(f"{type(mlp).__name__} has no {', '.join(missing)}, which the kernel reads")
@@ -156,7 +158,7 @@ class RMSNormGatedMLPLayout(nn.Module):
         if self.formula not in FORMULAS:
             known = ", ".join(FORMULAS)
             raise TypeError(f"{type(norm).__name__} is marked as {self.formula}; expected one of {known}")
-        if self.product not in PRODUCTS:
+        if not _is_known(type(mlp.act_fn)):
             raise TypeError(f"the activation is {self.product}; expected one of {', '.join(PRODUCTS)}")
 
 
@@ -263,7 +265,7 @@ class DecoderLayer(nn.Module):
 
 def _is_llamas(module: nn.Module) -> bool:
     """Whether it is an RMS norm of Llama's formula, by its mark, that nobody listens to; any other is to be called."""
-    return getattr(type(module), "kernel_layer_name", None) == "RMSNorm" and runs(module, *_NORMS)
+    return marked_as(type(module)) == "RMSNorm" and runs(module, *_NORMS)
 
 
 def _added(
@@ -279,7 +281,7 @@ def _added(
 
     Where there is an op that adds a product, for an attention of ours that nobody listens to.
     """
-    windowed = _ATTENTIONS.get(getattr(type(module), "kernel_layer_name", None))
+    windowed = _ATTENTIONS.get(marked_as(type(module)))
     if windowed is None or not runs(module, *_ATTENTION_FORWARDS):
         return None
     return added(module, normed, residual, tables, mask, cache, options, windowed)
@@ -287,7 +289,7 @@ def _added(
 
 def _norm_and_input(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the module gives for x, and x; an RMS norm whose ops take x also takes the gradient that comes to x itself."""
-    form = FORMS.get(getattr(type(module), "kernel_layer_name", None))
+    form = FORMS.get(marked_as(type(module)))
     if form is not None and torch.is_grad_enabled() and x.requires_grad and runs(module, *_NORMS):
         weight = module._parameters.get("weight")
         if weight is not None and norm.compiled.takes(x, weight):
@@ -297,13 +299,21 @@ def _norm_and_input(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _product(activation: nn.Module) -> str | None:
     """By which name the product of that activation is known; None where the activation is to be called."""
-    name = type(activation).__name__
-    return name if name in PRODUCTS and runs(activation, *_ACTIVATIONS) else None
+    kind = type(activation)
+    return kind.__name__ if _is_known(kind) and runs(activation, *_ACTIVATIONS) else None
+
+
+def _is_known(kind: type[nn.Module]) -> bool:
+    """Whether it is an activation of those names, by its forward too, and not somebody's class of the same name."""
+    return kind.__name__ in PRODUCTS and getattr(kind.forward, "__module__", None) in _ACTIVATION_MODULES
+
+
+_is_known._dynamo_marked_constant = True
 
 
 def _gated(mlp: nn.Module) -> str | None:
     """The product of a gated MLP, by its mark, that nobody listens to; None for any other, which is to be called."""
-    if getattr(type(mlp), "kernel_layer_name", None) != "GatedMLP" or not runs(mlp, GatedMLP.forward):
+    if marked_as(type(mlp)) != "GatedMLP" or not runs(mlp, GatedMLP.forward):
         return None
     activation = mlp._modules.get("act_fn")
     return None if activation is None else _product(activation)
