@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -486,7 +487,14 @@ def test_paths_that_some_systems_cannot_have_are_refused(tmp_path: Path) -> None
 
 
 def test_a_folder_that_is_no_repository(tmp_path: Path) -> None:
-    nothing_published(tmp_path, tmp_path / "nowhere", InvalidReference, "no kernel repository")
+    nothing_published(tmp_path, tmp_path / "nowhere", InvalidReference, "there is no folder .*nowhere")
+    (tmp_path / "a project").mkdir()
+    nothing_published(tmp_path, tmp_path / "a project", InvalidReference, "no kernel repository")
+    (tmp_path / "a project" / "build.toml").touch()
+    command = f"kernelhub build '{tmp_path / 'a project'}'"
+    nothing_published(
+        tmp_path, tmp_path / "a project", InvalidReference, f"not built yet\n.*Run: {re.escape(command)}$"
+    )
     (tmp_path / "repo/build").mkdir(parents=True)
     nothing_published(tmp_path, tmp_path / "repo", InvalidReference, "no variants")
     (tmp_path / "repo/build/relu").mkdir()

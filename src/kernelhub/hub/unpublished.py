@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,6 +43,12 @@ def variant_folders(folder: Path) -> list[Path]:
     """The variants' folders, by name; what else lies in `build/` is no variant only if its name is hidden."""
     build = folder / "build"
     if not build.is_dir():
+        if not folder.is_dir():
+            raise InvalidReference(f"there is no folder {folder}")
+        if (folder / "build.toml").is_file():
+            raise InvalidReference(
+                f"{folder} is not built yet", hint=f"Run: kernelhub build {shlex.quote(str(folder))}"
+            )
         raise InvalidReference(f"{folder} is no kernel repository", hint="Expected a folder with build/<variant>/.")
     found = sorted(path for path in build.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
