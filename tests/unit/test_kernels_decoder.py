@@ -615,6 +615,18 @@ def test_casts_transforms_and_traces_are_pytorchs(
 
 
 @pytest.mark.parametrize("layer", MLPS)
+def test_a_backward_under_autocast_is_that_of_a_forward_without(decoder: ModuleType, layer: str) -> None:
+    _, kernelized = pair(decoder, layer)
+    expected, x = step(kernelized, values(5, HIDDEN)), values(5, HIDDEN).requires_grad_()
+    out = kernelized(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out.backward(values(*out.shape, seed=9))
+    assert torch.equal(x.grad, expected["input"])
+    for name, parameter in kernelized.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+
+
+@pytest.mark.parametrize("layer", MLPS)
 def test_of_meta_tensors_it_gives_shape_and_dtype(decoder: ModuleType, layer: str) -> None:
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled):

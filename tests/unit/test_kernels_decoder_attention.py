@@ -635,6 +635,18 @@ def test_casts_transforms_and_traces_are_pytorchs(decoder: ModuleType, calls: li
 # What runs it again
 
 
+def test_a_backward_under_autocast_is_that_of_a_forward_without(decoder: ModuleType) -> None:
+    """Up to what autocast rounds in the backward of `o_proj` and of the attention itself, which are PyTorch's."""
+    _, kernelized = pair(decoder)
+    expected, x = step(kernelized, values(2, TOKENS, HIDDEN)), values(2, TOKENS, HIDDEN).requires_grad_()
+    out = kernelized(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out.backward(values(*out.shape, seed=9))
+    found = {"input": x.grad, **{name: parameter.grad for name, parameter in kernelized.named_parameters()}}
+    for name, value in found.items():
+        assert float((value - expected[name]).norm()) <= 2e-2 * float(expected[name].norm()), name
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_it_gives_the_same_gradients(decoder: ModuleType, reentrant: bool, calls: list[str]) -> None:
     _, kernelized = pair(decoder)

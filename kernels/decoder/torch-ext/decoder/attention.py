@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from kernelhub import get_kernel_dep
 
 from . import hopper
-from .plain import Projections, attention_linears, runs, takes_projections
+from .plain import Projections, attention_linears, runs, takes_projections, without_autocast
 
 rotary = get_kernel_dep("kernelhub/rotary")
 
@@ -239,6 +239,7 @@ class _Projections(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor | None, ...]:
         # Every operation here is differentiable, for gradients of gradients.
         x, q_weight, k_weight, v_weight, cos, sin = ctx.saved_tensors
@@ -278,6 +279,7 @@ class _AddProduct(torch.autograd.Function):
         return hopper.add_product(x, weight, residual)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from kernelhub import get_kernel_dep
 
 from . import hopper
-from .plain import Weights
+from .plain import Weights, without_autocast
 
 activation = get_kernel_dep("kernelhub/activation")
 
@@ -107,6 +107,7 @@ class _GatedMLP(torch.autograd.Function):
         return add_product(inner, down_weight, down_bias, residual)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if is_dynamo_compiling() or not torch.is_grad_enabled():
             return _gradients(ctx, grad)

@@ -5,7 +5,8 @@ Looked at in every call, because hooks, other forwards and other weights may com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as everywhere
 
-__all__ = ["Projections", "Weights", "attention_linears", "linears", "marked_as", "runs", "takes", "takes_projections"]
+__all__ = [
+    "Projections",
+    "Weights",
+    "attention_linears",
+    "linears",
+    "marked_as",
+    "runs",
+    "takes",
+    "takes_projections",
+    "without_autocast",
+]
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -181,3 +192,17 @@ def _are_plain(x: Tensor, others: Sequence[Tensor | None]) -> bool:
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()
     )
+
+
+def without_autocast(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """For the backward of what these let through, which was computed without autocast: so it is, wherever it is called."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        device = grads[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
+
+    return run
