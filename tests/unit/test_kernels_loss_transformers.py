@@ -240,6 +240,12 @@ def test_a_head_that_is_more_than_its_weight_is_called() -> None:
     assert model(IDS, labels=LABELS).logits is not None
     handle.remove()
     assert model(IDS, labels=LABELS).logits is None
+    called: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(type(module).__name__))
+    assert model(IDS, labels=LABELS).logits is not None
+    handle.remove()
+    assert called[-2:] == ["Linear", "LlamaForCausalLM"]
+    assert model(IDS, labels=LABELS).logits is None
     model.lm_head = nn.Sequential(model.lm_head)
     assert model(IDS, labels=LABELS).logits is not None
 
