@@ -320,6 +320,7 @@ def test_before_and_after_are_of_one_round_and_give_the_speed() -> None:
     assert times.middle == (1.0, 1.0)
     told = times.to_dict()
     assert told["before_ms"] / told["after_ms"] == told["speedup"] == times.speedup
+    assert Times((9.0, 2.0, 1.0), (9.0, 2.0, 1.0)).middle == (2.0, 2.0), "the same model twice"
     low, high = Times((5.0, 6.0), (4.0, 3.0)).speedup_range
     assert low <= 1.25 <= high, "of an even number of rounds too"
 

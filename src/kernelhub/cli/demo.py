@@ -59,9 +59,8 @@ class Times:
     @property
     def middle(self) -> tuple[float, float]:
         """Before and after in the round with the median ratio: medians of each may be those of different weather."""
-        return min(
-            zip(self.before, self.after, strict=True), key=lambda pair: abs(pair[0] / pair[1] - median_low(self.ratios))
-        )
+        pairs = sorted(zip(self.before, self.after, strict=True), key=lambda pair: (pair[0] / pair[1], pair[0]))
+        return pairs[(len(pairs) - 1) // 2]  # of equal ratios, as of the same model twice, the median time
 
     @property
     def speedup(self) -> float:
