@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import models_for_tests as models
@@ -74,10 +75,34 @@ def test_a_report_prints_a_table_and_a_summary(model: nn.Module, folder: Path) -
     found = kernel_report(model)
     lines = str(found).splitlines()
     assert lines[0] == found.summary() == f"4 of 5 kernel-aware layers run a kernel: 4 x {folder}"
-    assert lines[1].split()[:6] == ["path", "class", "layer", "device", "mode", "runs"]
-    assert len(lines) == 7
-    assert "it is in `exclude`" in lines[-1]
+    assert lines[1] == "device: cpu; mode: INFERENCE"
+    assert lines[2].split() == ["path", "layer", "runs", "notes"]
+    assert [line.split()[0] for line in lines[3:8]] == [row.path for row in found.rows]
+    assert lines[7].split(maxsplit=3)[2:] == ["original", "it is in `exclude`"]
+    (kernel,) = {
+        (row.repository, (row.commit or "")[:12], row.variant, row.digest[:19]) for row in found.kernels if row.digest
+    }
+    assert lines[8:10] == ["", table(("kernel", "commit", "variant", "file digest"), [kernel]).splitlines()[0]]
+    assert lines[10].split() == [text for text in kernel if text]
+    assert len(lines) == 11
     assert str(kernel_report(nn.Linear(1, 1))).splitlines()[0] == "0 of 0 kernel-aware layers run a kernel"
+
+
+def test_what_differs_between_layers_stands_with_each() -> None:
+    row = partial(ReportRow, class_name="Norm", layer_name="Norm", outcome="kernel", repository="me/norm", layer="Norm")
+    cpu = row(
+        path="a", device="cpu", mode="INFERENCE", variant="torch-cpu", digest="sha256-1", worst="gradient of weight"
+    )
+    gpu = row(path="b", device="cuda:0", mode="INFERENCE", variant="torch-cuda", digest="sha256-2", worst="output[0]")
+    lines = str(KernelReport("Model", (cpu, gpu))).splitlines()
+    assert lines[1] == "mode: INFERENCE"
+    assert lines[2].split() == ["path", "layer", "runs", "worst", "device"]
+    assert lines[3].split() == ["a", "Norm", "me/norm:Norm", "(torch-cpu)", "gradient", "of", "weight", "cpu"]
+    assert lines[4].split() == ["b", "Norm", "me/norm:Norm", "(torch-cuda)", "cuda:0"]
+    assert [line.split() for line in lines[7:]] == [
+        ["me/norm", "torch-cpu", "sha256-1"],
+        ["me/norm", "torch-cuda", "sha256-2"],
+    ]
 
 
 def test_a_report_is_saved_read_and_compared(model: nn.Module, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelhub.errors import InvalidMetadata, InvalidReference, context
-from kernelhub.layers.tables import table
+from kernelhub.layers.report_text import speed, text
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 64 << 20
@@ -153,26 +153,7 @@ class KernelReport:
         return text + (f": {named}" if named else "") + (f"; {stale} stale, kernelize again" if stale else "")
 
     def __str__(self) -> str:
-        head = (
-            "path",
-            "class",
-            "layer",
-            "device",
-            "mode",
-            "runs",
-            "commit",
-            "variant",
-            "file digest",
-            "error",
-            "of largest",
-            "worst",
-            "against",
-            "calls",
-            "speed",
-            "remembered of",
-            "reason",
-        )
-        return "\n".join([self.summary(), table(head, [_cells(row) for row in self.rows]), *self.notes])
+        return text(self)
 
 
 # Reports from files
@@ -239,41 +220,10 @@ def _changed(here: ReportRow, there: ReportRow) -> list[str]:
     if one is not None and other is not None and abs(one - other) > 0.1 * max(one, other):
         found.append(f"error {one:.2g} -> {other:.2g}")
     if _apart(here, there) or _apart(there, here):
-        found.append(f"speed {_speed(here)} -> {_speed(there)}")
+        found.append(f"speed {speed(here)} -> {speed(there)}")
     return found
 
 
 def _apart(slower: ReportRow, faster: ReportRow) -> bool:
     high, low = slower.speedup_high, faster.speedup_low
     return high is not None and low is not None and high < low
-
-
-def _speed(row: ReportRow) -> str:
-    if row.speedup is None:
-        return ""
-    elsewhere = f" on {row.timed_on}" if row.timed_on != row.path else ""
-    return f"{row.speedup:.2f}x ({row.speedup_low:.2f} to {row.speedup_high:.2f}){elsewhere}"
-
-
-def _cells(row: ReportRow) -> tuple[str, ...]:
-    runs = f"{row.repository}:{row.layer}" if row.outcome == "kernel" else "original"
-    flags = [flag for flag, on in (("shared", row.shared),) if on]
-    return (
-        row.path or "(the model)",
-        row.class_name,
-        row.layer_name,
-        row.device or "",
-        row.mode or "",
-        runs,
-        (row.commit or "")[:12],
-        row.variant or "",
-        (row.digest or "")[:19],
-        "" if row.max_error is None else f"{row.max_error:.2g}",
-        "" if row.max_relative_error is None else f"{row.max_relative_error:.2g}",
-        row.worst or "",
-        row.reference or "",
-        str(row.calls or ""),
-        _speed(row),
-        row.remembered or "",
-        "; ".join([*flags, *([row.reason] if row.reason else []), *(f"lost: {text}" for text in row.lost)]),
-    )
