@@ -157,9 +157,8 @@ def test_runs_give_the_same_bits_and_graphs_can_hold_it(decoder: ModuleType) -> 
     assert torch.equal(held, decoder.hopper.gated_product(x, weights, "SiLU"))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_the_tensors_device_whichever_is_current(decoder: ModuleType) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     x, gate, up = operands(300, 128, 256, torch.bfloat16)
     expected = decoder.hopper.gated_product(x, weights_of(decoder, gate, up), "SiLU")
     there = [of.to("cuda:1") for of in (x, gate, up)]
@@ -522,9 +521,8 @@ def test_they_run_on_the_current_stream(decoder: ModuleType) -> None:
         assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_they_run_on_the_tensors_device(decoder: ModuleType) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     of = attention(decoder, (1, 300, 128, 4, 2, 64), torch.bfloat16)
     x, weight, _ = operands(300, 128, 256, torch.bfloat16)
     expected = (*decoder.hopper.rotary_projections(*of), decoder.hopper.add_product(x, weight, of.x[0] @ weight.t()))

@@ -101,7 +101,7 @@ def test_the_table_has_the_forwards_of_its_classes_and_no_other() -> None:
     "name", ["LlamaAttention", "LlamaDecoderLayer", "LlamaMLP", "LlamaRMSNorm", "LlamaModel", "LlamaForCausalLM"]
 )
 def test_a_class_at_hand_has_the_digest_of_its_source(name: str) -> None:
-    (cls,) = ast.parse(re.search(rf"^class {name}\(.*?(?=^\S)", _text(), re.M | re.S)[0]).body  # type: ignore[index]
+    (cls,) = ast.parse(re.search(rf"^class {name}\(.*?(?=^\S)", _text(), re.M | re.S)[0]).body
     assert isinstance(cls, ast.ClassDef)
     assert digest(getattr(modeling_llama, name)) == digest_of(_functions(cls))
 
@@ -280,7 +280,7 @@ def test_what_a_function_does_is(old: str, new: str) -> None:
 def test_a_method_that_the_forward_calls_is_part_of_it() -> None:
     cls = transformers.models.gemma.modeling_gemma.GemmaRMSNorm
 
-    class Other(cls):  # type: ignore[misc, valid-type]
+    class Other(cls):
         _norm = modeling_llama.LlamaRMSNorm.forward
 
     assert Other.forward is cls.forward

@@ -90,7 +90,10 @@ class Attention(nn.Module):
         return self.attention(x, position_embeddings=(cos, sin), attention_mask=None, **self.options)[0]
 
 
-def made(case: Case = Case(), dtype: torch.dtype = torch.float32, tokens: int = TOKENS) -> Attention:  # noqa: B008
+PLAIN = Case()
+
+
+def made(case: Case = PLAIN, dtype: torch.dtype = torch.float32, tokens: int = TOKENS) -> Attention:
     torch.manual_seed(0)
     options = {"hidden_size": HIDDEN, "num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads}
     config = case.config(**options, head_dim=case.head_dim, attention_bias=case.bias)

@@ -105,7 +105,7 @@ def _rotary_tables(module: nn.Module) -> str | None:
     return f"its rope_type is {rope_type!r}; the kernel knows those whose frequencies do not change with the positions"
 
 
-def _nothing(module: nn.Module) -> str | None:  # noqa: ARG001 - checks get it
+def _nothing(_: nn.Module) -> str | None:
     return None
 
 

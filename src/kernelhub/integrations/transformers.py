@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from kernelhub.integrations.families import FAMILIES, MARKED, OTHER_FORWARD, TORCH, Family, family_of
+from kernelhub.integrations.families import MARKED, OTHER_FORWARD, TORCH, Family, family_of
 from kernelhub.integrations.rotary import FUNCTION, mark_rotary
 from kernelhub.layers.kernelize import kernelize
 from kernelhub.layers.mapping import KernelMapping, use_kernel_mapping
@@ -23,7 +23,7 @@ from kernelhub.layers.report import kernel_report, note
 from kernelhub.layers.repositories import LayerRepository
 from kernelhub.layers.survey import uncompiled
 
-__all__ = ["FAMILIES", "Marks", "default_mapping", "kernelize_pretrained", "mark"]
+__all__ = ["Marks", "default_mapping", "kernelize_pretrained", "mark"]
 
 DEVICES = ("cpu", "cuda", "rocm", "xpu", "mps")
 

@@ -4,8 +4,6 @@ Where a build has none (every noarch one), Triton's take their place on a GPU; w
 theirs, PyTorch's own code runs.
 """
 
-# ruff: noqa: ARG001  (shapes depend on less than the ops are given)
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -229,35 +227,35 @@ def _register_shapes() -> None:
         return torch.library.register_fake(add_op_namespace_prefix(name))
 
     @register("apply")
-    def _(x: Tensor, function: int) -> Tensor:
+    def _(x: Tensor, *_: Any) -> Tensor:
         return like(x)
 
     @register("apply_backward")
-    def _(grad: Tensor, x: Tensor, function: int) -> Tensor:
+    def _(_grad: Tensor, x: Tensor, *_: Any) -> Tensor:
         return like(x)
 
     @register("multiply")
-    def _(a: Tensor, b: Tensor, function: int) -> Tensor:
+    def _(a: Tensor, *_: Any) -> Tensor:
         return like(a)
 
     @register("multiply_backward")
-    def _(grad: Tensor, a: Tensor, b: Tensor, function: int) -> tuple[Tensor, Tensor]:
+    def _(_grad: Tensor, a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return like(a), like(a)
 
     @register("multiply_backward_result")
-    def _(grad: Tensor, a: Tensor, b: Tensor, function: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _(_grad: Tensor, a: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         return like(a), like(a), like(a)
 
     @register("halves")
-    def _(x: Tensor, function: int) -> Tensor:
+    def _(x: Tensor, *_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
     @register("halves_backward")
-    def _(grad: Tensor, x: Tensor, function: int) -> Tensor:
+    def _(_grad: Tensor, x: Tensor, *_: Any) -> Tensor:
         return like(x)
 
     @register("halves_backward_result")
-    def _(grad: Tensor, x: Tensor, function: int) -> tuple[Tensor, Tensor]:
+    def _(_grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return like(x), x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 

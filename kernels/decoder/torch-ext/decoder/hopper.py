@@ -8,6 +8,7 @@ which products are summed; `add_product` rounds once where two operations round 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -196,34 +197,25 @@ def _register_shapes() -> None:
         return x.new_empty((*x.shape[:-1], gate.shape[0]))
 
     @torch.library.register_fake(add_op_namespace_prefix("gated_product"))
-    def _(x: Tensor, gate: Tensor, up: Tensor, function: int) -> Tensor:  # noqa: ARG001
+    def _(x: Tensor, gate: Tensor, *_: Any) -> Tensor:
         return result(x, gate)
 
     @torch.library.register_fake(add_op_namespace_prefix("gated_product_parts"))
-    def _(x: Tensor, gate: Tensor, up: Tensor, function: int) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+    def _(x: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         return result(x, gate), result(x, gate), result(x, gate)
 
     if _HERE_PROJECTIONS:
 
         @torch.library.register_fake(add_op_namespace_prefix("rotary_projections"))
         def _(
-            x: Tensor,
-            q: Tensor,
-            q_bias: Tensor | None,  # noqa: ARG001  (a shape function has the op's arguments)
-            k: Tensor,
-            k_bias: Tensor | None,  # noqa: ARG001
-            v: Tensor,
-            v_bias: Tensor | None,  # noqa: ARG001
-            cos: Tensor,  # noqa: ARG001
-            sin: Tensor,  # noqa: ARG001
-            head_dim: int,  # noqa: ARG001
+            x: Tensor, q: Tensor, _q_bias: Tensor | None, k: Tensor, _k_bias: Tensor | None, v: Tensor, *_: Any
         ) -> tuple[Tensor, Tensor, Tensor]:
             return result(x, q), result(x, k), result(x, v)
 
     if _HERE_ADD:
 
         @torch.library.register_fake(add_op_namespace_prefix("add_product"))
-        def _(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:  # noqa: ARG001
+        def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
             return result(x, weight)
 
 

@@ -4,8 +4,6 @@ Where a build has none (every noarch one), Triton's take their place on a GPU; w
 theirs, PyTorch's own code runs.
 """
 
-# ruff: noqa: ARG001  (shapes depend on less than the ops are given)
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -314,36 +312,34 @@ def _register_shapes() -> None:
         return torch.library.register_fake(add_op_namespace_prefix(name))
 
     @register("rms_norm")
-    def _(x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
+    def _(x: Tensor, *_: Any) -> Tensor:
         return like(x)
 
     @register("rms_norm_backward")
     def _(
-        grad: Tensor, sum_grad: Tensor | None, x: Tensor, weight: Tensor, eps: float, form: int, needs_weight: bool
+        _grad: Tensor, _sum_grad: Tensor | None, x: Tensor, _weight: Tensor, _eps: float, _form: int, needs_weight: bool
     ) -> tuple[Tensor, Tensor]:
         return like(x), row(x, needs_weight)
 
     @register("add_rms_norm")
-    def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: int) -> tuple[Tensor, Tensor]:
+    def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return like(x), like(x)
 
     @register("rms_norm_gated")
-    def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float, form: int, kind: int) -> Tensor:
+    def _(x: Tensor, *_: Any) -> Tensor:
         return like(x)
 
     @register("rms_norm_gated_backward")
-    def _(
-        grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, kind: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _(_grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         return like(x), like(x), row(x, True)
 
     @register("layer_norm")
-    def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def _(x: Tensor, *_: Any) -> Tensor:
         return like(x)
 
     @register("layer_norm_backward")
     def _(
-        grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, needs_weight: bool, needs_bias: bool
+        _grad: Tensor, x: Tensor, _weight: Tensor | None, _eps: float, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         return like(x), row(x, needs_weight), row(x, needs_bias)
 

@@ -50,7 +50,7 @@ class _Refused(torch.autograd.Function):
         return tuple(grad.view_as(grad) for grad in tensors[:count])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004  (it raises whatever came in)
+    def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(ctx.refusal)
 
 

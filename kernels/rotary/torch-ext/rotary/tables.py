@@ -111,7 +111,7 @@ def _register_shapes() -> None:
     def _(
         inv_freq: Tensor,
         positions: Tensor,
-        scale: float,  # noqa: ARG001  (an op's shape function has the op's arguments)
+        _scale: float,
         dtype: int,
         layout: int,
     ) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ if not hasattr(ops, "triton_rotate"):  # it is there where this build was import
         lambda q, k, *_: (_like(q), _like(k))
     )
     torch.library.triton_op(add_op_namespace_prefix("triton_tables"), tables, mutates_args=()).register_fake(
-        lambda inv_freq, positions, scale, dtype, layout: _new_tables(inv_freq, positions, dtype, layout)  # noqa: ARG005
+        lambda inv_freq, positions, _scale, dtype, layout: _new_tables(inv_freq, positions, dtype, layout)
     )
 register("rotate", ops.triton_rotate.default, rotate)
 register("tables", ops.triton_tables.default, tables)
