@@ -78,7 +78,7 @@ LEFT_TO_INDUCTOR: Mapping[str, Mapping[str, tuple[Mode, ...]]] = {
         "LayerNorm": ALWAYS,
         "RMSNorm": ALWAYS,
         "RMSNormZeroCentered": (Mode.TRAINING,),
-        # Tables of cosines and sines, of which it makes one kernel by itself.
+        # Which it fuses, too: kernels of 2 to 3 us in a compiled Llama's profile. Not timed beside ours.
         "RotaryEmbedding": ALWAYS,
         "RotaryEmbeddingByLayerType": ALWAYS,
     }
