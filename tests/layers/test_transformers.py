@@ -25,15 +25,9 @@ from transformers.models.phi3 import modeling_phi3
 from kernelhub.errors import InvalidReference
 from kernelhub.hub.client import Hub, default_hub, set_default_hub
 from kernelhub.integrations import transformers as integration
+from kernelhub.integrations.families import FAMILIES, MARKED, TORCH
 from kernelhub.integrations.rotary import FUNCTION, OTHER_FORMULAS, PARAMETERS, aware
-from kernelhub.integrations.transformers import (
-    FAMILIES,
-    MARKED,
-    TORCH,
-    default_mapping,
-    kernelize_pretrained,
-    mark,
-)
+from kernelhub.integrations.transformers import default_mapping, kernelize_pretrained, mark
 from kernelhub.layers.kernelize import kernelize, unkernelize
 from kernelhub.layers.mapping import use_kernel_mapping
 from kernelhub.layers.markers import replace_kernel_forward_from_hub
