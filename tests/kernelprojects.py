@@ -36,11 +36,14 @@ def load_noarch(project: str, name: str) -> ModuleType:
     return module
 
 
-def load_compiled(project: str, config: pytest.Config) -> ModuleType:
-    """The project's kernel with compiled ops, built by the hub; kept from run to run, by what it is built from."""
+def load_compiled(project: str, config: pytest.Config, backend: str | None = None) -> ModuleType:
+    """The project's kernel with compiled ops, built by the hub; kept from run to run, by what it is built from.
+
+    Of the ops for CPUs where `backend` is `"cpu"`, else of those for what torch was built for.
+    """
     cache = config.cache.mkdir("kernels")
     set_default_hub(Hub(settings=Settings(cache=cache, offline=True, build="always")))
     try:
-        return kernelhub.get_kernel(f"kernelhub/{project}", version=1)
+        return kernelhub.get_kernel(f"kernelhub/{project}", version=1, backend=backend)
     finally:
         set_default_hub(None)

@@ -26,7 +26,7 @@ def activation(request: pytest.FixtureRequest, pytorch: ModuleType) -> Iterator[
     if request.param == "pytorch":
         yield pytorch
         return
-    module, wanted = load_compiled("activation", request.config), LEVELS[request.param]
+    module, wanted = load_compiled("activation", request.config, "cpu"), LEVELS[request.param]
     try:
         if module.compiled.ops.use_level(wanted) != wanted:
             pytest.skip(f"this processor has no {request.param}")

@@ -38,7 +38,7 @@ SINGLES = {"gelu_tanh": GELU_TANH, "gelu_new": GELU_TANH, "gelu_fast": GELU_TANH
 
 @pytest.fixture(scope="session")
 def activation(request: pytest.FixtureRequest) -> ModuleType:
-    return load_compiled("activation", request.config)
+    return load_compiled("activation", request.config, "cpu")
 
 
 @pytest.fixture(params=LEVELS)

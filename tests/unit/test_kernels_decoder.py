@@ -29,7 +29,7 @@ HIDDEN, BETWEEN = 32, 48
 
 @pytest.fixture(scope="session")
 def decoder(request: pytest.FixtureRequest) -> ModuleType:
-    return load_compiled("decoder", request.config)
+    return load_compiled("decoder", request.config, "cpu")
 
 
 @pytest.fixture(params=["compiled", "pytorch"])

@@ -36,7 +36,7 @@ LAYERS = {"RotaryAttention": LlamaAttention, "WindowedRotaryAttention": MistralA
 
 @pytest.fixture(scope="session")
 def decoder(request: pytest.FixtureRequest) -> ModuleType:
-    return load_compiled("decoder", request.config)
+    return load_compiled("decoder", request.config, "cpu")
 
 
 @pytest.fixture(params=["compiled", "pytorch"])

@@ -36,7 +36,7 @@ CAST_FIRST, CAST_LAST, ZERO_CENTERED = range(3)
 
 @pytest.fixture(scope="session")
 def decoder(request: pytest.FixtureRequest) -> ModuleType:
-    return load_compiled("decoder", request.config)
+    return load_compiled("decoder", request.config, "cpu")
 
 
 @pytest.fixture(params=LEVELS)

@@ -24,12 +24,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(scope="session")
 def norm(request: pytest.FixtureRequest) -> ModuleType:
-    return load_compiled("norm", request.config)
+    return load_compiled("norm", request.config, "cpu")
 
 
 @pytest.fixture(scope="session")
 def activation(request: pytest.FixtureRequest) -> ModuleType:
-    return load_compiled("activation", request.config)
+    return load_compiled("activation", request.config, "cpu")
 
 
 class Case:

@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compiled(request: pytest.FixtureRequest) -> ModuleType:
-    return load_compiled("loss", request.config)
+    return load_compiled("loss", request.config, "cpu")
 
 
 @pytest.fixture(scope="session")

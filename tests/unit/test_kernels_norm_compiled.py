@@ -41,7 +41,7 @@ WIDTHS = (64, 65, 100, 511, 1000, 2048, 3001, 16384)
 
 @pytest.fixture(scope="session")
 def norm(request: pytest.FixtureRequest) -> ModuleType:
-    return load_compiled("norm", request.config)
+    return load_compiled("norm", request.config, "cpu")
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def _marked(module: ModuleType) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def compiled(request: pytest.FixtureRequest) -> ModuleType:
-    return load_compiled("rotary", request.config)
+    return load_compiled("rotary", request.config, "cpu")
 
 
 def test_transformers_marks_many() -> None:

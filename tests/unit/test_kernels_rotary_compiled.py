@@ -46,7 +46,7 @@ FORMS: dict[str, tuple[Turn, dict[str, bool]]] = {
 
 @pytest.fixture(scope="session")
 def rotary(request: pytest.FixtureRequest) -> ModuleType:
-    return load_compiled("rotary", request.config)
+    return load_compiled("rotary", request.config, "cpu")
 
 
 @pytest.fixture(params=LEVELS)

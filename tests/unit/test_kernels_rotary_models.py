@@ -121,7 +121,7 @@ def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     command += ["--disable-pip-version-check", "--target", str(folder / "installed"), str(ROOT / "compat" / "kernels")]
     subprocess.run(command, check=True, capture_output=True, text=True)
-    load_compiled("rotary", request.config)
+    load_compiled("rotary", request.config, "cpu")
     script = folder / "script.py"
     script.write_text(SCRIPT)
     variables = {
