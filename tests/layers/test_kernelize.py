@@ -16,7 +16,7 @@ from kernels_for_tests import write_kernel
 from torch import nn
 
 import kernelhub
-from kernelhub import KernelizeFallback, Mode, kernel_report, kernelize, plan_kernels, unkernelize
+from kernelhub import KernelizeFallback, KernelPlan, Mode, kernel_report, kernelize, plan_kernels, unkernelize
 from kernelhub.errors import (
     IntegrityError,
     KernelHubWarning,
@@ -597,8 +597,22 @@ def test_a_plan_changes_and_fetches_nothing_and_prints_a_table(hub: Hub, monkeyp
     ]  # fmt: skip
     assert "checked when it is loaded" in plan.tried[0].reason
     assert "no kernel is registered for Thousand" in str(plan)
-    assert str(plan).splitlines()[0].split() == ["path", "class", "layer", "device", "would", "try", "reason"]
+    lines = str(plan).splitlines()
+    assert lines[0] == "device: cpu"
+    assert lines[1].split() == ["path", "class", "layer", "would", "try", "reason"]
+    assert [line for line in lines if "checked when it is loaded" in line] == lines[-1:], "once, not on each row"
     assert plan.to_dict()["rows"][-1]["action"] == "keep"
+
+
+def test_a_plan_says_what_holds_for_all_layers_once(kernel: Kernel) -> None:
+    """100 columns of each row were the same two sentences."""
+    with use_kernel_mapping({"RMSNorm": {"cpu": [kernel("RMSNorm"), kernel("Gate")]}}, inherit_mapping=False):
+        plan = plan_kernels(models.Model(), mode=I)
+    assert len(plan.tried) == 3
+    assert all("the fastest of them" in row.reason for row in plan.tried), "each row alone says it all the same"
+    text = str(plan)
+    assert text.count("checked when it is loaded") == text.count("the fastest of them") == 1
+    assert str(KernelPlan(())) == "path  class  layer  device  would try  reason"
 
 
 def test_a_plan_and_what_kernelize_does_agree(registered: None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -190,6 +191,66 @@ def test_a_diff_says_what_changed_between_two_machines_or_ranks(
     assert len(there.diff(here)) == len(expected)
 
 
+def once(reason: str, **changes: object) -> KernelReport:
+    """A report of one layer that keeps its forward."""
+    return of(outcome="original", repository=None, digest=None, reason=reason, **changes)
+
+
+def test_what_is_remembered_is_no_change() -> None:
+    """Of a cached verdict the figures are those of all layers of a kind."""
+    then = {"remembered": "2026-11-22 10:52:29", "calls": 4, "max_error": 5e-6, "worst": "gradient of weight"}
+    assert of().diff(of(**then)) == of(**then).diff(of()) == ()
+    assert of(**then).diff(of(**{**then, "remembered": "2026-11-23 10:52:29", "max_error": 1e-6})) == ()
+    (line,) = of().diff(of(**{**then, "speedup": 3.0, "speedup_low": 2.9, "speedup_high": 3.1, "timed_on": "norm"}))
+    assert line.startswith("norm: speed 2.00x")
+    here, there = "not equal: output: it is off by 0.3", "not equal: output: it is off by 0.4"
+    assert once(here).diff(once(there, remembered="2026-11-22 10:52:29")) == ()
+    assert once(here).diff(once(there)) == (f"norm: reason {here} -> {there}",), "both were looked at"
+
+
+def test_an_interval_of_a_verdict_is_no_change_where_they_meet() -> None:
+    slow = "org/norm: not faster: 0.93x (0.90 to 0.96)"
+    again = "org/norm: not faster: 0.94x (0.91 to 0.97), timed on layers.0.norm"
+    timed = {"speedup": 0.93, "speedup_low": 0.90, "speedup_high": 0.96}
+    assert once(slow, **timed).diff(once(again, speedup=0.94, speedup_low=0.91, speedup_high=0.97)) == ()
+    (line,) = once(slow, **timed).diff(once(again, speedup=0.5, speedup_low=0.4, speedup_high=0.6))
+    assert line == "norm: speed 0.93x (0.90 to 0.96) -> 0.50x (0.40 to 0.60)"
+    (line,) = once(slow).diff(once(f"{again}; org/other: not equal: output"))
+    assert line.startswith("norm: reason org/norm: not faster")
+
+
+def test_a_proof_of_which_some_is_remembered_names_its_day_once() -> None:
+    row = partial(ReportRow, class_name="Norm", layer_name="Norm", device="cpu", mode="INFERENCE", outcome="original")
+    rows = (row(path="a", remembered="2026-11-22 10:52:29"), row(path="b", remembered="2026-11-22 10:52:31"))
+    assert "remembered of: 2026-11-22" in str(KernelReport("Model", rows)).splitlines()[1]
+
+
+def test_a_report_says_that_a_swap_was_undone(kernel: Kernel) -> None:
+    """Not that no kernel is registered: what is registered by then says nothing of what was swapped."""
+    with use_kernel_mapping({"RMSNorm": {"cpu": kernel("RMSNorm")}}, inherit_mapping=False):
+        model = kernelize(models.Model(), mode=Mode.INFERENCE)
+    loaded = pickle.loads(pickle.dumps(model))
+    for one in (model, loaded):
+        unkernelize(one)
+        found = kernel_report(one)
+        assert {row.reason for row in found.rows} == {"the model was unkernelized"}
+        assert {row.mode for row in found.rows} == {None}
+    never = unkernelize(models.Model())
+    assert kernel_report(never).rows[0].reason == "no kernel is registered for RMSNorm"
+
+
+def test_a_part_that_was_kernelized_since_has_its_own_reasons(kernel: Kernel) -> None:
+    model, norm = models.Model(), {"RMSNorm": {"cpu": kernel("RMSNorm")}}
+    with use_kernel_mapping(norm, inherit_mapping=False):
+        unkernelize(kernelize(model, mode=Mode.INFERENCE))
+        kernelize(model.layers[0], mode=Mode.INFERENCE, exclude="norm", use_fallback=KernelizeFallback.ALL)
+        found = {row.path: row.reason for row in kernel_report(model).rows}
+        assert found["layers.0.norm"] == "it is in `exclude`"
+        assert found["layers.1.norm"] == "the model was unkernelized"
+        unkernelize(model)
+    assert {row.reason for row in kernel_report(model).rows} == {"the model was unkernelized"}
+
+
 def test_reasons_are_those_of_the_call_also_when_the_registrations_are_others_by_now(kernel: Kernel) -> None:
     model = models.Model()
     with use_kernel_mapping(
@@ -230,6 +291,9 @@ def test_what_is_kept_about_a_model_goes_with_it(registered: None) -> None:
     assert len(report._runs) == before
     model = kernelize(models.Model(), mode=Mode.INFERENCE)
     unkernelize(model)
+    assert len(report._runs) == before + 1, "that it was undone"
+    del model
+    gc.collect()
     assert len(report._runs) == before
 
 

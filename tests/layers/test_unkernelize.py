@@ -159,11 +159,14 @@ def test_kernelized_is_undone_at_the_end_also_after_an_error() -> None:
 def test_kernelized_leaves_a_kernelized_model_as_it_found_it(kernel: Callable[[str], Repository]) -> None:
     model = kernelize(models.Model(), mode=Mode.TRAINING, include="norm")
     report = kernel_report(model)
+    assert {row.reason for row in report.rows} == {"", "it is not in `include`"}
     with kernelized(model, mode=Mode.INFERENCE):
         assert len(kernel_report(model).kernels) == 5
-    assert [row for row in kernel_report(model).rows if row.outcome == "kernel"] == [
-        row for row in report.rows if row.outcome == "kernel"
-    ]
+    assert kernel_report(model) == report, "with the reasons of the call whose kernels run again"
+    loaded = pickle.loads(pickle.dumps(model))
+    with kernelized(loaded, mode=Mode.INFERENCE):
+        pass
+    assert kernel_report(loaded).kernels == report.kernels
 
 
 def test_a_with_block_leaves_a_forward_that_was_put_there_inside() -> None:

@@ -30,7 +30,7 @@ from kernelhub.layers.outcome import Outcome, where
 from kernelhub.layers.plan import DeviceLike, Request, Selection, Selector, decide, reasons
 from kernelhub.layers.quarantine import forward_for, restores
 from kernelhub.layers.ranks import GroupLike, deciding
-from kernelhub.layers.report import Run, forget, remember
+from kernelhub.layers.report import Run, decided, remember, undo
 from kernelhub.layers.survey import Site, Survey, survey
 from kernelhub.layers.swap import USES, Transaction, functions_lock, has_users, in_effect
 from kernelhub.settings import Settings
@@ -150,7 +150,7 @@ def unkernelize(model: nn.Module, *, include: Selection = None, exclude: Selecti
         for path, module in found.users:
             _leave_some(transaction, module, path, selector)
     if selector.idle:
-        forget(model)
+        undo(model, held=bool(found.marked or found.users))
         for module in _kernelized_again(found):
             module.__dict__[_AGAIN] = False
     return model
@@ -186,7 +186,7 @@ def _prove(
 def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
     """`kernelize(model, **options)` while the `with` block runs; then the model is what it was before."""
     found = survey(model)
-    again = _kernelized_again(found)
+    again, runs = _kernelized_again(found), decided(model)
     before = [(module, marker) for _, module in found.marked if (marker := in_effect(module))]
     stakes = [(module, uses) for _, module in found.users if (uses := module.__dict__.get(USES))]
     forwards = {id(function): in_effect(function) for _, uses in stakes for function, _ in uses.functions.values()}
@@ -204,6 +204,8 @@ def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
                     if in_effect(function) is None and held is not None:
                         transaction.use(function, swap, held.function)
                 transaction.join(module, uses.functions)
+        for module, run in runs:
+            remember(module, run)
         for module in again:
             module.__dict__[_AGAIN] = True
 

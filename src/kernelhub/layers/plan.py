@@ -30,6 +30,7 @@ Selection = str | type | Iterable[str | type] | None
 DeviceLike = str | torch.device | Device | None
 
 _CHECKED_THEN = "its variant, backward, torch.compile and contract are checked when it is loaded"
+_OF_SEVERAL = "the fastest of them where they are measured, else the first that can be used"
 
 
 # What was asked for, and what comes of it
@@ -284,18 +285,23 @@ class KernelPlan:
         return {"rows": [row.to_dict() for row in self.rows]}
 
     def __str__(self) -> str:
+        devices = {row.device for row in self.rows if row.device}
         lines = [
             (
                 row.path or "(the model)",
                 row.class_name,
                 row.layer_name,
-                row.device or "",
+                (row.device or "") if len(devices) > 1 else "",
                 row.repository or "keep",
-                row.reason,
+                row.reason.replace(f"; {_CHECKED_THEN}", "").replace(f"; {_OF_SEVERAL}", ""),
             )
             for row in self.rows
         ]
-        return table(("path", "class", "layer", "device", "would try", "reason"), lines)
+        facts = [f"device: {device}" for device in devices] if len(devices) == 1 else []
+        notes = [f"of a kernel that is tried, {_CHECKED_THEN}"] if self.tried else []
+        if any(_OF_SEVERAL in row.reason for row in self.tried):
+            notes.append(f"of several that are tried, {_OF_SEVERAL}")
+        return "\n".join([*facts, table(("path", "class", "layer", "device", "would try", "reason"), lines), *notes])
 
 
 def plan_kernels(
@@ -323,7 +329,7 @@ def _plan_row(site: Site, decision: Decision, mode: Mode) -> PlanRow:
     if row is not None:
         reason = f"{row.mode}; {_CHECKED_THEN}"
         if row.others:
-            reason = f"{reason}; the fastest of them where they are measured, else the first that can be used"
+            reason = f"{reason}; {_OF_SEVERAL}"
         if decision.distributed:
             reason = f"{reason}; its weights are DTensors, which the kernel must take"
     return PlanRow(

@@ -38,7 +38,7 @@ from kernelhub.layers.swap import MARKER, USES, Lost, Marker, Taken, Uses, holds
 def kernel_report(model: nn.Module) -> KernelReport:
     """What each kernel-aware layer of `model` runs: which kernel, which file digest, or why its own forward."""
     found, root = survey(model), uncompiled(model)
-    runs = list(_runs_in(root))
+    runs = _runs_in(root)
     devices, kept = Devices(found.tree), _kept(model, found, runs)
     paths = {id(module): path for path, module in found.marked}
     rows = tuple(_row(site, devices, kept.get(site.path, _Kept()), paths) for site in _with_parts(found))
@@ -173,10 +173,11 @@ def _kind(device: torch.device) -> tuple[str, int | None]:
 class Run:
     """What one call of `kernelize` decided: why layers kept their forwards, by path; or all of them (`everywhere`).
 
-    `evidence` has what was measured of kernels that were not swapped in for it, by path.
+    `evidence` has what was measured of kernels that were not swapped in for it, by path. Without a mode it is what
+    `unkernelize` left.
     """
 
-    mode: Mode
+    mode: Mode | None
     everywhere: str | None
     kept: Mapping[str, str]
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
@@ -213,19 +214,39 @@ def _noted(root: nn.Module) -> tuple[str, ...]:
     return known[1] if known is not None and known[0]() is root else ()
 
 
-def forget(model: nn.Module) -> None:
-    """Nothing is decided about the model any more."""
-    _runs.pop(id(uncompiled(model)), None)
+def decided(model: nn.Module) -> list[tuple[nn.Module, Run]]:
+    """What was decided about the model and its parts, to be remembered again."""
+    return [(module, _runs[id(module)][1]) for _, module in _known_in(uncompiled(model))]
 
 
-def _runs_in(root: nn.Module) -> Iterator[tuple[str, Run]]:
-    """The calls for the model and for parts of it, with the path that each began at; outermost first."""
+def undo(model: nn.Module, *, held: bool) -> None:
+    """What was decided about the model and its parts no longer holds; `held` says that it had kernels until now."""
+    root = uncompiled(model)
+    known = decided(root)
+    for module, _ in known:
+        del _runs[id(module)]
+    if known or held:
+        remember(root, Run(None, "the model was unkernelized", {}))
+
+
+def _runs_in(root: nn.Module) -> list[tuple[str, Run]]:
+    """The calls for the model and for parts of it, with the path that each began at.
+
+    Outermost first, and what was undone last: a part may have been kernelized since.
+    """
+    known = [(f"{path}." if path else "", _runs[id(module)][1]) for path, module in _known_in(root)]
+    return sorted(known, key=lambda item: item[1].mode is None)
+
+
+def _known_in(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model and those of its parts for which there was a call, outermost first."""
     if not _runs:
         return
     for path, module in root.named_modules():
         known = _runs.get(id(module))
-        if known is not None and known[0]() is module:
-            yield f"{path}." if path else "", known[1]
+        found = known[0]() if known is not None else None
+        if found is not None and found is module:
+            yield path, found
 
 
 def _kept(model: nn.Module, found: Survey, runs: list[tuple[str, Run]]) -> dict[str, _Kept]:
@@ -241,7 +262,8 @@ def _kept(model: nn.Module, found: Survey, runs: list[tuple[str, Run]]) -> dict[
             continue
         prefix, run = known
         path = site.path[len(prefix) :]
-        kept[site.path] = _Kept(run.everywhere or run.kept.get(path, ""), run.mode, run.evidence.get(path))
+        everywhere = run.everywhere if in_effect(site.module) is None else None
+        kept[site.path] = _Kept(everywhere or run.kept.get(path, ""), run.mode, run.evidence.get(path))
     if unknown:
         kept.update(_planned(model, found._replace(sites=unknown)))
     return kept

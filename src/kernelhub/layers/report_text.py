@@ -45,7 +45,7 @@ _FACTS: dict[str, Callable[[ReportRow], str]] = {
     "mode": lambda row: row.mode or "",
     "against": lambda row: row.reference or "",
     "calls": lambda row: str(row.calls or ""),
-    "remembered of": lambda row: row.remembered or "",
+    "remembered of": lambda row: (row.remembered or "")[:10],  # the day: seconds differ within one proof
 }
 
 

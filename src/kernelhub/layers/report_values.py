@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -125,8 +126,8 @@ class KernelReport:
     def diff(self, other: KernelReport) -> tuple[str, ...]:
         """What is different in `other`, a line each: of the machine or rank, and of each layer.
 
-        Of a layer that runs the same kernel, errors count from a tenth of their size on, and speeds where their intervals do
-        not meet.
+        Of a layer that runs the same, errors count from a tenth of their size on, and speeds where their intervals do not
+        meet. What is remembered was found of all layers of a kind together: no error of it is compared with a layer's own.
         """
         facts = dict.fromkeys((*self.machine, *other.machine))
         lines = [
@@ -209,19 +210,34 @@ def _shown(row: ReportRow | None) -> str:
     return f"{row.repository}:{row.layer} {row.variant or ''} {row.digest or ''}".replace("  ", " ")
 
 
+# What a reason has of measurements, which are compared on their own: `not faster: 0.93x (0.90 to 0.96), timed on mlp`.
+_SPEED = re.compile(r"(not faster): \S+x \([^)]*\)(?:, timed on [^;]+)?")
+_DIFFERENCE = re.compile(r"(not equal): [^;]*")
+
+
 def _changed(here: ReportRow, there: ReportRow) -> list[str]:
     """What else is different about a layer that runs the same."""
+    own = not (here.remembered or there.remembered)  # else the errors are the largest of all layers of the kind
+    compared = ("device", "mode", "reference", *(("calls", "worst") if own else ()))
     found = [
-        f"{name.replace('_', ' ')} {getattr(here, name) or 'none'} -> {getattr(there, name) or 'none'}"
-        for name in ("device", "mode", "reason", "reference", "calls", "worst")
+        f"{name} {getattr(here, name) or 'none'} -> {getattr(there, name) or 'none'}"
+        for name in compared
         if getattr(here, name) != getattr(there, name)
     ]
+    if _verdict(here, own) != _verdict(there, own):
+        found.append(f"reason {here.reason or 'none'} -> {there.reason or 'none'}")
     one, other = here.max_error, there.max_error
-    if one is not None and other is not None and abs(one - other) > 0.1 * max(one, other):
+    if own and one is not None and other is not None and abs(one - other) > 0.1 * max(one, other):
         found.append(f"error {one:.2g} -> {other:.2g}")
     if _apart(here, there) or _apart(there, here):
         found.append(f"speed {speed(here)} -> {speed(there)}")
     return found
+
+
+def _verdict(row: ReportRow, own: bool) -> str:
+    """The row's reason without figures that are no other verdict in another run."""
+    reason = _SPEED.sub(r"\1", row.reason)
+    return reason if own else _DIFFERENCE.sub(r"\1", reason)
 
 
 def _apart(slower: ReportRow, faster: ReportRow) -> bool:
