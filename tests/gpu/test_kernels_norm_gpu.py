@@ -143,6 +143,22 @@ def test_layer_norm_of_a_row_of_equal_elements_is_the_bias(norm: ModuleType, dty
         assert torch.equal(got, kernelized.bias.expand(rows, width)), (rows, width)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layer_norm_of_numbers_whose_squares_no_float_holds(norm: ModuleType, dtype: torch.dtype) -> None:
+    """Those of their distances from the mean it does; and equal elements of any size give the bias."""
+    for rows, width in ((5, 1000), (67, 1000), (901, 2048), (601, 4096), (600, 5120), (3, 16384)):
+        _, kernelized = pair(norm, "LayerNorm", width, dtype)
+        x = torch.randn(rows, width, generator=torch.Generator().manual_seed(width)).cuda()
+        x = (1e19 + 1e17 * x).to(dtype)
+        equal = torch.logspace(4, 14, rows, device="cuda")[:, None].expand(rows, width).to(dtype)
+        reference = F.layer_norm(x.double(), (width,), kernelized.weight.double(), kernelized.bias.double())
+        with torch.no_grad():
+            got, of_equal = kernelized(x), kernelized(equal)
+        unit = torch.finfo(dtype).eps * float(reference.abs().max())
+        assert error(got, reference) <= 2 * unit + 1e-4, (rows, width)
+        assert torch.equal(of_equal, kernelized.bias.expand(rows, width)), (rows, width)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_norm_without_weight_or_bias(norm: ModuleType, dtype: torch.dtype) -> None:
     """Wherever a kernel has them: in registers, in shared memory, in global memory."""

@@ -1,3 +1,5 @@
+#include <cfloat>
+
 #include "launch.h"
 #include "rows.cuh"
 #include "team.cuh"
@@ -31,6 +33,13 @@ __device__ __forceinline__ Pack<T, V> weight_at(const void* weight, int64_t i) {
 template <typename T, int V>
 __device__ __forceinline__ Pack<T, V> bias_at(const void* bias, int64_t i) {
   return bias != nullptr ? load<T, V>(bias, i) : filled<T, V>(-0.0f);
+}
+
+// The variance, from the mean square of the differences from a mean that is wrong by `off`. Not below zero, where the two
+// roundings may have it for a row of equal elements, beyond 1e9 by more than eps.
+__device__ __forceinline__ float spread(float square, float off) {
+  const float variance = fmaf(-off, off, square);
+  return variance < 0.0f ? 0.0f : variance; // NaN stays
 }
 
 // As `unpack`, by instructions of which the assembler does not know that they give the same: over a sum it would keep the
@@ -141,7 +150,7 @@ __global__ void __launch_bounds__(PLACE == SHARED_MEMORY ? 256 : EACH <= 2 ? 102
   bool far = true;
   if constexpr (TOGETHER) {
     variance = fmaf(-mean, mean, totals[1] * args.inverse);
-    far = !(mean * mean <= FAR * FAR * variance); // also where the squares are not finite
+    far = !(mean * mean <= FAR * FAR * variance && variance <= FLT_MAX); // also where the squares are not finite
   }
   if (!TOGETHER || __any_sync(0xffffffffu, far)) { // a warp may have several rows: each goes by its own
     float apart[2] = {};
@@ -166,7 +175,7 @@ __global__ void __launch_bounds__(PLACE == SHARED_MEMORY ? 256 : EACH <= 2 ? 102
     if (far) {
       const float off = apart[0] * args.inverse;
       mean += off;
-      variance = fmaf(-off, off, apart[1] * args.inverse);
+      variance = spread(apart[1] * args.inverse, off);
     }
   }
   const float scale = rsqrtf(variance + args.eps);
@@ -244,7 +253,7 @@ __global__ void __launch_bounds__(1024) layer_long_rows(const __grid_constant__ 
     }
     team.sum(apart, shared[1]);
     const float off = apart[0] * args.inverse;
-    const float scale = rsqrtf(fmaf(-off, off, apart[1] * args.inverse) + args.eps);
+    const float scale = rsqrtf(spread(apart[1] * args.inverse, off) + args.eps);
 #pragma unroll 2
     for (int64_t i = team.lane; i < here; i += team.across) {
       finish<T, V, true>(
