@@ -3,6 +3,8 @@
 # make lint    ruff, mypy, import-linter
 # make faults  hubs that misbehave and clients that are killed, all of them (a minute or two)
 # make fuzz    ten minutes of malformed input for each of four parsers
+# make test-gpu   the tests that need a GPU, GPU_JOBS of them at a time; GPU_PYTHON is a Python with torch for CUDA, transformers,
+#              pytest and pytest-xdist
 # make bench   the library beside its peer, and the CPU kernels beside PyTorch, each in one run
 # make bench-gpu   the CUDA kernels beside eager, torch.compile, Liger and quack, in one run on this machine's GPU; GPU_PYTHON
 #              is a Python with torch for CUDA, and liger-kernel==0.8.5
@@ -13,15 +15,19 @@
 
 PYTHON ?= python3
 GPU_PYTHON ?= $(PYTHON)
+GPU_JOBS ?= 4
 BIN := .venv/bin
 
-.PHONY: demo test lint format faults fuzz bench bench-gpu sanitize-gpu clean
+.PHONY: demo test test-gpu lint format faults fuzz bench bench-gpu sanitize-gpu clean
 
 demo: .venv/installed
 	$(BIN)/kernelhub demo
 
 test: .venv/installed .peers/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-gpu:
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -n $(GPU_JOBS) --dist worksteal -m gpu $$(grep -rl 'pytest\.mark\.gpu' tests --include='*.py')
 
 lint: .venv/installed
 	$(BIN)/ruff check src kernels tests benchmarks
