@@ -40,6 +40,22 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
 
 
+def let_numpy_convert() -> None:
+    """Have the interpreter's scalars, arrays of one element, be numbers where NumPy 2.4 takes only arrays without dimensions."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    let_numpy_convert()
+
+
 def load(project: str, name: str) -> ModuleType:
     module = load_noarch(project, name)
     here = module.compiled.triton_here
