@@ -67,6 +67,20 @@ def test_every_command_explains_itself(kernelhub, command):
     assert "Usage:" in out
 
 
+@pytest.mark.parametrize("group", [(), ("bundle",), ("cache",)])
+def test_the_list_of_commands_cuts_no_sentence_at_80_columns(kernelhub, monkeypatch, group):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = kernelhub(*group, "--help")[1]
+    listed = out.partition("Commands:")[2].splitlines()[1:]
+    assert len(listed) >= 3
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed if line), out
+
+
+@pytest.mark.parametrize("command", ["lock", "download", "build", "benchmark", "cache prune", "bundle create"])
+def test_what_may_be_left_out_is_bracketed_once(kernelhub, command):
+    assert "[[" not in kernelhub(*command.split(), "--help")[1]
+
+
 def test_the_version_is_the_packages(kernelhub):
     from kernelhub import __version__
 
@@ -149,6 +163,37 @@ def test_doctor_shows_the_machine_and_the_hubs(kernelhub, hub):
     assert facts["store", "writable"]["ok"] is True
 
 
+def test_doctor_fits_a_terminal_and_loses_nothing(kernelhub, tmp_path, monkeypatch):
+    """230 columns for one hub in the way."""
+    monkeypatch.setenv("KERNELHUB_HUBS", f"relative/hub,{tmp_path.joinpath(*['a-folder' * 4] * 4)}")
+    for columns in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        found = json.loads(kernelhub("doctor", "--json")[1])
+        out = kernelhub("doctor")[1]
+        for line in out.splitlines():  # what is one word, such as a path, stays one: somebody may copy it
+            assert len(line) <= columns or len(line.split()) <= 2, line
+        words = " ".join(out.split())
+        for item in found:
+            assert item["name"] in words
+            assert item["name"] == "free" or " ".join(item["value"].split()) in words, item
+        assert [line for line in out.splitlines() if not line.startswith(" ")] == [
+            "machine", "compilers", "hubs", "store",
+        ]  # fmt: skip
+
+
+def test_doctor_names_variables_that_nobody_reads(kernelhub, hub, monkeypatch):
+    monkeypatch.setenv("KERNELHUB_CACHE_DIR", "/tmp")
+    monkeypatch.setenv("KERNELHUB_ZZZZZZZZ", "1")
+    monkeypatch.setenv("KERNELS_CACHE", os.environ["KERNELHUB_CACHE"])
+    code, out, _ = kernelhub("doctor", "--json")
+    found = {item["name"]: item["value"] for item in json.loads(out) if item["topic"] == "variables"}
+    assert found == {
+        "KERNELHUB_CACHE_DIR": "is no setting; is KERNELHUB_CACHE meant?",
+        "KERNELHUB_ZZZZZZZZ": "is no setting",
+    }
+    assert code == 0, "it is in nobody's way"
+
+
 def test_doctor_ends_with_1_where_a_hub_is_in_the_way(kernelhub, tmp_path, monkeypatch):
     monkeypatch.setenv("KERNELHUB_HUBS", str(tmp_path / "nowhere"))
     code, out, _ = kernelhub("doctor")
@@ -160,6 +205,13 @@ def test_doctor_ends_with_1_where_a_hub_is_in_the_way(kernelhub, tmp_path, monke
     ("arguments", "code", "text"),
     [
         (["get", "org/small"], 2, "exactly one of version and revision"),
+        (["get", "org/small"], 2, "`kernelhub versions org/small` lists what there is"),
+        (["get", "kernelhub/activtion@v1"], 1, "It has kernelhub/activation, kernelhub/decoder"),
+        (["versions", "kernelhub/activtion"], 1, "(looked in the embedded hub)\n  It has kernelhub/activation"),
+        (["build", "nowhere"], 2, "nowhere is not a folder"),
+        (["build", "."], 2, "has no build.toml"),
+        (["download", "."], 2, "`kernelhub lock` writes it"),
+        (["bundle", "remove", "org/small"], 2, "no bundle brought org/small"),
         (["get", "small@v1"], 2, "does not name a kernel repository"),
         (["get", "org/none@v1"], 1, "was not found"),
         (["get", "org/small@v9"], 1, "v9"),
@@ -169,7 +221,8 @@ def test_doctor_ends_with_1_where_a_hub_is_in_the_way(kernelhub, tmp_path, monke
         (["publish", "nowhere", "hub", "--repo-id", "org/x"], 2, "nowhere"),
     ],
 )
-def test_errors_go_to_standard_error_with_their_exit_code(kernelhub, hub, arguments, code, text):
+def test_errors_go_to_standard_error_with_their_exit_code(kernelhub, hub, tmp_path, monkeypatch, arguments, code, text):
+    monkeypatch.chdir(tmp_path)
     found, out, err = kernelhub(*arguments)
     assert found == code
     assert text in err
@@ -202,6 +255,42 @@ def test_a_table_is_whole_where_the_output_is_no_terminal(kernelhub, hub, tmp_pa
     code, out, err = kernelhub("info", "org/small@v1")
     assert (code, err) == (0, "")
     assert any("path" in line and "torch-cpu" in line for line in out.splitlines()), out
+
+
+def test_a_title_is_whole_and_an_empty_table_says_so(kernelhub, hub, tmp_path):
+    """A title was wrapped at the width of a table narrower than it."""
+    store = str(tmp_path / "store")
+    assert kernelhub("bundle", "list")[1] == f"{store}: nothing\n"
+    assert kernelhub("cache", "list")[1] == f"{store}: nothing\n0 verdicts of proofs\n"
+    assert kernelhub("versions", "org/small")[1].splitlines()[0] == f"org/small in {hub}"
+    lines = kernelhub("info", "org/small@v1")[1].splitlines()
+    assert (lines[0], lines[1].split()) == ("org/small@v1", ["kernel", "│", "org/small"]), "columns without names"
+
+
+def test_one_thing_is_not_several(kernelhub, hub, tmp_path):
+    kernelhub("get", "org/small@v1")
+    assert kernelhub("cache", "prune", "org/small")[1].startswith("removed 1 folder and 0 verdicts, ")
+    key = tmp_path / "key"
+    assert kernelhub("keygen", key)[0] == 0
+    code, out, err = kernelhub("revoke", hub, "--sign", key, "--commit", "0" * 40)
+    assert (code, err) == (0, "")
+    assert out.endswith(" has 1 commit and 0 keys\n")
+
+
+def test_a_project_is_made_in_the_folder_that_one_is_in(kernelhub, tmp_path, monkeypatch):
+    (tmp_path / "my-relu").mkdir()
+    monkeypatch.chdir(tmp_path / "my-relu")
+    assert kernelhub("init", ".")[0] == 0
+    assert (tmp_path / "my-relu" / "torch-ext" / "my_relu" / "__init__.py").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_nobody_can_take_is_an_error_without_a_traceback(hub):
+    command = f"{sys.executable} -m kernelhub versions org/small > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the output could not be written: No space left on device")
+    assert "Traceback" not in done.stderr
 
 
 def test_serve_answers_until_ctrl_c(hub):

@@ -259,11 +259,11 @@ def test_a_report_without_kernels_has_nothing_to_check(machine: Machine) -> None
 def test_prune_knows_verdicts(machine: Machine) -> None:
     receipt(machine, PUBLISHED)
     assert json.loads(machine("cache", "list", "--json")[1])["verdicts"] == 1
-    assert "1 verdicts" in machine("cache", "list")[1]
+    assert "1 verdict" in machine("cache", "list")[1]
     assert json.loads(machine("cache", "prune", "--older-than", "1", "--json")[1])["removed"] == []
-    assert "1 verdicts" in machine("cache", "prune", "--older-than", "0")[1]
+    assert "1 verdict" in machine("cache", "prune", "--older-than", "0")[1]
     receipt(machine, PUBLISHED)
     assert "0 verdicts" in machine("cache", "prune", "org/other")[1]
-    assert "1 verdicts" in machine("cache", "prune", "org/small")[1], "its kernel is gone"
+    assert "1 verdict" in machine("cache", "prune", "org/small")[1], "its kernel is gone"
     receipt(machine, PUBLISHED)
-    assert "1 verdicts" in machine("cache", "prune", "--all")[1]
+    assert "1 verdict" in machine("cache", "prune", "--all")[1]

@@ -304,7 +304,7 @@ def test_exact_asks_for_bits(register: Register, verify: bool | Tolerance, outco
     row = checked(layers.Act(), torch.tensor([-1.0, 1.0]), verify=verify)
     assert row.outcome == outcome
     if outcome == "original":
-        assert "1 of 2 values are not the same bits, the first at (0,)" in row.reason
+        assert "1 of 2 values is not the same bits, the first at (0,)" in row.reason
         assert row.reference == "original"
 
 

@@ -77,7 +77,7 @@ BUGS = {
     "wrong rounding of the weight product": Bug(
         "Norm",
         "def forward(self, x):\n        return norm(x.float(), self.weight.float(), self.eps).to(x.dtype)",
-        "values are not the same bits",
+        "not the same bits",
         rows(64, 8, dtype=torch.bfloat16),
         dtype=torch.bfloat16,
         verify=Tolerance.exact(),
@@ -179,13 +179,13 @@ BUGS = {
     "NaN swallowed": Bug(
         "Act",
         "def forward(self, x):\n        return torch.relu(x).nan_to_num(0.0)",
-        "no NaN at 1 places where the original has it, the first at (1,)",
+        "no NaN at 1 place where the original has it, the first at (1,)",
         torch.tensor([1.0, float("nan"), -1.0]),
     ),
     "an infinity clipped": Bug(
         "Act",
         "def forward(self, x):\n        return torch.relu(x).clamp(max=3e38)",
-        "no inf at 1 places",
+        "no inf at 1 place",
         torch.tensor([1.0, float("inf"), -1.0]),
     ),
     "a result that depends on the order of threads": Bug(

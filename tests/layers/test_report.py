@@ -314,6 +314,12 @@ def test_a_walk_looks_at_each_module_a_fixed_number_of_times(kernel: Kernel, mon
     assert many <= 10 * few + 10
 
 
+def test_one_layer_runs_and_several_run() -> None:
+    row = partial(ReportRow, class_name="N", layer_name="N", device=None, mode=None, outcome="kernel", repository="o/n")
+    assert KernelReport("M", (row(path="a"),)).summary() == "1 of 1 kernel-aware layer runs a kernel: 1 x o/n"
+    assert KernelReport("M", (row(path="a"), row(path="b"))).summary().startswith("2 of 2 kernel-aware layers run a")
+
+
 def test_tables_leave_out_empty_columns() -> None:
     assert table(("a", "b"), [("1", "")]) == "a\n1"
     assert table(("a", "b"), []) == "a  b"

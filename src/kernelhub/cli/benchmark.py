@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 def benchmark(
-    kernel: Annotated[
-        str, typer.Argument(metavar="[DIR|ORG/NAME[@v1]]", help="A project, a repository, or a name.")
-    ] = ".",
+    kernel: Annotated[str, typer.Argument(metavar="DIR|ORG/NAME@v1", help="A project, a repository, or a name.")] = ".",
     backend: Backend = None,
     trust: Trust = None,
     rounds: Annotated[int, typer.Option(min=3, help="How often each workload is timed.")] = 100,
@@ -126,7 +124,7 @@ def _plot(found: list[Measurement], path: Path, title: str) -> None:
     from kernelhub.errors import InvalidReference, MissingDependency
 
     if path.suffix not in (".svg", ".png"):
-        raise InvalidReference(f"--plot {path}: {path.suffix or 'no ending'}", hint="Expected a file .svg or .png.")
+        raise InvalidReference(f"--plot {path} is neither a .svg nor a .png", hint="Such as --plot times.svg.")
     try:
         figures: Any = importlib.import_module("matplotlib.figure")
     except ImportError as error:

@@ -9,13 +9,14 @@ import typer
 
 from kernelhub.cli.options import Json
 from kernelhub.cli.render import show_json, show_line, show_note, step_bar
+from kernelhub.errors import InvalidReference
 
 if TYPE_CHECKING:
     from kernelhub.build.recipe import Recipe
 
 
 def build(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="The project: a folder with a build.toml.")] = Path(),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The project: a folder with a build.toml.")] = Path(),
     variant: Annotated[
         list[str] | None, typer.Option("--variant", metavar="NAME", help="Only this variant; may be repeated.")
     ] = None,
@@ -41,6 +42,9 @@ def build(
     from kernelhub.build.toolchain import find_toolchain
     from kernelhub.settings import Settings
 
+    if not (folder / "build.toml").exists():
+        missing = "has no build.toml" if folder.is_dir() else "is not a folder"
+        raise InvalidReference(f"{folder} {missing}", hint="`kernelhub init NAME` makes a project.")
     recipe = Recipe.load(folder)
     if update_toml:
         _update(folder, recipe, as_json)

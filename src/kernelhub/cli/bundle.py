@@ -18,11 +18,11 @@ app = typer.Typer(
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The bundle, such as kernels.khb.")]
 
 
-@app.command()
+@app.command(short_help="Write kernels into one file.")
 def create(
     file: File,
     kernels: Annotated[
-        list[str] | None, typer.Argument(metavar="[ORG/NAME@v1]...", help="The kernels, with version or revision.")
+        list[str] | None, typer.Argument(metavar="ORG/NAME@v1", help="The kernels, with version or revision.")
     ] = None,
     lockfile: Annotated[
         Path | None, typer.Option(help="Bundle what this kernels.lock names instead, at its commits.")
@@ -68,7 +68,7 @@ def create(
         show_table(f"{file}, {size(count)}", ("kernel", "commit", "variants"), cells)
 
 
-@app.command()
+@app.command(short_help="Check a bundle and install its kernels.")
 def install(
     file: File,
     lockfile: Annotated[Path | None, typer.Option(help="Also write the bundle's kernels.lock here.")] = None,
@@ -113,18 +113,24 @@ def list_(as_json: Json = False) -> None:
         show_table(f"{store.root}", ("kernel", "ref", "commit"), [tuple(row.values()) for row in rows])
 
 
-@app.command()
+@app.command(short_help="Take out what bundles brought.")
 def remove(
-    kernels: Annotated[list[str], typer.Argument(metavar="ORG/NAME...", help="The kernels, without a version.")],
+    kernels: Annotated[list[str], typer.Argument(metavar="ORG/NAME", help="The kernels, without a version.")],
     as_json: Json = False,
 ) -> None:
     """Take out what bundles brought of these kernels, so that hubs are asked for them again."""
     from kernelhub.core.refs import RepoId
+    from kernelhub.hub.bundles import installed
     from kernelhub.hub.bundles import remove as take_out
     from kernelhub.hub.client import open_store
 
-    store = open_store()
-    freed = take_out(store, [RepoId.parse(name) for name in kernels])
+    store, repos = open_store(), [RepoId.parse(name) for name in kernels]
+    brought = {repo for repo, _, _ in installed(store)}
+    if missing := [str(repo) for repo in repos if repo not in brought]:
+        raise InvalidReference(
+            f"no bundle brought {' or '.join(missing)}", hint="`kernelhub bundle list` shows what bundles brought."
+        )
+    freed = take_out(store, repos)
     if as_json:
         show_json({"store": str(store.root), "bytes": freed})
     else:

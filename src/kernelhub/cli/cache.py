@@ -9,6 +9,7 @@ import typer
 
 from kernelhub.cli.options import Json
 from kernelhub.cli.render import show_json, show_line, show_table, size
+from kernelhub.core.words import counted
 
 app = typer.Typer(help="List, verify and prune the local store.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -39,7 +40,7 @@ def list_(as_json: Json = False) -> None:
         for row in rows
     ]
     show_table(f"{store.root}", ("kernel", "ref", "commit", "variant", "size", "hub"), cells)
-    show_line(f"{len(list(store.verdicts()))} verdicts of proofs")
+    show_line(f"{counted(len(list(store.verdicts())), 'verdict')} of proofs")
 
 
 @app.command()
@@ -63,11 +64,9 @@ def verify(as_json: Json = False) -> int:
     return 4 if any(error for _, error in results) else 0
 
 
-@app.command()
+@app.command(short_help="Remove what is left over; with names, kernels too.")
 def prune(
-    kernels: Annotated[
-        list[str] | None, typer.Argument(metavar="[ORG/NAME]...", help="Also remove these kernels.")
-    ] = None,
+    kernels: Annotated[list[str] | None, typer.Argument(metavar="ORG/NAME", help="Also remove these kernels.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also remove every kernel and verdict.")] = False,
     older_than: Annotated[
         float | None, typer.Option(metavar="DAYS", help="Also remove verdicts that were found longer ago than this.")
@@ -91,4 +90,4 @@ def prune(
     if as_json:
         show_json({"store": str(store.root), "removed": [str(path) for path, _ in removed], "bytes": freed})
     else:
-        show_line(f"removed {len(folders)} folders and {len(verdicts)} verdicts, {size(freed)}")
+        show_line(f"removed {counted(len(folders), 'folder')} and {counted(len(verdicts), 'verdict')}, {size(freed)}")

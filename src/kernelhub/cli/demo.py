@@ -18,6 +18,7 @@ from kernelhub.cli.demo_models import Case, built_in_cases, model_case
 from kernelhub.cli.options import Json
 from kernelhub.cli.render import show_json, show_note
 from kernelhub.cli.render_demo import show_demo
+from kernelhub.core.words import counted
 from kernelhub.errors import MissingDependency
 from kernelhub.hub.disk import writing
 
@@ -121,7 +122,9 @@ class Comparison:
                 f"the outputs differ by {self.max_error:.2g} of the largest, and {self.tolerance:g} is allowed"
             )
         if wrong := [row.path for row in self.proof.rows if "not equal" in row.reason]:
-            found.append(f"the kernels of {len(wrong)} layers are not equal to what they stand for, such as {wrong[0]}")
+            found.append(
+                f"the kernels of {counted(len(wrong), 'layer')} are not equal to what they stand for, such as {wrong[0]}"
+            )
         if not self.restored:
             found.append("the outputs after unkernelize are not those from before")
         return tuple(found)

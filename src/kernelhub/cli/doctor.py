@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from difflib import get_close_matches
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from kernelhub.cli.options import Json
-from kernelhub.cli.render import show_json, show_table, size
+from kernelhub.cli.render import show_facts, show_json, size
 
 if TYPE_CHECKING:
     from kernelhub.hub.sources.base import Source
@@ -28,16 +32,13 @@ class Finding:
 
 def doctor(as_json: Json = False) -> int:
     """Show this machine as kernels see it: torch, devices, compilers, hubs, store. Ends with 1 if something is in the way."""
-    findings = [*_machine(), *_compilers(), *_hubs(), *_store()]
+    findings = [*_machine(), *_compilers(), *_hubs(), *_store(), *_variables(os.environ)]
     if as_json:
         show_json([asdict(finding) for finding in findings])
     else:
-        marks = {True: "ok", False: "IN THE WAY", None: ""}
-        show_table(
-            "kernelhub doctor",
-            ("", "", "", ""),
-            [(item.topic, item.name, item.value, marks[item.ok]) for item in findings],
-        )
+        marks = {True: "ok: ", False: "IN THE WAY: ", None: ""}
+        for topic, items in groupby(findings, lambda finding: finding.topic):
+            show_facts(topic, [(item.name, f"{marks[item.ok]}{item.value}") for item in items])
     return 1 if any(finding.ok is False for finding in findings) else 0
 
 
@@ -114,9 +115,33 @@ def _reach(source: Source, offline: bool) -> tuple[str, bool | None]:
     return f"answers ({source.origin.value})", True
 
 
-def _store() -> list[Finding]:
-    import os
+def _variables(env: Mapping[str, str]) -> list[Finding]:
+    """Variables that look like settings and are none: nobody else would say that they do nothing."""
+    from kernelhub.settings import Settings
 
+    asked = _Asked()
+    Settings.from_env(asked)
+    unknown = [name for name in sorted(env) if name.startswith("KERNELHUB_") and name not in asked.names]
+    found = []
+    for name in unknown:
+        near = get_close_matches(name, sorted(asked.names), n=1, cutoff=0.8)
+        found.append(Finding("variables", name, "is no setting" + (f"; is {near[0]} meant?" if near else "")))
+    return found
+
+
+class _Asked(dict[str, str]):
+    """An empty environment that knows which variables it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+
+def _store() -> list[Finding]:
     from kernelhub.hub.client import open_store
 
     root = open_store().root

@@ -21,6 +21,8 @@ def init(
     """Make a kernel project that builds, tests and benchmarks as it is."""
     from kernelhub.build.scaffold import create
 
+    if folder.name in ("", ".."):  # the folder's own name is meant
+        folder = folder.resolve()
     wanted = [name for item in backends or ["cpu"] for name in item.split(",") if name]
     written = create(folder, wanted)
     if as_json:

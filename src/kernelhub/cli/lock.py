@@ -9,6 +9,7 @@ import typer
 
 from kernelhub.cli.options import Json, Project, Trust, TrustAll
 from kernelhub.cli.render import progress_bar, show_json, show_line
+from kernelhub.core.words import counted
 
 
 def lock(
@@ -43,6 +44,5 @@ def lock(
         for line in lines:
             show_line(line)
         state = ("is stale: run `kernelhub lock`" if stale else "is up to date") if check else "is written"
-        count = len(made.kernels)
-        show_line(f"{path} ({count} kernel{'s' if count != 1 else ''}) {state}")
+        show_line(f"{path} ({counted(len(made.kernels), 'kernel')}) {state}")
     return 1 if check and stale else 0

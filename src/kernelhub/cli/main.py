@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated, Any
 
@@ -32,7 +33,7 @@ from kernelhub.cli import (
     versions,
 )
 from kernelhub.cli.render import show_error, show_note, show_steps, show_warnings
-from kernelhub.errors import KernelHubError
+from kernelhub.errors import KernelHubError, StoreError
 
 INTERRUPTED = 130
 _INTERRUPTED = "interrupted; the store and the hub hold nothing that is half done: run the command again to finish it"
@@ -48,28 +49,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (
-    demo.demo,
-    get.get,
-    info.info,
-    versions.versions,
-    variants.variants,
-    lock.lock,
-    download.download,
-    publish.publish,
-    keygen.keygen,
-    sign.sign,
-    revoke.revoke,
-    verify.verify,
-    verify_report.verify_report,
-    build.build,
-    init.init,
-    check_abi.check_abi,
-    benchmark.benchmark,
-    doctor.doctor,
-    serve.serve,
+# Beside each what it is for, in a line of 80 columns: the first sentence of its help would be cut there.
+for command, purpose in (
+    (demo.demo, "Kernelize three real models, check, time and undo them."),
+    (get.get, "Fetch a kernel for this machine."),
+    (info.info, "Describe a kernel; none of its code runs."),
+    (versions.versions, "List a kernel's versions, branches and tags."),
+    (variants.variants, "List a kernel's builds, and which run here."),
+    (lock.lock, "Pin a project's kernels in kernels.lock."),
+    (download.download, "Fetch what kernels.lock names."),
+    (publish.publish, "Publish a kernel into a hub."),
+    (keygen.keygen, "Make a signing key."),
+    (sign.sign, "Sign a published commit with another key."),
+    (revoke.revoke, "Take back commits and keys."),
+    (verify.verify, "Show who signed a kernel, and hash its files."),
+    (verify_report.verify_report, "Check the kernels that a saved report names."),
+    (build.build, "Build a kernel project."),
+    (init.init, "Make a new kernel project."),
+    (check_abi.check_abi, "Check where a compiled kernel runs."),
+    (benchmark.benchmark, "Run a kernel's benchmarks."),
+    (doctor.doctor, "Show this machine, and what is in the way of kernels."),
+    (serve.serve, "Serve a folder of kernels over HTTP."),
 ):
-    app.command()(command)
+    app.command(short_help=purpose)(command)
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(cache.app, name="cache")
 
@@ -102,6 +104,11 @@ def run(arguments: list[str] | None = None) -> int:
     except _WrongUse as error:
         error.show()
         return int(error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:  # of the output: the store says so itself, and anything else is a defect
+            raise
+        show_error(StoreError(f"the output could not be written: {error.strerror}"))
+        return StoreError.exit_code
     except (KeyboardInterrupt, typer.Abort):
         show_note(_INTERRUPTED)
         return INTERRUPTED

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,16 +24,46 @@ def show_json(value: Any) -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows under a title; cells are shown as they are, whatever markup they seem to have."""
+    """Print rows under a title; cells are shown as they are, whatever markup they seem to have.
+
+    Columns without a name have no head, and a table without rows is `nothing`.
+    """
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(printable(title), "table.title"), title_justify="left", show_edge=False, pad_edge=False)
+    if not rows:
+        show_line(f"{title}: nothing")
+        return
+    table = Table(show_header=any(columns), show_edge=False, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
-    _console(table, printable(title)).print(table)
+    console = _console(table)
+    console.print(Text(printable(title), "table.title"), soft_wrap=True)
+    console.print(table)
+
+
+def show_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+    """Print named facts under a title, wrapped at the terminal's width (100 columns where there is none), between words."""
+    width = max(shutil.get_terminal_size((100, 24)).columns, 40)
+    names = [printable(name) for name, _ in facts]
+    indent = max((len(name) for name in names if len(name) <= 24), default=0) + 4
+    show_line(title)
+    for name, (_, text) in zip(names, facts, strict=True):
+        lines = [part for line in printable(text).splitlines() for part in _wrapped(line.strip(), width - indent)]
+        if len(name) > 24:
+            show_line(f"  {name}")
+        else:
+            lines[:1] = [f"  {name}".ljust(indent) + (lines or [""])[0]]
+            show_line(lines.pop(0).rstrip())
+        for line in lines:
+            show_line(" " * indent + line)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` columns; what is one word, such as a path, stays one line."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def show_line(text: str = "") -> None:
@@ -143,13 +175,10 @@ class _Bar:
             self._bars.advance(self._task, size)
 
 
-def _console(table: Any, title: str) -> Any:
+def _console(table: Any) -> Any:
     """One that the table fits: away from a terminal there is no width to keep to, and a wrapped table is hard to search."""
-    from rich.cells import cell_len
     from rich.console import Console
 
     if sys.stdout.isatty():
         return Console()
-    console = Console(width=sys.maxsize)
-    width = console.measure(table).maximum
-    return Console(width=max(width, cell_len(title)))
+    return Console(width=Console(width=sys.maxsize).measure(table).maximum)

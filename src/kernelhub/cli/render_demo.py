@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from kernelhub.cli.render import show_line, show_table
+from kernelhub.core.words import counted
 
 if TYPE_CHECKING:
     from kernelhub.cli.demo import Comparison, Demo, Times
@@ -64,7 +65,7 @@ def _title(comparison: Comparison) -> str:
     every, swapped = len(comparison.report.rows), len(comparison.report.kernels)
     faster = len(comparison.proof.kernels)
     stay = f"; timed with the {faster} that were faster here"
-    return f"{comparison.name}: {swapped} of {every} layers run a kernel{stay if swapped else ''}"
+    return f"{comparison.name}: {swapped} of {counted(every, 'layer')} {'runs' if swapped == 1 else 'run'} a kernel{stay if swapped else ''}"
 
 
 def _measured(rows: list[ReportRow]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import typer
 
 from kernelhub.cli.options import Json
 from kernelhub.cli.render import show_json, show_line
+from kernelhub.core.words import counted
 from kernelhub.errors import InvalidReference
 
 
@@ -51,6 +52,6 @@ def revoke(
         show_json({"hub": hub, **listed.to_json()})
     else:
         show_line(
-            f"list {listed.number} of key {listed.key} in {hub} has {len(listed.commits)} commits and "
-            f"{len(listed.keys)} keys"
+            f"list {listed.number} of key {listed.key} in {hub} has {counted(len(listed.commits), 'commit')} and "
+            f"{counted(len(listed.keys), 'key')}"
         )

@@ -10,6 +10,7 @@ import typer
 
 from kernelhub.cli.options import Json
 from kernelhub.cli.render import progress_bar, show_json, show_line, show_table
+from kernelhub.core.words import counted
 
 
 def verify_report(
@@ -53,7 +54,8 @@ def verify_report(
             for one in kernels
         ]
         show_table(read.model, ("kernel", "commit", "variant", "digest", "layers", "here", "why"), cells)
-        show_line(f"{checked} of {named} layers that run a kernel run what is here; figures were not measured again")
+        runs = f"{counted(named, 'layer')} with a kernel {'runs' if checked == 1 else 'run'} what is here"
+        show_line(f"{checked} of {runs}; figures were not measured again")
     if any(kernel.state == DIFFERENT for kernel in kernels):
         return 4
     return 0 if checked == named else 1

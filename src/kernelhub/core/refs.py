@@ -151,7 +151,8 @@ class KernelRef:
             got = "none" if not pins else " and ".join(str(pin) for pin in pins)
             raise InvalidReference(
                 f"{ref.repo} needs exactly one of version and revision, got {got}",
-                hint=f'Such as get_kernel("{ref.repo}", version=1) or "{ref.repo}@v1".',
+                hint=f'Such as get_kernel("{ref.repo}", version=1) or "{ref.repo}@v1". `kernelhub versions {ref.repo}` '
+                "lists what there is.",
             )
         return replace(ref, pin=pins[0])
 

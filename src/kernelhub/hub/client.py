@@ -253,12 +253,13 @@ class Hub:
 
     def versions(self, repo: RepoId) -> tuple[Source, Mapping[str, str]]:
         """The refs that the first source which has the repository names, with their commits."""
-        for source in self._steps.order(KernelRef(repo), self.sources(), self.settings.offline):
+        asked, denied = self._steps.order(KernelRef(repo), self.sources(), self.settings.offline), None
+        for source in asked:
             try:
                 return source, source.refs(repo)
-            except RepositoryNotFound:
-                continue
-        raise self._steps.nowhere(KernelRef(repo), self.sources())
+            except RepositoryNotFound as error:
+                denied = error if error.hint or denied is None else denied
+        raise self._steps.nowhere(KernelRef(repo), asked, denied)
 
     # Locks
 
@@ -323,7 +324,9 @@ def read_lock(lockfile: Path) -> LockFile:
         with lockfile.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise InvalidReference(f"cannot read the lock file {lockfile}: {error.strerror}") from error
+        raise InvalidReference(
+            f"cannot read the lock file {lockfile}: {error.strerror}", hint="`kernelhub lock` writes it."
+        ) from error
     with context(str(lockfile)):
         return LockFile.parse(data)
 

@@ -133,10 +133,10 @@ class Steps:
     ) -> KernelNotFound:
         """None of the sources that were asked has it."""
         names = ", ".join(dict.fromkeys(source.name for source in asked)) or "no source at all"
-        hint = "It is not in the store, and hubs are not asked offline." if self.settings.offline else None
-        return KernelNotFound(
-            f"{ref} was not found (looked in {names})", hint=hint or (denied.hint if denied else None)
-        )
+        hint = denied.hint if denied else None
+        if self.settings.offline and ref.repo.org != EMBEDDED_ORG:
+            hint = "It is not in the store, and hubs are not asked offline."
+        return KernelNotFound(f"{ref} was not found (looked in {names})", hint=hint)
 
     # Select
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kernelhub.core.words import counted
 from kernelhub.layers.replay import Effects
 from kernelhub.layers.tolerance import Tolerance, tolerance_for
 
@@ -111,7 +112,7 @@ def _bits(kernel: torch.Tensor, original: torch.Tensor) -> Comparison:
     errors = (kernel.to(_wide(kernel)) - original.to(_wide(original))).abs()[differ]
     error = float(errors[errors.isfinite()].max()) if bool(errors.isfinite().any()) else 0.0
     where = _at(differ)
-    text = f"{count:,} of {kernel.numel():,} values are not the same bits, the first at {where}"
+    text = f"{count:,} of {counted(kernel.numel(), 'value')} {'is' if count == 1 else 'are'} not the same bits, the first at {where}"
     return Comparison(text, error, share=float("inf"))
 
 
@@ -172,8 +173,8 @@ def _special(kernel: torch.Tensor, original: torch.Tensor) -> Comparison | None:
         differ = ours != theirs
         if bool(differ.any()):
             extra, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
-            text = f"{name} at {extra:,} places where the original has none" if extra else ""
-            missed = f"no {name} at {lost:,} places where the original has it" if lost else ""
+            text = f"{name} at {counted(extra, 'place')} where the original has none" if extra else ""
+            missed = f"no {name} at {counted(lost, 'place')} where the original has it" if lost else ""
             found = " and ".join(part for part in (text, missed) if part)
             return Comparison(f"{found}, the first at {_at(differ)}", share=float("inf"))
     return None

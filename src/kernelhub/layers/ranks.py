@@ -295,7 +295,7 @@ class _Session(Ranks):
             _log.debug("%s stays in the store: %s", key, error)
 
     def _absent(self, step: str, ranks: Sequence[int], timeout: float) -> RankFailed:
-        reason = f"it did not come within {timeout:g} seconds"
+        reason = f"it did not come within {timeout:g} s"
         return RankFailed(
             f"no rank kernelizes: {named(ranks)} did not come ({step})",
             dict.fromkeys(ranks, reason),

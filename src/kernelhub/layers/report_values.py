@@ -10,6 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from kernelhub.core.words import counted
 from kernelhub.errors import InvalidMetadata, InvalidReference, context
 from kernelhub.layers.report_text import speed, text
 
@@ -150,7 +151,8 @@ class KernelReport:
         repositories = Counter(row.repository for row in self.kernels)
         named = ", ".join(f"{count} x {name}" for name, count in sorted(repositories.items(), key=str))
         stale = sum(row.stale for row in self.rows)
-        text = f"{len(self.kernels)} of {len(self.rows)} kernel-aware layers run a kernel"
+        runs = "runs" if len(self.kernels) == 1 else "run"
+        text = f"{len(self.kernels)} of {counted(len(self.rows), 'kernel-aware layer')} {runs} a kernel"
         return text + (f": {named}" if named else "") + (f"; {stale} stale, kernelize again" if stale else "")
 
     def __str__(self) -> str:

@@ -179,7 +179,9 @@ class ProjectSource:
         """The folder of a repository's project. Raises `RepositoryNotFound`."""
         project = self.folder if self.single else self.folder / repo.name
         if repo.org != self.org or self.single not in (None, repo.name) or not (project / "build.toml").is_file():
-            raise RepositoryNotFound(f"{self.name} has no {repo}")
+            there = sorted(path.parent.name for path in self.folder.glob("*/build.toml")) if not self.single else []
+            hint = f"It has {', '.join(f'{self.org}/{name}' for name in there)}." if repo.org == self.org else None
+            raise RepositoryNotFound(f"{self.name} has no {repo}", hint=hint if there else None)
         return project
 
     def _commit(self, project: Path, recipe: Recipe) -> str:
