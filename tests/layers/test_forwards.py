@@ -9,14 +9,16 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.activations import GELUActivation, SiLUActivation
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 
 from kernelhub.hub.client import Hub, set_default_hub
@@ -25,6 +27,7 @@ from kernelhub.integrations.families import FAMILIES, OTHER_FORWARD, TORCH, fami
 from kernelhub.integrations.forwards import _own_names, digest, digest_of
 from kernelhub.integrations.transformers import kernelize_pretrained, mark
 from kernelhub.layers.kernelize import unkernelize
+from kernelhub.layers.markers import replace_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.report import kernel_report
 from kernelhub.settings import Settings
@@ -234,6 +237,127 @@ def test_a_forward_that_comes_after_the_class_was_named_stays(monkeypatch: pytes
     family = family_of(modeling_llama.LlamaMLP)
     assert family is not None
     assert not family[1].condition(model.model.layers[0].mlp)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Those of the weights; and the logits."""
+    model.train()
+    for parameter in model.parameters():
+        parameter.grad = None
+    output = model(IDS, labels=IDS)
+    output.loss.backward()
+    found = {name: item.grad.clone() for name, item in model.named_parameters() if item.grad is not None}
+    return {**found, "logits": output.logits.detach()}
+
+
+def assert_same(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    """Without and with gradients, where a decoder layer runs a kernel."""
+    for mode in (Mode.INFERENCE, Mode.TRAINING):
+        kernelize_pretrained(model, mode=mode)
+        assert "DecoderLayer" in {row.layer for row in kernel_report(model).kernels}
+        torch.testing.assert_close(logits(model.eval()), expected["logits"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(gradients(model), expected, rtol=0, atol=1e-5)
+    unkernelize(model)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    "cls",
+    [modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP, SiLUActivation, nn.Linear],
+    ids=lambda cls: cls.__name__,
+)
+def test_in_a_decoder_layer_a_forward_that_comes_after_its_class_was_named_is_called(
+    cls: Any, wrapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark(llama())
+    held = cls.forward
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * held(self, x)
+
+    monkeypatch.setattr(cls, "forward", functools.wraps(held)(forward) if wrapped else forward)
+    assert_same(llama(), gradients(llama()))
+
+
+class Halved(GemmaRMSNorm):
+    """The forward of the class that it comes from, and another method that this one calls."""
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return super()._norm(x) / 2
+
+
+def with_norms(cls: Any) -> LlamaForCausalLM:
+    model = llama()
+    for layer in model.model.layers:
+        layer.input_layernorm = cls(SIZES["hidden_size"])
+    return model
+
+
+def test_in_a_decoder_layer_another_method_of_a_marked_class_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    mark(GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=8)))
+    assert GemmaRMSNorm.kernel_layer_name == "RMSNormZeroCentered"
+    assert_same(with_norms(Halved), gradients(with_norms(Halved)))
+    monkeypatch.setattr(GemmaRMSNorm, "_norm", lambda self, x: x)
+    assert_same(with_norms(GemmaRMSNorm), gradients(with_norms(GemmaRMSNorm)))
+
+
+def test_in_a_decoder_layer_a_condition_of_somebodys_own_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not to be swapped is called, though this norm's forward and the kernel's give the same."""
+    model, called = llama(), []
+    norm = modeling_llama.LlamaRMSNorm
+    replace_kernel_forward_from_hub(
+        norm, "RMSNorm", lambda module: module is not model.model.layers[0].post_attention_layernorm
+    )
+    kernelize_pretrained(model)
+    held = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: (called.append(self), held(self, x))[1])
+    gradients(model)
+    assert called == [model.model.layers[0].post_attention_layernorm]
+    unkernelize(model)
+
+
+def test_in_a_decoder_layer_the_formula_in_python_is_called() -> None:
+    mark(llama())
+    model, called = llama(), []
+    for layer in model.model.layers:
+        layer.mlp.act_fn = GELUActivation(use_gelu_python=True)
+        layer.mlp.act_fn.act = lambda x: (called.append(x), x * 2)[1]
+    kernelize_pretrained(model)
+    logits(model)
+    assert len(called) == 2
+    unkernelize(model)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm", "mlp", "mlp.act_fn"])
+def test_in_a_decoder_layer_a_kernels_forward_that_somebody_wrapped_is_called(name: str, restore: bool) -> None:
+    """As a function, so that what wraps it looks like it: `functools.wraps` takes over all that it has."""
+    model = llama()
+    kernelize_pretrained(model, mode=Mode.TRAINING, on_error="restore" if restore else "raise")
+    called = []
+    for layer in model.model.layers:
+        part = layer.get_submodule(name)
+        held = part.forward.__func__
+
+        def wrapper(self: Any, *args: Any, _held: Any = held) -> Any:
+            called.append(self)
+            return _held(self, *args)
+
+        part.forward = MethodType(functools.wraps(held)(wrapper), part)
+    gradients(model)
+    assert called == [layer.get_submodule(name) for layer in model.model.layers]
+    called.clear()
+    logits(model.eval())
+    assert called == [layer.get_submodule(name) for layer in model.model.layers]
+
+
+def test_a_method_that_comes_after_the_class_was_looked_at_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest(GemmaRMSNorm)
+    assert before is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(GemmaRMSNorm, "_norm", lambda self, x: x)
+        assert digest(GemmaRMSNorm) is None
+    assert digest(GemmaRMSNorm) == before
 
 
 def test_a_fused_loss_is_for_the_forward_and_the_loss_that_were_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -673,6 +673,25 @@ def test_only_rotary_embeddings_of_transformers_are_read_from_pickles() -> None:
             aware(name)
 
 
+@pytest.mark.usefixtures("plain_rotary")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_rotary_embedding_of_somebodys_stays(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = modeling_phi3.apply_rotary_pos_emb
+
+    def own(q, k, cos, sin, unsqueeze_dim=1):  # type: ignore[no-untyped-def]
+        return held(2 * q, k, cos, sin, unsqueeze_dim)
+
+    own = functools.wraps(held)(own) if wrapped else own
+    monkeypatch.setattr(modeling_phi3, FUNCTION, own)
+    before = run(phi3())
+    model = kernelize_pretrained(phi3())
+    (note,) = (line for line in kernel_report(model).notes if FUNCTION in line)
+    assert note.endswith(f"it is a function of {__name__}, and not the one that transformers has")
+    assert modeling_phi3.apply_rotary_pos_emb is own
+    assert torch.allclose(run(model), before, rtol=0, atol=1e-5)
+    unkernelize(model)
+
+
 def test_rotary_embeddings_that_no_kernel_can_stand_in_for_are_said() -> None:
     glm = transformers.GlmForCausalLM(transformers.GlmConfig(**SIZES, head_dim=8, pad_token_id=0)).eval()
     marks = mark(glm)

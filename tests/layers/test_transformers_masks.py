@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
-from transformers import AttentionMaskInterface, DynamicCache
+from transformers import AttentionMaskInterface, DynamicCache, masking_utils
 from transformers.masking_utils import sdpa_mask
 
 from kernelhub import Mode, kernel_report, kernelize, unkernelize, use_kernel_mapping
@@ -24,6 +25,7 @@ from kernelhub.settings import Settings
 pytestmark = pytest.mark.usefixtures("unnamed")
 
 LAYER = "CausalDecoder"
+ASKED = "_preprocess_mask_arguments"
 IDS = torch.arange(1, 21).reshape(2, 10)
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -72,14 +74,11 @@ def without_masks(model: nn.Module, mode: Mode = Mode.INFERENCE, **options: Any)
 
 
 class Asked:
-    """How often a model's code asked for a mask."""
+    """How often a model's code asked for a mask: by what transformers' functions for that call."""
 
-    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.times = 0
-        scope = sys.modules[type(model).__module__]
-        for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
-            if hasattr(scope, name):
-                monkeypatch.setattr(scope, name, self._counted(getattr(scope, name)))
+        monkeypatch.setattr(masking_utils, ASKED, self._counted(getattr(masking_utils, ASKED)))
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -136,7 +135,7 @@ def test_no_mask_is_made_and_the_bits_are_the_same(name: str, call: str, monkeyp
     model = made(name)
     with torch.no_grad():
         expected = model(**PLAIN[call])
-        asked = Asked(model, monkeypatch)
+        asked = Asked(monkeypatch)
         same(without_masks(model)(**PLAIN[call]), expected)
         assert asked.times == 0
         unkernelize(model)
@@ -148,7 +147,7 @@ def test_embeddings_in_place_of_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     model, embedded = made(), torch.randn(2, 7, 32)
     with torch.no_grad():
         expected = model(inputs_embeds=embedded)
-        asked = Asked(model, monkeypatch)
+        asked = Asked(monkeypatch)
         same(without_masks(model)(inputs_embeds=embedded), expected)
     assert asked.times == 0
 
@@ -176,7 +175,7 @@ def test_training_gives_the_same_gradients(checkpointing: Any, monkeypatch: pyte
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     expected = gradients()
-    asked = Asked(model, monkeypatch)
+    asked = Asked(monkeypatch)
     without_masks(model, Mode.TRAINING)
     same(gradients(), expected)
     assert asked.times == 0
@@ -220,7 +219,7 @@ def test_the_forward_of_the_class_runs_where_a_condition_does_not_hold(
         expected = model(IDS, **arguments(model))
         model = without_masks(made(name))  # one without the hooks of the first
         prepared = arguments(model)
-        asked = Asked(model, monkeypatch)
+        asked = Asked(monkeypatch)
         same(model(IDS, **prepared), expected)
     assert asked.times == 1
 
@@ -251,7 +250,7 @@ def test_and_where_the_config_says_otherwise(change: str, monkeypatch: pytest.Mo
         expected = model.model(IDS, use_cache=False)
         model = without_masks(made())
         CONFIGS[change](model)  # after it was kernelized
-        asked = Asked(model, monkeypatch)
+        asked = Asked(monkeypatch)
         same(model.model(IDS, use_cache=False), expected)
     assert asked.times == 1
 
@@ -263,7 +262,7 @@ def test_tokens_beyond_the_window_get_their_mask(monkeypatch: pytest.MonkeyPatch
         with torch.no_grad():
             expected = model(IDS).logits
             with monkeypatch.context() as patch:
-                asked = Asked(model, patch)
+                asked = Asked(patch)
                 assert torch.equal(without_masks(model)(IDS).logits, expected)
         assert asked.times == masks
 
@@ -291,12 +290,41 @@ def test_a_mask_of_somebodys_own_for_this_attention_is_asked_for(monkeypatch: py
     assert seen == [10]
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_function_for_masks_of_somebodys_in_the_modeling_module_is_called(
+    name: str, wrapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, scope = made(name), sys.modules[type(made(name)).__module__]
+    called = "create_causal_mask" if name == "llama" else "create_sliding_window_causal_mask"
+    held = getattr(scope, called)
+
+    def own(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros(2, 1, 10, 10)  # each token attends to all
+
+    with torch.no_grad():
+        before = model(IDS).logits
+        monkeypatch.setattr(scope, called, functools.wraps(held)(own) if wrapped else own)
+        expected = model(IDS).logits
+        assert not torch.allclose(expected, before, rtol=0, atol=1e-3)
+        assert torch.equal(without_masks(model)(IDS).logits, expected)
+
+
+def test_a_cache_of_somebodys_in_the_modeling_module_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(DynamicCache):
+        pass
+
+    model = without_masks(made())
+    monkeypatch.setattr(sys.modules[type(model).__module__], "DynamicCache", Own)
+    assert type(model(IDS).past_key_values) is Own
+
+
 def test_hooks_that_record_outputs_stay_with_the_forward_that_sets_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
     model = without_masks(made())
     with torch.no_grad():
         expected = made()(IDS).logits
         assert len(model(IDS, output_hidden_states=True).hidden_states) == 3
-        asked = Asked(model, monkeypatch)
+        asked = Asked(monkeypatch)
         assert torch.equal(model(IDS).logits, expected)
     assert asked.times == 1
 
@@ -311,7 +339,7 @@ def test_wrong_arguments_raise_what_they_raise_without_it() -> None:
 def test_checkpointing_with_a_cache_asked_for_is_left_to_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
     model = without_masks(made().train(), Mode.TRAINING)
     model.gradient_checkpointing_enable()
-    asked = Asked(model, monkeypatch)
+    asked = Asked(monkeypatch)
     assert model(IDS, use_cache=True).past_key_values is None
     assert asked.times == 1
 
@@ -375,7 +403,7 @@ def test_exported_it_is_right_for_other_lengths(strict: bool, monkeypatch: pytes
     # Not strictly, torch 2.11 refuses to export heads that transformers repeats (`repeat_kv`) for other lengths.
     monkeypatch.setitem(SIZES, "num_key_value_heads", SIZES["num_attention_heads"])
     model = without_masks(made())
-    asked = Asked(model, monkeypatch)
+    asked = Asked(monkeypatch)
     length = torch.export.Dim("length", min=2, max=40)
     with torch.no_grad():
         program = torch.export.export(
@@ -435,7 +463,7 @@ def test_hooks_and_adapters_of_its_children_run(monkeypatch: pytest.MonkeyPatch)
     model.base_model.model.model.layers[0].register_forward_hook(lambda _, __, output: output * 2)
     with torch.no_grad():
         expected = model(IDS).logits
-        asked = Asked(model.get_base_model(), monkeypatch)
+        asked = Asked(monkeypatch)
         assert torch.equal(without_masks(model)(IDS).logits, expected)
         assert asked.times == 0
         model.base_model.model.model.norm.register_forward_pre_hook(lambda _, arguments: (arguments[0] + 1,))
@@ -461,7 +489,7 @@ def test_copies_and_pickles_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = without_masks(made())
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    asked = Asked(model, monkeypatch)
+    asked = Asked(monkeypatch)
     with torch.no_grad():
         same(loaded(IDS), model(IDS))
     assert asked.times == 0

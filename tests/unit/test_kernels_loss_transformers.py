@@ -250,6 +250,18 @@ def test_a_head_that_is_more_than_its_weight_is_called() -> None:
     assert model(IDS, labels=LABELS).logits is not None
 
 
+def test_a_loss_that_comes_after_the_model_was_kernelized_is_called() -> None:
+    model = fused_only(llama())
+    held = model.loss_function
+    model.loss_function = lambda logits, **_: logits.square().mean()
+    output = model(IDS, labels=LABELS)
+    assert torch.equal(output.loss, output.logits.square().mean())
+    model.loss_function = held
+    assert model(IDS, labels=LABELS).logits is None
+    vars(model).pop("_loss_function")
+    assert model(IDS, labels=LABELS).logits is None, "transformers' own"
+
+
 def test_frozen_models_and_frozen_heads_train_what_is_left() -> None:
     model, plain = llama(), llama()
     for one in (model, plain):

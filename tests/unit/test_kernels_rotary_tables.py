@@ -384,7 +384,7 @@ def test_compiles_to_one_graph_before_it_was_ever_called() -> None:
         x, positions = torch.zeros(2, tokens, 4, dtype=torch.bfloat16), torch.arange(tokens)[None]
         assert same(compiled(x, positions), expected(x, positions))
     assert counter.frame_count == 1
-    assert formulas._known_tables[Fresh] == HALVES
+    assert formulas._known_tables[Fresh][1] == HALVES
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -445,6 +445,25 @@ def test_a_class_is_asked_once() -> None:
     first = Counting.asked
     forward(X, POSITIONS)
     assert Counting.asked == first > 0
+
+
+def test_a_class_that_somebody_gave_another_forward_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fresh(LlamaRotaryEmbedding):
+        pass
+
+    module = Fresh(llama().config)
+    forward = layers.RotaryEmbedding.forward.__get__(module)
+    assert same(forward(X, POSITIONS), module(X, POSITIONS))
+    held = Fresh.forward
+
+    def other(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = held(self, x, position_ids)
+        return 2 * cos, sin
+
+    monkeypatch.setattr(Fresh, "forward", other)
+    got = forward(X, POSITIONS)
+    assert same(got, module(X, POSITIONS))
+    assert torch.equal(got[0], 2 * held(module, X, POSITIONS)[0])
 
 
 def test_called_for_itself() -> None:

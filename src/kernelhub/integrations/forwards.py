@@ -34,7 +34,10 @@ def digest(target: Any) -> str | None:
     function = getattr(target, "forward", None) if isinstance(target, type) else target
     if not isinstance(function, FunctionType):
         return None
-    return _digest(target, function)
+    found, methods = _digest(target, function)
+    if any(inspect.getattr_static(target, name, None) is not held for name, held in methods):
+        found, _ = _digest.__wrapped__(target, function)
+    return found
 
 
 def digest_of(functions: Iterable[ast.FunctionDef]) -> str:
@@ -44,22 +47,24 @@ def digest_of(functions: Iterable[ast.FunctionDef]) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _digest(target: Any, function: FunctionType) -> str | None:
-    """`function` is the forward that the class has at the moment: somebody may put another one there."""
+def _digest(target: Any, function: FunctionType) -> tuple[str | None, tuple[tuple[str, Any], ...]]:
+    """The digest, and the methods that were looked at: somebody may put others there, as he may the forward, `function`."""
+    methods: dict[str, Any] = {}
     try:
         found = {"forward" if isinstance(target, type) else function.__name__: _parsed(function)}
         waiting = list(found.values()) if isinstance(target, type) else []
         while waiting:
             for name in _own_names(waiting.pop()):
-                method = inspect.getattr_static(target, name, None)
-                method = method.__func__ if isinstance(method, staticmethod) else method
+                held = inspect.getattr_static(target, name, None)
+                method = held.__func__ if isinstance(held, staticmethod) else held
                 if name in found or not isinstance(method, FunctionType) or hasattr(nn.Module, name):
                     continue
+                methods[name] = held
                 found[name] = _parsed(method)
                 waiting.append(found[name])
-        return digest_of(found.values())
+        return digest_of(found.values()), tuple(methods.items())
     except (OSError, TypeError, SyntaxError):
-        return None
+        return None, tuple(methods.items())
 
 
 def _parsed(function: FunctionType) -> ast.FunctionDef:

@@ -65,6 +65,7 @@ def watched(kernel: Any) -> Any:
             return _answer(self, forward, error, before, args, kwargs)
 
     forward.__name__ = "forward"  # a bound method is pickled by the name of its function
+    forward.watches = kernel  # type: ignore[attr-defined]  # for kernels that look at what a part of theirs runs
     return forward
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import compiled, hopper
@@ -23,7 +24,7 @@ from .functions import (
 )
 from .gated import gated_mlp
 from .model import CausalDecoder
-from .plain import linears, marked_as, runs, takes
+from .plain import is_of, linears, marked_as, runs, takes
 
 __all__ = [
     "CausalDecoder",
@@ -300,12 +301,16 @@ def _norm_and_input(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def _product(activation: nn.Module) -> str | None:
     """By which name the product of that activation is known; None where the activation is to be called."""
     kind = type(activation)
-    return kind.__name__ if _is_known(kind) and runs(activation, *_ACTIVATIONS) else None
+    if not _is_known(kind) or not runs(activation, *_ACTIVATIONS):
+        return None
+    name = kind.__name__
+    # It may have been asked for the formula in Python, which rounds at other places.
+    return None if name == "GELUActivation" and activation.__dict__.get("act") is not F.gelu else name
 
 
 def _is_known(kind: type[nn.Module]) -> bool:
     """Whether it is an activation of those names, by its forward too, and not somebody's class of the same name."""
-    return kind.__name__ in PRODUCTS and getattr(kind.forward, "__module__", None) in _ACTIVATION_MODULES
+    return kind.__name__ in PRODUCTS and is_of(kind.forward, *_ACTIVATION_MODULES)
 
 
 _is_known._dynamo_marked_constant = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import islice
 from typing import Any
 
@@ -103,7 +104,7 @@ def _is_plain(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     for name in kwargs:
         if name not in _PASSED_ON and name not in _RECORDED and name != "return_dict":
             return False
-    return not _is_exported() and _has_its_mask()
+    return not _is_exported() and _has_its_mask() and _calls_transformers_own(type(model))
 
 
 def _is_short(config: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> bool:
@@ -127,6 +128,28 @@ def _is_exported() -> bool:
     Within a frame of torch.compile's some releases of PyTorch say that of every call.
     """
     return torch.jit.is_tracing() or (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling())
+
+
+# What the class's forward calls, and this one stands for.
+_CALLED = ("create_causal_mask", "create_sliding_window_causal_mask", "DynamicCache", "BaseModelOutputWithPast")
+
+
+def _calls_transformers_own(cls: type[nn.Module]) -> bool:
+    """Whether these names are transformers' in the module of the class's forward, and not somebody's who wants to be called."""
+    scope = inspect.unwrap(cls.forward).__globals__
+    return all(_is_transformers(scope[name]) for name in _CALLED if name in scope)
+
+
+# What `torch.compiler.assume_constant_result` does, which imports dynamo: 1 s.
+_calls_transformers_own._dynamo_marked_constant = True
+
+
+def _is_transformers(found: Any) -> bool:
+    """Whether a class or function is, and whoever wrapped it, too: he takes over its `__module__`, but not its globals."""
+    scope = found.__module__ if isinstance(found, type) else getattr(found, "__globals__", {}).get("__name__", "")
+    return scope.startswith("transformers.") and (
+        not hasattr(found, "__wrapped__") or _is_transformers(found.__wrapped__)
+    )
 
 
 def _has_its_mask() -> bool:

@@ -19,6 +19,7 @@ __all__ = [
     "Projections",
     "Weights",
     "attention_linears",
+    "is_of",
     "linears",
     "marked_as",
     "runs",
@@ -37,6 +38,15 @@ _HOOKS_OF_ALL = (
     everywhere._global_backward_hooks,
     everywhere._global_backward_pre_hooks,
 )
+
+
+def is_of(function: Any, *modules: str) -> bool:
+    """Whether the function is written in one of these modules. Who wraps one takes its `__module__` over, but not its globals."""
+    return getattr(function, "__globals__", {}).get("__name__") in modules
+
+
+# What all linear layers run; None where somebody had put another forward there before this was imported.
+_LINEAR = nn.Linear.forward if is_of(nn.Linear.forward, "torch.nn.modules.linear") else None
 
 
 class Weights(NamedTuple):
@@ -68,7 +78,7 @@ class Projections(NamedTuple):
 
 def linears(mlp: nn.Module, gate: str, up: str | None, down: str) -> Weights | None:
     """The weights of the projections of those names, if they are plain linear layers that nobody listens to."""
-    if any(_HOOKS_OF_ALL):
+    if any(_HOOKS_OF_ALL) or nn.Linear.forward is not _LINEAR:
         return None
     parts = mlp._modules
     first = _linear(parts.get(gate))
@@ -81,7 +91,7 @@ def linears(mlp: nn.Module, gate: str, up: str | None, down: str) -> Weights | N
 
 def attention_linears(attention: nn.Module) -> Projections | None:
     """The weights of `q_proj`, `k_proj`, `v_proj`, if they are plain linear layers that nobody listens to, and of `o_proj` if it is."""
-    if any(_HOOKS_OF_ALL):
+    if any(_HOOKS_OF_ALL) or nn.Linear.forward is not _LINEAR:
         return None
     parts = attention._modules
     q, k, v = _linear(parts.get("q_proj")), _linear(parts.get("k_proj")), _linear(parts.get("v_proj"))
@@ -108,37 +118,73 @@ def _listened(held: dict[str, Any]) -> bool:
 
 
 def runs(module: nn.Module, *forwards: Any) -> bool:
-    """Whether the module runs its class's forward or one of these kernels', and has no hooks."""
+    """Whether the module runs its class's forward, and a kernel may stand in for that, or one of these kernels', and has no hooks."""
     held = module.__dict__
     if any(_HOOKS_OF_ALL) or _listened(held):
         return False
     forward = held.get("forward")
     if forward is None:
-        return True
+        return _may_be_swapped(module)
     # Not `getattr(forward, "__self__", None)`, which in a frame of torch 2.11's compiler is None.
     if type(forward) is not MethodType or forward.__self__ is not module:
         return False
     function = forward.__func__
     if function is type(module).forward:
-        return True
-    function = getattr(function, "__wrapped__", function)  # a watched kernel's
+        return _may_be_swapped(module)
+    # Of what somebody else has wrapped the two differ, though it has both: it takes over what the wrapped one has.
+    watched = getattr(function, "watches", None)
+    if watched is not None and function.__wrapped__ is watched:
+        function = watched
     return any(function is known for known in forwards)
 
 
+def _may_be_swapped(module: nn.Module) -> bool:
+    cls = type(module)
+    return not _is_conditional(cls) or bool(cls.kernel_condition(module))
+
+
 def marked_as(cls: type[nn.Module]) -> str | None:
-    """The name that the class is marked with; where the one that it comes from is, only if it has the forward of that."""
-    own = cls.__dict__.get("kernel_layer_name")
-    if own is not None:
-        return own
+    """The name that the class, or one that it comes from, is marked with, if it has the forward that was marked.
+
+    Not where somebody put another one on the class since, or another method that it calls: the mark's condition knows.
+    """
     name = getattr(cls, "kernel_layer_name", None)
     if name is None:
         return None
-    marked = next(base for base in cls.__mro__ if "kernel_layer_name" in base.__dict__)
-    return name if cls.forward is marked.forward else None
+    facts = name, _condition(cls), cls.forward
+    known = _marked.get(cls)
+    if known is None or known[0] != facts:
+        known = _marked[cls] = facts, _has_marked_forward(cls)
+    return name if known[1] else None
 
+
+def _has_marked_forward(cls: type[nn.Module]) -> bool:
+    marked = next(base for base in cls.__mro__ if "kernel_layer_name" in base.__dict__)
+    knows = _knows(_condition(cls))
+    return cls.forward is marked.forward and (knows is None or knows(cls))
+
+
+def _condition(cls: type[nn.Module]) -> Callable[[nn.Module], bool] | None:
+    """What the class is marked with to say of an instance whether a kernel may stand in for it."""
+    return getattr(cls, "kernel_condition", None)
+
+
+def _knows(condition: Any) -> Callable[[type[nn.Module]], bool] | None:
+    """What the condition has to say of classes; the rest of it is looked at here where the tensors are."""
+    return getattr(getattr(condition, "__self__", None), "knows", None)
+
+
+def _is_conditional(cls: type[nn.Module]) -> bool:
+    """Whether somebody's own condition is to be asked for each instance."""
+    condition = _condition(cls)
+    return condition is not None and _knows(condition) is None
+
+
+_marked: dict[type[nn.Module], tuple[tuple[Any, ...], bool]] = {}
 
 # What `torch.compiler.assume_constant_result` does, which imports dynamo: 1 s.
 marked_as._dynamo_marked_constant = True
+_is_conditional._dynamo_marked_constant = True
 
 
 def takes(x: Tensor, weights: Weights) -> bool:

@@ -52,7 +52,7 @@ class FusedForCausalLM(nn.Module):
     """A causal language model whose projection and loss are one: in training with labels it returns no logits.
 
     Reads `model`, `lm_head` and `config`. Without labels, in `eval()`, for some of the logits only, and where `lm_head` is
-    not the plain projection that is read here, the forward of the model's class runs.
+    not the plain projection that is read here or the loss is another one, the forward of the model's class runs.
     """
 
     can_torch_compile = True
@@ -78,7 +78,13 @@ class FusedForCausalLM(nn.Module):
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        if labels is None or not self.training or not _keeps_all(logits_to_keep) or not _is_plain(self.lm_head):
+        if (
+            labels is None
+            or not self.training
+            or not _keeps_all(logits_to_keep)
+            or not _is_plain(self.lm_head)
+            or not _is_of_causal_models(self.loss_function)
+        ):
             return type(self).forward(self, **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         from transformers.modeling_outputs import CausalLMOutputWithPast  # here, where such a model is
 
@@ -117,6 +123,13 @@ def _is_plain(head: nn.Module) -> bool:
         and "forward" not in head.__dict__
         and not any(_HOOKS_OF_ALL)
     )
+
+
+def _is_of_causal_models(loss: Any) -> bool:
+    """Whether it is transformers' `ForCausalLMLoss`, or the kernel-aware function in its place; somebody's own is to be called."""
+    from transformers.loss.loss_utils import ForCausalLMLoss as theirs  # here, where such a model is
+
+    return loss is theirs or getattr(type(loss), "kernel_layer_name", None) == ForCausalLMLoss.__name__
 
 
 def _targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:

@@ -34,20 +34,22 @@ IN_FLOAT32 = 4
 
 _FORMS = tuple(sum(bits) for bits in itertools.product((0, INTERLEAVED), (0, INVERSE), (0, ROUND_ONCE)))
 _Function = Callable[..., tuple[Tensor, Tensor]]
-_known: dict[type, int] = {}
-_known_tables: dict[type, int] = {}
+# By class, with the forward that it had: somebody may put another one there.
+_known: dict[type, tuple[Any, int]] = {}
+_known_tables: dict[type, tuple[Any, int]] = {}
 
 
 def of(cls: type[nn.Module]) -> int:
     """The formula of the class's forward, as bits; UNKNOWN where it is none that the op has."""
-    found = _known.get(cls)
-    if found is None:
+    forward, found = _known.get(cls, (None, UNKNOWN))
+    if forward is not cls.forward:
         function: Any = cls.forward
         if not is_static(cls):
             function = functools.partial(function, None)
         # Not by the tensors of a trace that may be going on: what is asked for is values.
         with _disable_current_modes():
-            found = _known[cls] = _formula(function)
+            found = _formula(function)
+        _known[cls] = cls.forward, found
     return found
 
 
@@ -61,10 +63,11 @@ def of_tables(cls: type[nn.Module]) -> int:
 
     It is asked in the place of a module of a static rope type, which reads no more than the layers here do.
     """
-    found = _known_tables.get(cls)
-    if found is None:
+    forward, found = _known_tables.get(cls, (None, UNKNOWN))
+    if forward is not cls.forward:
         with _disable_current_modes():
-            found = _known_tables[cls] = _tables_formula(cls)
+            found = _tables_formula(cls)
+        _known_tables[cls] = cls.forward, found
     return found
 
 
