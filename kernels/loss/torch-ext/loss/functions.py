@@ -228,10 +228,19 @@ def _pytorchs() -> bool:
 def _autocast(*operands: Tensor | None) -> list[Tensor | None]:
     """The operands of a projection in the dtype that autocast would give them."""
     kind = operands[0].device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not (_has_autocast(kind) and torch.is_autocast_enabled(kind)):
         return list(operands)
     dtype = torch.get_autocast_dtype(kind)
     return [x.to(dtype) if x is not None and x.dtype is not torch.float64 else x for x in operands]
+
+
+def _has_autocast(kind: str) -> bool:
+    """Whether PyTorch knows autocast for that type of device: not for meta, of which it is an error to ask the rest."""
+    return torch.amp.is_autocast_available(kind)
+
+
+# torch 2.11's compiler cannot trace into it. `torch.compiler.assume_constant_result` does just this, and imports dynamo: 1 s.
+_has_autocast._dynamo_marked_constant = True
 
 
 def _checked(name: str, rows: Tensor, labels: Tensor, label_smoothing: float, reduction: str) -> Tensor:
