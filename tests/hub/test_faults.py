@@ -23,7 +23,7 @@ from kernelhub.core.refs import KernelRef, RepoId, Version
 from kernelhub.errors import KernelHubError
 from kernelhub.hub.archive import pack
 from kernelhub.hub.client import Hub
-from kernelhub.hub.http import Patience
+from kernelhub.hub.patience import Patience
 from kernelhub.hub.publish import publish
 from kernelhub.hub.remote import open_remote
 from kernelhub.hub.server import app

@@ -14,7 +14,8 @@ import pytest
 from loopback_hub import LoopbackHub, Reply, Request
 
 from kernelhub.errors import HubUnavailable, InvalidMetadata, KernelNotFound, RepositoryNotFound
-from kernelhub.hub.http import Budget, Cancelled, EntryNotFound, HttpClient, Patience
+from kernelhub.hub.http import EntryNotFound, HttpClient
+from kernelhub.hub.patience import Budget, Cancelled, Patience
 
 
 async def _json_app(scope: Any, receive: Any, send: Any) -> None:

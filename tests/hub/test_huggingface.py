@@ -23,7 +23,7 @@ from kernelhub.errors import (
     RepositoryNotFound,
     StoreError,
 )
-from kernelhub.hub.http import Patience
+from kernelhub.hub.patience import Patience
 from kernelhub.hub.server import app
 from kernelhub.hub.sources import huggingface
 from kernelhub.hub.sources.base import Moved, NoProgress, Progress

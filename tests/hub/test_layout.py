@@ -34,7 +34,7 @@ from kernelhub.errors import (
     Yanked,
 )
 from kernelhub.hub.archive import pack
-from kernelhub.hub.http import Patience
+from kernelhub.hub.patience import Patience
 from kernelhub.hub.publish import publish, yank
 from kernelhub.hub.remote import open_remote
 from kernelhub.hub.sources.base import NoProgress, Source

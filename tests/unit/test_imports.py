@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pkgutil
@@ -111,3 +112,16 @@ def test_the_probe_sees_what_it_looks_for(tmp_path: Path) -> None:
     assert seen["read"] == ["KERNELHUB_CACHE"]
     assert any(event.startswith("os.mkdir") for event in seen["done"])
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_no_module_imports_what_another_keeps_to_itself() -> None:
+    package = Path(kernelhub.core.__file__).parents[1]
+    found = [
+        f"{path.relative_to(package)}: from {node.module} import {name.name}"
+        for path in sorted(package.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernelhub")
+        for name in node.names
+        if name.name.startswith("_") and not name.name.startswith("__")
+    ]
+    assert found == []

@@ -8,9 +8,7 @@ every kind of request, bounded bodies, and errors that name the hub, the request
 from __future__ import annotations
 
 import contextvars
-import email.utils
 import json
-import random
 import sys
 import threading
 import time
@@ -20,109 +18,17 @@ from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from kernelhub.errors import HubUnavailable, InvalidMetadata, KernelHubError, KernelNotFound, RepositoryNotFound
+from kernelhub.hub.patience import RETRIED, Budget, Interrupted, Patience, reason_of, retry_after, said
 
 T = TypeVar("T")
 Headers = Mapping[str, str]
 
 MAX_ANSWER = 32 * 1024 * 1024
 
-# Bytes that count as progress. A hub that sends less within `Patience.total` trickles, which is no better than silence.
-_PROGRESS = 64 * 1024
-
 # Seconds for threads to notice that a call is over, before its caller cleans up what they write to.
 _FAREWELL = 1.0
 
-_RETRIED = frozenset({408, 429, *range(500, 600)})
 _TOKEN_HINT = "Set HF_TOKEN, or run `hf auth login`, with a token that may read it."
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a hub is waited for, in seconds, and what time is.
-
-    `total` is what a request may take without progress, its retries and the waits between them included; a read that
-    is under way when it ends may add `read`, so that a hub that stalls or trickles has ended in an error after a minute.
-    A body that keeps coming may take as long as it needs. `clock`, `now` (for dates), `sleep` and `random` are
-    parameters so that tests need not wait.
-    """
-
-    connect: float = 10.0
-    read: float = 15.0
-    total: float = 45.0
-    attempts: int = 5
-    backoff: float = 0.5
-    clock: Callable[[], float] = time.monotonic
-    now: Callable[[], float] = time.time
-    sleep: Callable[[float], None] = time.sleep
-    random: Callable[[], float] = random.random
-
-
-class Budget:
-    """What a request may still cost: its deadline and its failures, both forgotten when bytes arrive."""
-
-    def __init__(self, patience: Patience) -> None:
-        self.patience = patience
-        self.failures = 0
-        self.request = ""
-        self.cancelled = False
-        self._since_progress = 0
-        self._deadline = patience.clock() + patience.total
-
-    def received(self, size: int) -> None:
-        """Count bytes of a body that no attempt before had: enough of them renew the budget. Raises as `check` does."""
-        self._since_progress += size
-        if self._since_progress >= _PROGRESS:
-            self._since_progress, self.failures = 0, 0
-            self._deadline = self.patience.clock() + self.patience.total
-        self.check()
-
-    def check(self) -> None:
-        """Raises `Cancelled` where the call that this request belongs to is over, `Interrupted` after the deadline."""
-        if self.cancelled:
-            raise Cancelled
-        if self.remaining() <= 0:
-            raise Interrupted("it sent almost nothing")
-
-    def remaining(self) -> float:
-        """Seconds until the deadline; negative after it."""
-        return self._deadline - self.patience.clock()
-
-    def pause(self, interrupted: Interrupted) -> str:
-        """Wait before the next attempt: as long as the hub asks, else longer each time. Or say why there will be none."""
-        self.failures += 1
-        patience = self.patience
-        wait = patience.backoff * 2 ** (self.failures - 1) * (0.5 + patience.random() / 2)
-        if interrupted.after is not None:
-            wait = max(interrupted.after, 0.0) + patience.random() * patience.backoff
-        if self.failures >= patience.attempts or wait >= self.remaining():
-            asked = "" if interrupted.after is None else f"; it asks to wait {interrupted.after:.0f} s"
-            times = "" if self.failures == 1 else f", {self.failures} times"
-            return f"{interrupted}{times}{asked}"
-        patience.sleep(wait)
-        return ""
-
-    @property
-    def overdue(self) -> bool:
-        """Whether the deadline is past and no read that was under way then can still be."""
-        return self.remaining() < -(self.patience.read + 1.0)
-
-    def timeouts(self) -> tuple[float, float, float, float]:
-        """Connect, read, write and pool timeouts of the next attempt."""
-        left = max(self.remaining(), 0.1)
-        read = min(self.patience.read, left)
-        return min(self.patience.connect, left), read, read, left
-
-
-class Interrupted(Exception):
-    """An attempt that failed in a way that may pass: worth another one. `after` is how long the hub asks to wait."""
-
-    def __init__(self, reason: str, *, status: int | None = None, after: float | None = None) -> None:
-        super().__init__(reason)
-        self.status, self.after = status, after
-
-
-class Cancelled(Exception):
-    """The call that a request belongs to is over, so the thread that does it ends; nobody sees this."""
 
 
 class EntryNotFound(KernelNotFound):
@@ -236,8 +142,8 @@ class HttpClient:
                 way = {item.url.scheme for item in (*response.history, response)}
                 if url.startswith("https:") and way != {"https"}:
                     raise self._unavailable(target, "it redirects to http:, which anyone can alter")
-                if status in _RETRIED:
-                    after = _retry_after(response.headers.get("retry-after"), self.patience.now())
+                if status in RETRIED:
+                    after = retry_after(response.headers.get("retry-after"), self.patience.now())
                     raise Interrupted(f"{status} {response.reason_phrase}".rstrip(), status=status, after=after)
                 if status >= 300:
                     raise self._refusal(response, target, "authorization" in headers, absent)
@@ -250,9 +156,9 @@ class HttpClient:
                 hint="Unset HF_HUB_OFFLINE to reach it.",
             ) from error
         except _session_errors("TransportError") as error:
-            raise Interrupted(_reason(error)) from error
+            raise Interrupted(reason_of(error)) from error
         except (*_session_errors("HTTPError"), *_session_errors("InvalidURL")) as error:
-            raise self._unavailable(target, _reason(error)) from error
+            raise self._unavailable(target, reason_of(error)) from error
 
     def _unavailable(self, target: str, reason: str, status: int | None = None) -> HubUnavailable:
         return HubUnavailable(
@@ -267,9 +173,9 @@ class HttpClient:
 
     def _refusal(self, response: Any, target: str, with_token: bool, absent: type[KernelNotFound]) -> KernelHubError:
         """The error that a status of 300 to 499 means."""
-        status, code = response.status_code, _printable(response.headers.get("x-error-code", ""))
-        said = _printable(response.headers.get("x-error-message", ""))
-        fact = f"{self.hub_name}: GET {target}: {status}" + "".join(f" {text}" for text in (code, said) if text)
+        status, code = response.status_code, said(response.headers.get("x-error-code", ""))
+        told = said(response.headers.get("x-error-message", ""))
+        fact = f"{self.hub_name}: GET {target}: {status}" + "".join(f" {text}" for text in (code, told) if text)
         if code == "GatedRepo":
             hint = f"Ask for access on the repository's page, then: {_TOKEN_HINT}"
             return HubUnavailable(fact, hub=self.hub_name, request=f"GET {target}", status=status, hint=hint)
@@ -289,9 +195,7 @@ class HttpClient:
             return None
         url = urljoin(str(response.url), link)
         if _origin(url) != _origin(self.base_url):
-            raise InvalidMetadata(
-                f"{self.hub_name}: GET {target}: the next page is on another host: {_printable(link)}"
-            )
+            raise InvalidMetadata(f"{self.hub_name}: GET {target}: the next page is on another host: {said(link)}")
         return url
 
     def run_all(self, jobs: Sequence[Callable[[Budget], T]], *, workers: int) -> list[T]:
@@ -386,23 +290,6 @@ def _session_errors(name: str) -> tuple[type[Exception], ...]:
     return tuple(getattr(module, name) for module in modules if module is not None)
 
 
-def _reason(error: Exception) -> str:
-    return _printable(f"{type(error).__name__}: {error}".rstrip(": "))
-
-
-def _retry_after(text: str | None, now: float) -> float | None:
-    """Seconds to wait, from a `Retry-After` header: a number of seconds or a date (RFC 9110, 10.2.3)."""
-    if not text:
-        return None
-    text = text.strip()
-    if text.isascii() and text.isdigit():
-        return float(text[:9])
-    try:
-        return max(email.utils.parsedate_to_datetime(text).timestamp() - now, 0.0)
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     try:
@@ -410,8 +297,3 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     except ValueError:
         port = -1
     return parts.scheme, parts.hostname, port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def _printable(text: str) -> str:
-    """What a hub says, fit for a terminal: no control characters, not long."""
-    return "".join(char if char.isprintable() else "?" for char in text[:200])

@@ -20,7 +20,7 @@ from kernelhub.core.refs import Revision
 from kernelhub.errors import HubUnavailable, InvalidReference, KernelHubError, MissingDependency
 from kernelhub.hub.addresses import shown
 from kernelhub.hub.files import Files, too_large
-from kernelhub.hub.http import Budget, Interrupted, Patience, _printable, _retry_after
+from kernelhub.hub.patience import RETRIED, Budget, Interrupted, Patience, reason_of, retry_after
 from kernelhub.hub.sources.base import Progress
 
 T = TypeVar("T")
@@ -29,7 +29,6 @@ _CHUNK = 1024 * 1024
 _PART = 16 * 1024 * 1024  # of an object: each costs a request
 _HREF = re.compile(r"""href\s*=\s*["']([^"'?#]+)["']""", re.IGNORECASE)
 _MISSING = frozenset({404, 410})
-_RETRIED = frozenset({408, 429, *range(500, 600)})
 # S3's answers to an exclusive write: it is there, and somebody is writing it just now, so ask again.
 _THERE, _BEING_WRITTEN, _TRIES = 412, 409, 8
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3"}
@@ -152,8 +151,8 @@ class WebFiles:
             raise self._unavailable(path, "it redirects to http:, which anyone can alter")
         if status in _MISSING:
             return None
-        if status in _RETRIED:
-            after = _retry_after(response.headers.get("Retry-After"), self.patience.now())
+        if status in RETRIED:
+            after = retry_after(response.headers.get("Retry-After"), self.patience.now())
             raise Interrupted(f"{status} {response.reason}", status=status, after=after)
         if status != 200:
             raise self._unavailable(path, f"{status} {response.reason}", status)
@@ -175,11 +174,11 @@ class WebFiles:
             try:
                 return attempt(budget)
             except (aiohttp.InvalidURL, aiohttp.ClientSSLError) as error:
-                raise self._unavailable(path, _reason(error)) from error
+                raise self._unavailable(path, reason_of(error)) from error
             except KernelHubError:
                 raise
             except (Interrupted, aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-                interrupted = error if isinstance(error, Interrupted) else Interrupted(_reason(error))
+                interrupted = error if isinstance(error, Interrupted) else Interrupted(reason_of(error))
                 if given_up := budget.pause(interrupted):
                     raise self._unavailable(path, given_up, getattr(error, "status", None)) from error
 
@@ -261,7 +260,7 @@ class ObjectFiles:
             answer = getattr(cause, "response", None) or {}
             status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
             raise HubUnavailable(
-                f"{self.name} is not available: {request} {path}: {_reason(error)}",
+                f"{self.name} is not available: {request} {path}: {reason_of(error)}",
                 hub=self.name,
                 request=f"{request} {path}",
                 status=status,
@@ -297,8 +296,3 @@ def _is_plain(name: str) -> bool:
         return str(Revision.parse(name)) == name and "/" not in name
     except InvalidReference:
         return False
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, fit for a terminal: libraries quote what a host sent, however long and whatever is in it."""
-    return _printable(f"{type(error).__name__}: {error}".rstrip(": "))

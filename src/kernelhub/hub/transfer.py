@@ -10,7 +10,8 @@ from typing import Any
 
 from kernelhub.errors import HubUnavailable, IntegrityError, Violation
 from kernelhub.hub.disk import writing
-from kernelhub.hub.http import Budget, Headers, HttpClient, Interrupted
+from kernelhub.hub.http import Headers, HttpClient
+from kernelhub.hub.patience import Budget, Interrupted
 
 # How often a file is begun again: once for wrong bytes, and for hubs that do not resume.
 _MAX_RESTARTS = 4

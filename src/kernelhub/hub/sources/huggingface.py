@@ -31,7 +31,8 @@ from kernelhub.errors import (
 )
 from kernelhub.hub.addresses import Address, endpoint_address
 from kernelhub.hub.disk import writing
-from kernelhub.hub.http import EntryNotFound, HttpClient, Patience
+from kernelhub.hub.http import EntryNotFound, HttpClient
+from kernelhub.hub.patience import Patience
 from kernelhub.hub.sources.base import BENCHMARKS, SOURCE, Listing, Moved, NoProgress, Progress
 from kernelhub.hub.transfer import Download, RemoteFile
 
