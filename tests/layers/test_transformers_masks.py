@@ -19,7 +19,7 @@ from kernelhub import Mode, kernel_report, kernelize, unkernelize, use_kernel_ma
 from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.integrations.transformers import default_mapping, mark
 from kernelhub.layers import replay
-from kernelhub.layers.capture import snapshot
+from kernelhub.layers.state import snapshot
 from kernelhub.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("unnamed")

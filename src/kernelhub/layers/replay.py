@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernelhub.layers.capture import Call, same_random_state, snapshot
+from kernelhub.layers.capture import Call
 from kernelhub.layers.markers import calls_children
+from kernelhub.layers.state import same_random_state, snapshot
 from kernelhub.layers.values import leaves, tensors_in
 
 _SEED = 20240229

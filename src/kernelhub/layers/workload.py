@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from kernelhub.layers import timing
-from kernelhub.layers.capture import Call, same_random_state, snapshot
+from kernelhub.layers.capture import Call
 from kernelhub.layers.replay import Replay, cotangent, differentiable
+from kernelhub.layers.state import same_random_state, snapshot
 from kernelhub.layers.values import leaves, tensors_in
 
 
