@@ -153,6 +153,40 @@ def test_long_rows_in_steps(
         assert_as_near(triton["norm"], pytorch["norm"], name, norm_operands(name, *shape, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_layer_norm_of_rows_whose_mean_is_far_from_zero(
+    triton: dict[str, ModuleType], in_steps: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of equal elements gives the bias, whatever they are and whatever rows are beside it; so in the gradients."""
+    layer_norm = triton["norm"].layer_norm
+    layer_norm(numbers(1, 8), numbers(8))  # imports them
+    if in_steps:
+        ops = importlib.import_module("_norm_in_triton.triton_ops")
+        for longest in ("_LONGEST", "_LONGEST_BACKWARD"):
+            monkeypatch.setattr(ops, longest, 1)
+        monkeypatch.setattr(ops, "_STEP", 64)
+    for width in (70, 1000) if INTERPRETED else (70, 1000, 4096, 9000):
+        weight, bias = numbers(width, dtype=dtype, scale=1.0, seed=2), numbers(width, dtype=dtype, seed=3)
+        means = torch.tensor([0.0, 1.1, 7.9, 1000.3, 3000.7, 60000.0], device=DEVICE)[:, None]
+        equal, x = means.expand(6, width).to(dtype), (numbers(6, width, scale=1.0) + means).to(dtype)
+        rows = torch.cat((equal, x)).requires_grad_()
+        leaves = [rows, weight.clone().requires_grad_()]
+        got, grad = layer_norm(*leaves, bias), numbers(12, width, dtype=dtype, seed=9)
+        grad[6:] = 0  # the weight's gradient is of the equal elements alone
+        x_grad, weight_grad = torch.autograd.grad(got, leaves, grad)
+        assert torch.equal(got[:6], bias.expand(6, width)), width
+        assert not weight_grad.any(), width
+        g = (grad * weight.double())[:6]
+        unit = torch.finfo(dtype).eps
+        exact = (g - g.mean(1, keepdim=True)) * 1e-5**-0.5
+        assert float((x_grad[:6] - exact).abs().max()) <= 2 * unit * float(exact.abs().max()), width
+        wide = torch.nn.functional.layer_norm(x.double(), (width,), weight.double(), bias.double())
+        of_pytorch = torch.nn.functional.layer_norm(x, (width,), weight, bias)
+        error, allowed = (float((of - wide).detach().abs().max()) for of in (got[6:], of_pytorch))
+        assert error <= 2 * allowed + 2 * unit * float(wide.abs().max()), width
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_norms_round_where_pytorchs_code_rounds(

@@ -142,6 +142,36 @@ def rms_long_rows(
         tl.store(y_ptr + column, _weighted(of * scale, weight, other, FORM, KIND, GATE, T).to(T), mask=inside)
 
 
+@triton.jit
+def _away(x, x_at, inside, n):
+    """The differences of rows from their means, and the variances.
+
+    Where a mean is more than 8 times the deviation its own rounding shows beside that, and is taken back: the row is read
+    again. Of one of equal elements every difference is 0 then. Ordinary rows have nothing but the question.
+    """
+    mean = tl.sum(x, 1)[:, None] / n
+    away = tl.where(inside, x - mean, 0.0)
+    variance = tl.sum(away * away, 1)[:, None] / n
+    far = mean * mean > 64.0 * variance
+    if tl.max(far.to(tl.int32)) > 0:
+        off = tl.where(far, tl.sum(away, 1)[:, None] / n, 0.0)  # each row goes by its own
+        again = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)  # not held in registers for this
+        away = tl.where(inside, again - (mean + off), 0.0)
+        variance = tl.maximum(variance - off * off, 0.0)
+    return away, variance
+
+
+@triton.jit
+def _mean_away(x_ptr, mean, n, BLOCK_N: tl.constexpr):
+    """The mean of the differences from a mean: by how much its rounding has it wrong. Of one row, read in steps."""
+    sums = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, n, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        x = tl.load(x_ptr + column, mask=column < n, other=0.0).to(tl.float32)
+        sums += tl.where(column < n, x - mean, 0.0)
+    return tl.sum(sums, 0) / n
+
+
 @triton.jit(do_not_specialize=["rows"])
 def layer_rows(
     x_ptr, weight_ptr, bias_ptr, y_ptr, rows, n, x_stride, eps,
@@ -150,10 +180,10 @@ def layer_rows(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.arange(0, BLOCK_N)[None, :]
     inside = (row < rows) & (column < n)
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1)[:, None] / n
-    away = tl.where(inside, x - mean, 0.0)
-    y = away * tl.rsqrt(tl.sum(away * away, 1)[:, None] / n + tl.cast(eps, tl.float32))
+    x_at = x_ptr + row * x_stride + column
+    x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    away, variance = _away(x, x_at, inside, n)
+    y = away * tl.rsqrt(variance + tl.cast(eps, tl.float32))
     if WEIGHT:
         y = y * tl.load(weight_ptr + column, mask=column < n, other=0.0).to(tl.float32)
     if BIAS:
@@ -166,7 +196,7 @@ def layer_long_rows(
     x_ptr, weight_ptr, bias_ptr, y_ptr, n, x_stride, eps,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A row to a program, read three times: sums of squares alone would cancel."""
+    """A row to a program, read three times: sums of squares alone would cancel. Far from zero once more, as `_away`."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     y_ptr += row * n
@@ -181,7 +211,12 @@ def layer_long_rows(
         x = tl.load(x_ptr + column, mask=column < n, other=0.0).to(tl.float32)
         away = tl.where(column < n, x - mean, 0.0)
         squares += away * away
-    scale = tl.rsqrt(tl.sum(squares, 0) / n + tl.cast(eps, tl.float32))
+    variance = tl.sum(squares, 0) / n
+    if mean * mean > 64.0 * variance:
+        off = _mean_away(x_ptr, mean, n, BLOCK_N)
+        mean += off
+        variance = tl.maximum(variance - off * off, 0.0)
+    scale = tl.rsqrt(variance + tl.cast(eps, tl.float32))
     for start in range(0, n, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = column < n
@@ -254,7 +289,8 @@ def backward_rows(
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
         row = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         inside = (row < rows) & (column < n)
-        x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+        x_at = x_ptr + row * x_stride + column
+        x = tl.load(x_at, mask=inside, other=0.0)
         grad = tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0)
         other = x
         if KIND == _ADD or KIND == _GATED:
@@ -262,8 +298,10 @@ def backward_rows(
         of, by = _part(grad, x, other, KIND, GATE, T)
         g = by * w
         if KIND == _LAYER:
-            of = tl.where(inside, of - tl.sum(of, 1)[:, None] / n, 0.0)
-        scale = tl.rsqrt(tl.sum(of * of, 1) / n + tl.cast(eps, tl.float32))[:, None]
+            of, variance = _away(of, x_at, inside, n)
+        else:
+            variance = tl.sum(of * of, 1)[:, None] / n
+        scale = tl.rsqrt(variance + tl.cast(eps, tl.float32))
         h = of * scale
         to = g - h * (tl.sum(g * h, 1)[:, None] / n)
         if KIND == _LAYER:
@@ -322,11 +360,18 @@ def backward_long_rows(
         squares += of * of
         products += of * by
         constants += by
-    scale = tl.rsqrt(tl.sum(squares, 0) / n + tl.cast(eps, tl.float32))
-    back = tl.sum(products, 0) * scale / n
+    variance = tl.sum(squares, 0) / n
+    product = tl.sum(products, 0)
     constant = 0.0
     if KIND == _LAYER:
         constant = tl.sum(constants, 0) / n
+        if mean * mean > 64.0 * variance:
+            off = _mean_away(x_ptr, mean, n, BLOCK_N)
+            mean += off
+            product -= off * constant * n
+            variance = tl.maximum(variance - off * off, 0.0)
+    scale = tl.rsqrt(variance + tl.cast(eps, tl.float32))
+    back = product * scale / n
     tl.store(found_ptr + 2 * row, mean)
     tl.store(found_ptr + 2 * row + 1, scale)
     for start in range(0, n, BLOCK_N):

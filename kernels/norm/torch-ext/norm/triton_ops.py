@@ -22,8 +22,9 @@ _ZERO_CENTERED = 2
 
 # Elements of a row that one program has in registers; longer ones are read twice, in steps of _STEP.
 _LONGEST, _LONGEST_BACKWARD, _STEP = 32768, 16384, 4096
-# The most warps of a program: a row of 16384 takes 67 us with 16 or 8 on an H200 (4096 rows), 90 with 32.
-_WARPS = 16
+# The most warps of a program: a row of 16384 takes 67 us with 16 or 8 on an H200 (4096 rows), 90 with 32. Backwards, where a
+# thread has more to hold, rows above 8192 take 170 us with 8 and 175 with 16, a layer norm's 278 and 322.
+_WARPS, _WARPS_BACKWARD = 16, 8
 
 
 def _block(n: int) -> int:
@@ -110,6 +111,8 @@ def _backward(
     weights = x if weight is None else weight.contiguous()
     options = {"KIND": kind, "GATE": gate}
     tile = _tile(min(n, 1024) if n > _LONGEST_BACKWARD else n)
+    if tile["BLOCK_N"] > 8192:
+        tile["num_warps"] = _WARPS_BACKWARD
     # Programs that are on the GPU at the same time; each adds up its rows, in their order, and PyTorch the programs.
     parts = torch.sym_min(_cdiv(rows, tile["BLOCK_R"]), 512 if n <= 2048 else 64 if n > _LONGEST_BACKWARD else 256)
     weight_sums, bias_sums = (
