@@ -124,9 +124,9 @@ def model(family: Family, unnamed: None) -> Iterator[nn.Module]:
     unkernelize(model)  # functions are the process's, too: the next model finds the originals
 
 
-def logits(model: nn.Module, family: Family) -> torch.Tensor:
+def logits(model: nn.Module, family: Family, **options: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(**family.inputs).logits
+        return model(**family.inputs, **options).logits
 
 
 def step(model: nn.Module, family: Family) -> dict[str, torch.Tensor]:
@@ -201,7 +201,9 @@ def test_compiled_it_gives_the_same_without_a_graph_break(family: Family, model:
     assert counts(model) == family.kernels
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)  # what is traced is the same for every backend
-    torch.testing.assert_close(logits(compiled, family), expected, rtol=0, atol=1e-4)
+    # To make a cache, transformers' encoder-decoders copy their configuration, which torch 2.11 does not trace.
+    options = {"use_cache": False} if model.config.is_encoder_decoder else {}
+    torch.testing.assert_close(logits(compiled, family, **options), expected, rtol=0, atol=1e-4)
     torch._dynamo.reset()
 
 
