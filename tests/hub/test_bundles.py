@@ -35,15 +35,17 @@ from kernelhub.errors import (
     StoreError,
     UntrustedKernel,
 )
-from kernelhub.hub import bundles as bundles_module
+from kernelhub.hub import bundling, unbundling
 from kernelhub.hub.archive import pack, read
-from kernelhub.hub.bundles import create, install, installed, remove
+from kernelhub.hub.bundles import installed, remove
+from kernelhub.hub.bundling import create
 from kernelhub.hub.locks import make_lock
 from kernelhub.hub.publish import publish, yank
 from kernelhub.hub.revocations import revoke
 from kernelhub.hub.server import app
 from kernelhub.hub.signing import Signer, generate, load_signer
 from kernelhub.hub.sources.bundle import BundleSource
+from kernelhub.hub.unbundling import install
 
 HOST = Host(python=(3, 11), torch=(2, 13), backend="cpu", cpu="x86_64", os="linux")
 TOP, BASE = RepoId("org", "top"), RepoId("org", "base")
@@ -276,7 +278,7 @@ def test_a_bundle_that_cannot_be_written_is_an_error_and_leaves_nothing(web, mak
     lock = make_lock(outside, [TOP_V1], trust_remote_code=True)
     with pytest.raises(StoreError, match="cannot write"):
         create(outside, tmp_path / "none" / "a.khb", lock, time=TIME, trust_remote_code=True)
-    monkeypatch.setattr(bundles_module, "_pack", interrupted)
+    monkeypatch.setattr(bundling, "_pack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         create(outside, tmp_path / "a.khb", lock, time=TIME, trust_remote_code=True)
     assert list(tmp_path.glob("*a.khb*")) == []
@@ -288,7 +290,7 @@ def interrupted(*_: object, **__: object) -> None:
 
 def test_an_interrupted_install_leaves_nothing(bundle, make_hub, monkeypatch):
     store = make_hub().store
-    monkeypatch.setattr(bundles_module, "_check", interrupted)
+    monkeypatch.setattr(unbundling, "check", interrupted)
     with pytest.raises(KeyboardInterrupt):
         install(bundle, store)
     assert [path.name for path in (store.root / "bundles").iterdir()] == [".lock"]
@@ -510,7 +512,7 @@ def test_no_changed_byte_gets_through(bundle, make_hub, tmp_path):
 
 
 def test_a_bomb_is_refused_before_it_fills_the_disk(bundle, make_hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundles_module, "_LIMITS", replace(bundles_module._LIMITS, free_bytes=1 << 20))
+    monkeypatch.setattr(unbundling, "_LIMITS", replace(unbundling._LIMITS, free_bytes=1 << 20))
     path = rewritten(bundle, tmp_path, lambda files: files.update({f"revocations/{'0' * 32}.json": b"0" * (4 << 20)}))
     with pytest.raises(IntegrityError, match="it unpacks to more than"):
         install(path, make_hub().store)

@@ -36,7 +36,7 @@ def create(
 ) -> None:
     """Write kernels, and those that they depend on, into one file: manifests, signatures, archives, and a lock."""
     from kernelhub.core.refs import KernelRef
-    from kernelhub.hub.bundles import create as write
+    from kernelhub.hub.bundling import create as write
     from kernelhub.hub.client import Hub, read_lock
     from kernelhub.hub.locks import make_lock
     from kernelhub.hub.publish import time_text
@@ -81,9 +81,9 @@ def install(
 
     It grants no trust: a signature, KERNELHUB_TRUST or trust_remote_code has to let a kernel run, as from any hub.
     """
-    from kernelhub.hub.bundles import install as put
     from kernelhub.hub.client import Hub
     from kernelhub.hub.locks import write_lock
+    from kernelhub.hub.unbundling import install as put
 
     with progress_bar(str(file)) as progress:
         hub = Hub(progress=progress)
