@@ -73,15 +73,39 @@ __device__ __forceinline__ void add_second(const Part<V>& of, float mean, float 
   }
 }
 
-// From the sums over the row; a layer norm asks for the second sums, which need the first.
-template <Kind KIND, typename Second>
-__device__ __forceinline__ Found find(const BackwardArgs& args, const float (&first)[2], const Second& second) {
+template <int V>
+__device__ __forceinline__ void add_third(const Part<V>& of, float mean, float (&sums)[1]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    sums[0] += of.x[v] - mean;
+  }
+}
+
+// From the sums over the row; a layer norm asks for the second sums, which need the first. Where the mean is more than FAR times
+// the deviation, which is seldom, its own rounding shows beside that: it is the mean of the differences, the third sum, and is
+// taken back, as in the forward.
+template <Kind KIND, typename Second, typename Third>
+__device__ __forceinline__ Found find(
+    const BackwardArgs& args, const float (&first)[2], const Second& second, const Third& third) {
+  constexpr float FAR = 8.0f;
   Found found{};
   if constexpr (KIND == LAYER) {
     found.mean = first[0] * args.inverse;
     float sums[2] = {};
     second(found.mean, sums);
-    found.scale = rsqrtf(sums[0] * args.inverse + args.eps);
+    float variance = sums[0] * args.inverse;
+    const bool far = found.mean * found.mean > FAR * FAR * variance;
+    if (__any_sync(0xffffffffu, far)) { // a warp may have several rows: each goes by its own
+      float away[1] = {};
+      third(found.mean, away);
+      if (far) {
+        const float off = away[0] * args.inverse;
+        found.mean += off;
+        sums[1] -= off * first[1];
+        variance = fmaxf(fmaf(-off, off, variance), 0.0f);
+      }
+    }
+    found.scale = rsqrtf(variance + args.eps);
     found.back = sums[1] * found.scale * args.inverse;
     found.constant = first[1] * args.inverse;
   } else {
@@ -185,8 +209,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_rows(const __grid_c
     weight[k] = args.weight == nullptr ? filled<T, V>(1.0f) : i < count ? load<T, V>(args.weight, i) : zeros<T, V>();
   }
   float sums[SUMS][EACH][V] = {};
-  int turn = 0, stage = 0;
-  for (int64_t begin = first; begin < args.rows; begin += stride, turn ^= 1) {
+  int turn = 0, stage = 0; // turn: of `shared`, which no two sums running have the same half of
+  for (int64_t begin = first; begin < args.rows; begin += stride) {
     fetch(begin + (STAGES - 1) * stride, stage == 0 ? STAGES - 1 : stage - 1);
     wait_for_copies<STAGES - 1>();
     const int64_t row = begin + threadIdx.y;
@@ -208,11 +232,18 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_rows(const __grid_c
     };
     float totals[2] = {};
     each([&](int, int, const Part<V>& of, const auto&...) { add_first<KIND>(of, totals); });
-    team.sum(totals, shared[KIND == LAYER ? 0 : turn]);
-    const Found found = find<KIND>(args, totals, [&](float mean, float (&second)[2]) {
-      each([&](int, int, const Part<V>& of, const auto&...) { add_second(of, mean, second); });
-      team.sum(second, shared[1]);
-    });
+    team.sum(totals, shared[turn]);
+    const auto second = [&](float mean, float (&sums)[2]) {
+      each([&](int, int, const Part<V>& of, const auto&...) { add_second(of, mean, sums); });
+      team.sum(sums, shared[turn ^ 1]);
+    };
+    const auto third = [&](float mean, float (&sums)[1]) {
+      each([&](int, int, const Part<V>& of, const auto&...) { add_third(of, mean, sums); });
+      team.sum(sums, shared[turn]);
+      turn ^= 1;
+    };
+    const Found found = find<KIND>(args, totals, second, third);
+    turn ^= KIND == LAYER ? 0 : 1;
     each([&](int k, int i, const Part<V>& of, const Pack<T, V>& grad, const Pack<T, V>& x, const Pack<T, V>& other) {
       finish<T, V, KIND>(args, row * count + i, found, of, grad, x, other, weight[k]);
 #pragma unroll
@@ -270,7 +301,7 @@ __global__ void __launch_bounds__(1024) backward_long_rows(const __grid_constant
   const int64_t count = args.n / V;
   int turn = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
-       first += static_cast<int64_t>(gridDim.x) * blockDim.y, turn ^= 1) {
+       first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     const int64_t row = first + threadIdx.y;
     const int64_t here = row < args.rows ? count : 0;
     const char* from = here > 0 ? row_at(args.x, args.x_leading, row) : nullptr;
@@ -290,11 +321,18 @@ __global__ void __launch_bounds__(1024) backward_long_rows(const __grid_constant
     };
     float totals[2] = {};
     each([&](int64_t, const Part<V>& of, const auto&...) { add_first<KIND>(of, totals); });
-    team.sum(totals, shared[KIND == LAYER ? 0 : turn]);
-    const Found found = find<KIND>(args, totals, [&](float mean, float (&second)[2]) {
-      each([&](int64_t, const Part<V>& of, const auto&...) { add_second(of, mean, second); });
-      team.sum(second, shared[1]);
-    });
+    team.sum(totals, shared[turn]);
+    const auto second = [&](float mean, float (&sums)[2]) {
+      each([&](int64_t, const Part<V>& of, const auto&...) { add_second(of, mean, sums); });
+      team.sum(sums, shared[turn ^ 1]);
+    };
+    const auto third = [&](float mean, float (&sums)[1]) {
+      each([&](int64_t, const Part<V>& of, const auto&...) { add_third(of, mean, sums); });
+      team.sum(sums, shared[turn]);
+      turn ^= 1;
+    };
+    const Found found = find<KIND>(args, totals, second, third);
+    turn ^= KIND == LAYER ? 0 : 1;
     each([&](int64_t i, const Part<V>& of, const auto&... packs) {
       finish<T, V, KIND>(args, row * count + i, found, of, packs...);
     });

@@ -74,9 +74,11 @@ enum Kind { PLAIN, ADD, GATED, LAYER };
 
 // `wide`: whether all rows are aligned to 16 bytes and made of as many.
 int rms(const RmsArgs& args, Kind kind, Dtype dtype, bool wide, const Device& device);
+int rms_gated(const RmsArgs& args, Dtype dtype, bool wide, const Device& device);
 int layer(const LayerArgs& args, Dtype dtype, bool wide, const Device& device);
 BackwardPlan plan_backward(int64_t rows, int64_t n, Kind kind, Dtype dtype, bool wide, const Device& device);
 int rms_backward(const BackwardArgs& args, Kind kind, Dtype dtype, bool wide, const BackwardPlan& plan, const Device& device);
+int rms_gated_backward(const BackwardArgs& args, Dtype dtype, bool wide, const BackwardPlan& plan, const Device& device);
 int layer_backward(const BackwardArgs& args, Dtype dtype, bool wide, const BackwardPlan& plan, const Device& device);
 
 // The sums of `parts` rows of n floats each, as T, and of as many more where there is a second result.

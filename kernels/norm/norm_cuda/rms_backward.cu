@@ -32,16 +32,12 @@ BackwardPlan plan_backward(int64_t rows, int64_t n, Kind kind, Dtype dtype, bool
 
 int rms_backward(
     const BackwardArgs& args, Kind kind, Dtype dtype, bool wide, const BackwardPlan& plan, const Device& device) {
+  if (kind == GATED) {
+    return rms_gated_backward(args, dtype, wide, plan, device);
+  }
   return for_dtype(dtype, [&](auto of) {
     using T = decltype(of);
-    switch (kind) {
-      case ADD:
-        return run_backward<T, ADD>(args, wide, plan, device);
-      case GATED:
-        return run_backward<T, GATED>(args, wide, plan, device);
-      default:
-        return run_backward<T, PLAIN>(args, wide, plan, device);
-    }
+    return kind == ADD ? run_backward<T, ADD>(args, wide, plan, device) : run_backward<T, PLAIN>(args, wide, plan, device);
   });
 }
 
