@@ -36,7 +36,8 @@ from kernelhub.errors import (
     MissingDependency,
     UntrustedKernel,
 )
-from kernelhub.hub import signing
+from kernelhub.hub import signing, store_files
+from kernelhub.hub import store as store_module
 from kernelhub.hub.archive import pack
 from kernelhub.hub.publish import publish, sign
 from kernelhub.hub.revocations import revoke
@@ -45,7 +46,8 @@ from kernelhub.hub.sources.base import Moved
 from kernelhub.hub.sources.layout import LayoutSource, blob_path
 from kernelhub.hub.sources.local import local_source
 from kernelhub.hub.sources.project import ProjectSource
-from kernelhub.hub.store import Store, remove_tree
+from kernelhub.hub.store import Store
+from kernelhub.hub.store_files import remove_tree
 from kernelhub.hub.verify import LARGE, scan, stamps
 
 HOST = Host(python=(3, 11), torch=(2, 13), backend="cpu", cpu="x86_64", os="linux")
@@ -792,7 +794,8 @@ def test_the_newest_list_counts_though_the_store_cannot_be_written(client, publi
     revoke(str(root), keys["alice"], time="t", keys={}, commits={"0" * 40: ""})
     older = path.read_bytes()
     revoke(str(root), keys["alice"], time="t", keys={}, commits={commit: "wrong"})
-    monkeypatch.setattr(Store, "_write", lambda *arguments, **more: None)
+    for module in (store_module, store_files):
+        monkeypatch.setattr(module, "write_file", lambda *arguments, **more: None)
     hub = client(keys["alice"])
     refused(hub, "wrong")
     path.write_bytes(older)

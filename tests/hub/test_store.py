@@ -17,7 +17,8 @@ from kernelhub.core.refs import RepoId
 from kernelhub.core.variants import BuildVariant
 from kernelhub.errors import IntegrityError, StoreError
 from kernelhub.hub import verify as verify_module
-from kernelhub.hub.store import Place, RefRecord, Store, remove_tree
+from kernelhub.hub.store import Place, RefRecord, Store
+from kernelhub.hub.store_files import remove_tree
 
 PLACE = Place("hub", RepoId("org", "small"), "a" * 40, BuildVariant.parse("torch-cpu"))
 

@@ -26,9 +26,10 @@ from kernelhub import (
     kernelized,
     register_kernel_mapping,
 )
+from kernelhub.hub import store as store_module
 from kernelhub.hub.client import Hub
 from kernelhub.hub.importer import LoadedKernel
-from kernelhub.hub.store import MAX_VERDICT, Store
+from kernelhub.hub.store import MAX_VERDICT
 from kernelhub.layers import describe, machine, proof, timing, verdicts
 from kernelhub.layers.capture import capture
 from kernelhub.layers.kernel import load_layer
@@ -604,11 +605,11 @@ def test_a_folder_or_a_pipe_in_the_place_of_a_verdict_is_ignored(hub: Hub) -> No
 def test_a_store_that_cannot_be_written_works_without_memory(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refused(self: Store, path: Path, value: Any, *, must: bool = False) -> None:
+    def refused(path: Path, value: Any, *, must: bool = False) -> None:
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "kernelhub"):
-        patch.setattr(Store, "_write_json", refused)
+        patch.setattr(store_module, "write_json", refused)
         for _ in range(2):
             count, row = prove()
             assert count > 0
@@ -616,7 +617,7 @@ def test_a_store_that_cannot_be_written_works_without_memory(
     assert "what was measured is not remembered: cannot write to the store" in caplog.text
     prove()
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "_write_json", refused)
+        patch.setattr(store_module, "write_json", refused)
         assert prove()[0] == 0, "what is there is read"
 
 

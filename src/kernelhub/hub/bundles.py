@@ -31,7 +31,8 @@ from kernelhub.hub.disk import writing
 from kernelhub.hub.sources.base import BENCHMARKS, SOURCE, UNAVAILABLE, Progress
 from kernelhub.hub.sources.bundle import BundleSource
 from kernelhub.hub.sources.project import EMBEDDED_ORG
-from kernelhub.hub.store import ELSEWHERE, Store, remove_tree
+from kernelhub.hub.store import Store
+from kernelhub.hub.store_files import ELSEWHERE, remove_tree
 from kernelhub.hub.verify import verify
 
 FORMAT = 1

@@ -18,27 +18,34 @@ process leaves behind begins with a dot, is never read, and goes with `prune`.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
-import os
-import shutil
-import stat
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
-from kernelhub.core.canonical import canonical_json
 from kernelhub.core.refs import RepoId, is_commit
 from kernelhub.core.variants import BuildVariant, parse_variant
 from kernelhub.errors import IntegrityError, InvalidMetadata, KernelHubError, StoreError
-from kernelhub.hub.disk import writing
 from kernelhub.hub.opening import open_file
+from kernelhub.hub.store_files import (
+    beside_of,
+    check_owner,
+    contents,
+    inside,
+    locked,
+    make_read_only,
+    read_json,
+    remove,
+    remove_tree,
+    rename_aside,
+    write_file,
+    write_json,
+)
 from kernelhub.hub.verify import Known, Verified, learn, scan, verify, verify_tree
 
 _log = logging.getLogger("kernelhub")
@@ -52,15 +59,6 @@ if TYPE_CHECKING:
 
 # A commit's manifest with its signatures, beside its variants; no variant is called so.
 MANIFEST = "manifest.json"
-
-# How long to wait for another process that is fetching the same variant, in seconds.
-LOCK_TIMEOUT = 1800.0
-
-# What to do where the store cannot be written.
-ELSEWHERE = "KERNELHUB_CACHE names another folder; `kernelhub cache prune` frees what is not needed."
-
-# What file systems say that cannot lock files, as some over networks; `filelock` itself knows of ENOSYS.
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 # What may lie beside what is written while it is: whole variants, and small files of ours.
 _LEFT_BEHIND = (
@@ -126,7 +124,7 @@ class Store:
 
     def ref(self, hub: str, repo: RepoId, ref: str) -> RefRecord | None:
         """What the hub said of the ref, when it was last asked."""
-        raw = self._read_json(self._repo(hub, repo) / "refs" / _file_name(ref))
+        raw = read_json(self._repo(hub, repo) / "refs" / _file_name(ref))
         commit, time = raw.get("commit"), _seconds(raw.get("time"))
         if time is None or not (commit is None or (isinstance(commit, str) and is_commit(commit))):
             return None
@@ -137,26 +135,26 @@ class Store:
     def set_ref(self, hub: str, repo: RepoId, ref: str, record: RefRecord) -> None:
         """Remember what the hub said. A store that cannot be written does not, and the hub is asked again."""
         path = self._repo(hub, repo) / "refs" / _file_name(ref)
-        self._write_json(path, {"commit": record.commit, "time": record.time, "before": list(record.before)})
+        write_json(path, {"commit": record.commit, "time": record.time, "before": list(record.before)})
 
     def checked(self, hub: str) -> float | None:
         """When the hub was last found to be one that this client can read (seconds); None where it never was."""
-        return _seconds(self._read_json(self.root / "kernels" / hub / "checked.json").get("time"))
+        return _seconds(read_json(self.root / "kernels" / hub / "checked.json").get("time"))
 
     def set_checked(self, hub: str, time: float) -> None:
-        self._write_json(self.root / "kernels" / hub / "checked.json", {"time": time})
+        write_json(self.root / "kernels" / hub / "checked.json", {"time": time})
 
     def listing(self, hub: str, repo: RepoId, commit: str) -> dict[str, Any]:
         """What was kept of a commit; empty where nothing was."""
-        return self._read_json(self._commit(hub, repo, commit) / "listing.json")
+        return read_json(self._commit(hub, repo, commit) / "listing.json")
 
     def set_listing(self, hub: str, repo: RepoId, commit: str, value: Mapping[str, Any]) -> None:
-        self._write_json(self._commit(hub, repo, commit) / "listing.json", value)
+        write_json(self._commit(hub, repo, commit) / "listing.json", value)
 
     def document(self, hub: str, repo: RepoId, commit: str) -> ManifestDocument | None:
         """The commit's manifest with its signatures, where the hub had one; it is what the commit names."""
         try:
-            data = _contents(self._commit(hub, repo, commit) / MANIFEST)
+            data = contents(self._commit(hub, repo, commit) / MANIFEST)
             from kernelhub.core.manifest import ManifestDocument
 
             return ManifestDocument.parse(data).checked(repo, commit)
@@ -168,7 +166,7 @@ class Store:
         manifest = document.manifest
         known = self.document(hub, manifest.repo, manifest.commit)
         document = document.with_signatures(known.signatures) if known else document
-        self._write(self._commit(hub, manifest.repo, manifest.commit) / MANIFEST, document.to_bytes())
+        write_file(self._commit(hub, manifest.repo, manifest.commit) / MANIFEST, document.to_bytes())
 
     # Revocation lists, whichever hub they came from
 
@@ -178,7 +176,7 @@ class Store:
 
         path = self.root / _list_path(key_id)
         try:
-            data = _contents(path)
+            data = contents(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -195,20 +193,20 @@ class Store:
         from kernelhub.core.revocations import RevocationsDocument
 
         path = self.root / _list_path(found.key)
-        with suppress(StoreError), self._writing(path):
+        with suppress(StoreError), locked(self.root, path):
             known = self.revocations(found.key)
             whole = found if known is None else known.merged(found)
             if whole != known:
-                self._write(path, RevocationsDocument(whole).to_bytes())
+                write_file(path, RevocationsDocument(whole).to_bytes())
 
     def revocations_seen(self, hub: str, key_id: str) -> SeenList | None:
         """Which list of a key the hub had when it was last asked."""
-        raw = self._read_json(self.root / "kernels" / hub / _list_path(key_id))
+        raw = read_json(self.root / "kernels" / hub / _list_path(key_id))
         number, time = raw.get("number"), _seconds(raw.get("time"))
         return SeenList(number, time) if isinstance(number, int) and time is not None else None
 
     def set_revocations_seen(self, hub: str, key_id: str, number: int, time: float) -> None:
-        self._write_json(self.root / "kernels" / hub / _list_path(key_id), {"number": number, "time": time})
+        write_json(self.root / "kernels" / hub / _list_path(key_id), {"number": number, "time": time})
 
     # Variants
 
@@ -220,7 +218,7 @@ class Store:
         folder = self.path(place)
         if not folder.is_dir():
             return None
-        self._check_owner(folder)
+        check_owner(self.root, folder)
         try:
             return verify(folder, self._known(folder), rehash=rehash or self.verify_always)
         except OSError as error:
@@ -235,11 +233,11 @@ class Store:
         where the store cannot be written; in each case nothing is left.
         """
         folder = self.path(place)
-        with self._writing(folder):
+        with locked(self.root, folder):
             try:
                 found = self.find(place)
             except (IntegrityError, InvalidMetadata):
-                _rename_aside(folder)
+                rename_aside(folder)
                 found = None
             if found is None:
                 self._appear(folder, write, lambda beside: verify(beside))
@@ -253,17 +251,17 @@ class Store:
         folder = self._commit(hub, repo, commit) / part
         if self._is_whole(folder):  # before the lock: a store that cannot be written serves what it has
             return folder
-        with self._writing(folder):
+        with locked(self.root, folder):
             if not self._is_whole(folder):
                 if folder.is_dir():
-                    _rename_aside(folder)
+                    rename_aside(folder)
                 self._appear(folder, write, scan)
         return folder
 
     def _is_whole(self, folder: Path) -> bool:
         if not folder.is_dir():
             return False
-        self._check_owner(folder)
+        check_owner(self.root, folder)
         try:
             verify_tree(folder, self._known(folder))
         except (IntegrityError, OSError):
@@ -273,9 +271,9 @@ class Store:
     def set_aside(self, place: Place) -> None:
         """Take a folder that does not verify out of the way; `prune` removes it."""
         folder = self.path(place)
-        with self._writing(folder):
+        with locked(self.root, folder):
             if folder.is_dir():
-                _rename_aside(folder)
+                rename_aside(folder)
 
     def path(self, place: Place) -> Path:
         return self._commit(place.hub, place.repo, place.commit) / str(place.variant)
@@ -300,12 +298,12 @@ class Store:
     def set_verdict(self, kernel: str, name: str, record: Mapping[str, Any]) -> None:
         """Keep what was found. Raises `StoreError` where the store cannot be written."""
         path = self._verdict(kernel, name)
-        with self._writing(path.parent):
-            self._write_json(path, record, must=True)
+        with locked(self.root, path.parent):
+            write_json(path, record, must=True)
 
     def verdicts(self) -> Iterator[StoredVerdict]:
         """Every verdict in the store; a file that is none counts as one of a kernel that is not here any more."""
-        for file in self._inside("verdicts/*/[!.]*"):
+        for file in inside(self.root, "verdicts/*/[!.]*"):
             try:
                 record = _read_record(file)
                 found = StoredVerdict(file, str(record["name"]), Path(str(record["path"])), float(record["time"]))
@@ -317,13 +315,13 @@ class Store:
         """Remove the verdicts `selected`, those of kernels that are gone, and what was left behind."""
         for found in list(self.verdicts()):
             if not found.path.is_dir() or selected(found):
-                with self._writing(found.file.parent):
-                    yield found.file, _remove(found.file)
-        for left in self._inside("verdicts/*/.*"):
-            yield left, _remove(left)
+                with locked(self.root, found.file.parent):
+                    yield found.file, remove(found.file)
+        for left in inside(self.root, "verdicts/*/.*"):
+            yield left, remove(left)
         for folder in sorted((self.root / "verdicts").glob("*/")):
             if not any(folder.iterdir()):
-                with self._writing(folder), suppress(OSError):  # somebody may be writing into it just now
+                with locked(self.root, folder), suppress(OSError):  # somebody may be writing into it just now
                     folder.rmdir()
 
     # Keeping house
@@ -351,16 +349,16 @@ class Store:
         """
         for folder, repo in list(self._folders()):
             if selected(repo):
-                with self._writing(folder):
-                    _rename_aside(folder)
+                with locked(self.root, folder):
+                    rename_aside(folder)
                     _record(folder).unlink(missing_ok=True)
         for pattern in _LEFT_BEHIND:
-            for left in self._inside(pattern):
-                yield left, _remove(left)
+            for left in inside(self.root, pattern):
+                yield left, remove(left)
 
     def _folders(self) -> Iterator[tuple[Path, RepoId]]:
         """The folders of every commit, variants and source trees, with the repository they are of."""
-        for folder in self._inside("kernels/*/*--*/*/[!.]*/"):
+        for folder in inside(self.root, "kernels/*/*--*/*/[!.]*/"):
             repo = _repo_of(folder.parts[-3])
             if repo and is_commit(folder.parts[-2]):
                 yield folder, repo
@@ -375,15 +373,6 @@ class Store:
 
     # Inside
 
-    def _inside(self, pattern: str) -> list[Path]:
-        """What the pattern names, sorted, without what links in the store lead to: that is not ours to remove."""
-        top = self.root.resolve()
-        return [
-            path
-            for path in sorted(self.root.glob(pattern))
-            if path.parent.resolve() == top / path.parent.relative_to(self.root)
-        ]
-
     def _repo(self, hub: str, repo: RepoId) -> Path:
         return self.root / "kernels" / hub / f"{repo.org}--{repo.name}"
 
@@ -391,7 +380,7 @@ class Store:
         return self._repo(hub, repo) / commit
 
     def _known(self, folder: Path) -> Known:
-        raw = self._read_json(_record(folder))
+        raw = read_json(_record(folder))
         files, stamps = raw.get("files"), raw.get("stamps")
         if not isinstance(files, dict) or not isinstance(stamps, dict) or not _lists(stamps.values()):
             raise IntegrityError(f"{folder} has no record of what was fetched")
@@ -399,14 +388,14 @@ class Store:
 
     def _appear(self, folder: Path, write: Callable[[Path], None], check: Callable[[Path], object]) -> None:
         """Let `folder` appear whole: written beside its place, checked, recorded, renamed. Else nothing is left."""
-        beside = _beside(folder, "tmp")
+        beside = beside_of(folder, "tmp")
         try:
             beside.mkdir(parents=True)
             write(beside)
             check(beside)
             make_read_only(beside)
             known = learn(beside)  # after the modes are set: that changes the times which stamps hold
-            self._write_json(_record(folder), {"files": known.files, "stamps": known.stamps}, must=True)
+            write_json(_record(folder), {"files": known.files, "stamps": known.stamps}, must=True)
             try:
                 beside.rename(folder)
             except OSError:
@@ -415,76 +404,8 @@ class Store:
         finally:
             remove_tree(beside)
 
-    @contextmanager
-    def _writing(self, folder: Path) -> Iterator[None]:
-        """The lock of a folder; errors of the file system become `StoreError`."""
-        from filelock import FileLock, Timeout  # 20 ms, and needed only where something is written
-
-        key = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
-        lock = FileLock(self.root / "locks" / f"{key}.lock", timeout=LOCK_TIMEOUT)
-        with writing(f"to the store {self.root}", ELSEWHERE):
-            try:
-                (self.root / "locks").mkdir(parents=True, exist_ok=True)
-                try:
-                    lock.acquire()
-                except OSError as error:
-                    if error.errno not in _NO_LOCKS:
-                        raise
-                    # What appears by a rename is whole without a lock too; the same may then be fetched twice.
-                    _log.info("files in %s cannot be locked: %s", self.root, error.strerror)
-                yield
-            except Timeout:
-                raise StoreError(
-                    f"another process has been writing {folder} for {LOCK_TIMEOUT / 60:.0f} minutes"
-                ) from None
-            finally:
-                lock.release()
-
-    def _check_owner(self, folder: Path) -> None:
-        """Raises `StoreError` where another user owns a part of the way to the folder, and everybody may write to it."""
-        if not hasattr(os, "geteuid"):
-            return
-        for part in (folder, *folder.parents):
-            status = part.stat()
-            if status.st_uid != os.geteuid() and status.st_mode & stat.S_IWOTH:
-                raise StoreError(
-                    f"{part} belongs to another user, and everybody may write to it: anybody could put code there",
-                    hint=f"`chmod o-w {part}`, or KERNELHUB_CACHE names a folder of your own.",
-                )
-            if part == self.root:
-                return
-
     def _verdict(self, kernel: str, name: str) -> Path:
         return self.root / "verdicts" / hashlib.sha256(kernel.encode()).hexdigest()[:32] / f"{name}.json"
-
-    def _read_json(self, path: Path) -> dict[str, Any]:
-        """A small file of ours; one that is not there or not readable counts as not written."""
-        try:
-            raw = json.loads(_contents(path))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return raw if isinstance(raw, dict) else {}
-
-    def _write_json(self, path: Path, value: Mapping[str, Any], *, must: bool = False) -> None:
-        self._write(path, canonical_json(value), must=must)
-
-    def _write(self, path: Path, data: bytes, *, must: bool = False) -> None:
-        """Write a small file of ours. A store that cannot be written does without, unless it `must`."""
-        beside = _beside(path, "tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(data)
-            beside.replace(path)
-        except OSError:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
-            if must:
-                raise
-
-
-def _contents(path: Path) -> bytes:
-    with open_file(path) as file:
-        return file.read()
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -534,46 +455,3 @@ def _seconds(value: object) -> float | None:
 def _record(folder: Path) -> Path:
     """What was learnt of a folder lies beside it."""
     return folder.with_name(f"{folder.name}.json")
-
-
-def _beside(folder: Path, suffix: str) -> Path:
-    """A name in the same place that no reader looks at."""
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.{suffix}")
-
-
-def _rename_aside(folder: Path) -> None:
-    folder.rename(_beside(folder, "bad"))
-
-
-def make_read_only(folder: Path) -> None:
-    """Take write permission from everything in a folder, and from the folder."""
-    for parent, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            Path(parent, name).chmod(stat.S_IREAD | stat.S_IRGRP | stat.S_IROTH)
-        Path(parent).chmod(0o555)
-
-
-def _remove(path: Path) -> int:
-    """Remove a file, a link or a folder; the bytes that it held."""
-    if path.is_symlink():
-        path.unlink()
-        return 0
-    return remove_tree(path)
-
-
-def remove_tree(folder: Path) -> int:
-    """Remove a folder, read-only or not, or a file; the bytes that it held. Nothing there is nothing to do."""
-    if not folder.is_symlink() and not folder.is_dir():
-        size = folder.stat().st_size if folder.exists() else 0
-        folder.unlink(missing_ok=True)
-        return size
-    size = 0
-    for parent, _, files in os.walk(folder):
-        Path(parent).chmod(0o755)
-        for name in files:
-            path = Path(parent, name)
-            size += path.lstat().st_size
-            if os.name == "nt":
-                path.chmod(stat.S_IWRITE)
-    shutil.rmtree(folder)
-    return size

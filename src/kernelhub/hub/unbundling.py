@@ -31,7 +31,8 @@ from kernelhub.hub.sources.base import NoProgress, Progress
 from kernelhub.hub.sources.bundle import BundleSource
 from kernelhub.hub.sources.layout import blob_path
 from kernelhub.hub.sources.project import EMBEDDED_ORG
-from kernelhub.hub.store import ELSEWHERE, Store
+from kernelhub.hub.store import Store
+from kernelhub.hub.store_files import ELSEWHERE
 
 _MANIFEST = re.compile(r"([^/]+/[^/]+)/commits/([0-9a-f]{40})\.json", re.ASCII)
 _BLOB = re.compile(r"blobs/sha256/([0-9a-f]{2})/(\1[0-9a-f]{62})", re.ASCII)
