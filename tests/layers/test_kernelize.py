@@ -612,7 +612,7 @@ def test_a_plan_says_what_holds_for_all_layers_once(kernel: Kernel) -> None:
     assert all("the fastest of them" in row.reason for row in plan.tried), "each row alone says it all the same"
     text = str(plan)
     assert text.count("checked when it is loaded") == text.count("the fastest of them") == 1
-    assert str(KernelPlan(())) == "path  class  layer  device  would try  reason"
+    assert str(KernelPlan(())).startswith("it has no kernel-aware layers")
 
 
 def test_a_plan_and_what_kernelize_does_agree(registered: None) -> None:

@@ -86,7 +86,10 @@ def test_a_report_prints_a_table_and_a_summary(model: nn.Module, folder: Path) -
     assert lines[8:10] == ["", table(("kernel", "commit", "variant", "file digest"), [kernel]).splitlines()[0]]
     assert lines[10].split() == [text for text in kernel if text]
     assert len(lines) == 11
-    assert str(kernel_report(nn.Linear(1, 1))).splitlines()[0] == "0 of 0 kernel-aware layers run a kernel"
+    empty = str(kernel_report(nn.Linear(1, 1))).splitlines()
+    assert empty[0] == "0 of 0 kernel-aware layers run a kernel"
+    assert empty[1].startswith("it has no kernel-aware layers: kernelhub.integrations.transformers.mark(model)")
+    assert len(empty) == 2, "no head of a table without rows"
 
 
 def test_what_differs_between_layers_stands_with_each() -> None:

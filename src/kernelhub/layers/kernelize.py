@@ -33,6 +33,7 @@ from kernelhub.layers.ranks import GroupLike, deciding
 from kernelhub.layers.report import Run, decided, remember, undo
 from kernelhub.layers.survey import Site, Survey, survey
 from kernelhub.layers.swap import USES, Transaction, functions_lock, has_users, in_effect
+from kernelhub.layers.tables import UNMARKED
 from kernelhub.settings import Settings
 from kernelhub.warning import warn
 
@@ -326,5 +327,5 @@ def _say(model: nn.Module, outcomes: list[Outcome]) -> None:
     for (name, kernel), count in swapped.items():
         _log.info("%d x %s run %s", count, name, kernel)
     if not swapped:
-        why = reasons(kept) if kept else "it has no kernel-aware layers"
+        why = reasons(kept) if kept else UNMARKED
         warn(f"{type(model).__name__} was kernelized and runs no kernel: {why}", KernelHubWarning)

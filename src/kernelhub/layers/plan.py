@@ -24,7 +24,7 @@ from kernelhub.layers.mapping import Name, Row, Table, choose, current_table, ne
 from kernelhub.layers.markers import calls_children
 from kernelhub.layers.mode import KernelizeFallback, Mode, serving
 from kernelhub.layers.survey import Devices, Site, Survey, capability, device_type, site_class, survey
-from kernelhub.layers.tables import table
+from kernelhub.layers.tables import UNMARKED, table
 
 Selection = str | type | Iterable[str | type] | None
 DeviceLike = str | torch.device | Device | None
@@ -285,6 +285,8 @@ class KernelPlan:
         return {"rows": [row.to_dict() for row in self.rows]}
 
     def __str__(self) -> str:
+        if not self.rows:
+            return UNMARKED
         devices = {row.device for row in self.rows if row.device}
         lines = [
             (

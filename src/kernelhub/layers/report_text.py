@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kernelhub.layers.tables import table
+from kernelhub.layers.tables import UNMARKED, table
 
 if TYPE_CHECKING:
     from kernelhub.layers.report_values import KernelReport, ReportRow
@@ -17,6 +17,8 @@ __all__ = ["speed", "text"]
 def text(report: KernelReport) -> str:
     """The summary, the table of layers, that of the kernels' builds, and the notes."""
     rows = report.rows
+    if not rows:
+        return "\n".join([report.summary(), UNMARKED, *report.notes])
     same = {name: values.pop() for name, of in _FACTS.items() if len(values := {of(row) for row in rows} - {""}) == 1}
     columns = {name: of for name, of in _columns(rows).items() if name not in same}
     lines = [report.summary()]

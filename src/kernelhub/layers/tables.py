@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# What is said of a model in which nothing can run a kernel, as one that nobody has marked.
+UNMARKED = (
+    "it has no kernel-aware layers: kernelhub.integrations.transformers.mark(model) names those of transformers' models, "
+    "use_kernel_forward_from_hub those of your own"
+)
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The rows under their head, columns aligned; columns that are empty in every row are left out.
