@@ -37,6 +37,22 @@ def test_links_between_pages_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+def test_the_map_of_the_code_names_what_is_there():
+    """Every file that it names exists, and every file of more than 250 lines in the packages that it explains is named."""
+    package = ROOT / "src" / "kernelhub"
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_/]+\.py)`", text))
+    there = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    ends = {end for path in there for end in (path, path.partition("/")[2])}
+    assert named - ends == set()
+    large = {
+        path
+        for path, file in there.items()
+        if path.startswith(("hub/", "layers/")) and len(file.read_text(encoding="utf-8").splitlines()) > 250
+    }
+    assert {path for path in large if path not in named and path.partition("/")[2] not in named} == set()
+
+
 def test_every_variable_that_settings_read_is_documented():
     settings = (ROOT / "src/kernelhub/settings.py").read_text(encoding="utf-8")
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
