@@ -134,13 +134,20 @@ def test_layer_norm_of_rows_whose_mean_is_far_from_zero(norm: ModuleType, dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_norm_of_a_row_of_equal_elements_is_the_bias(norm: ModuleType, dtype: torch.dtype) -> None:
-    """Whatever they are: their distance from the mean is divided by next to nothing."""
+    """Whatever they are: their distance from the mean is divided by next to nothing. So in the gradients."""
     for rows, width in SHAPES:
         _, kernelized = pair(norm, "LayerNorm", width, dtype)
         x = torch.tensor([0.0, 7.9, -1000.0, 3000.0, 60000.0], device="cuda")[torch.arange(rows) % 5, None]
-        with torch.no_grad():
-            got = kernelized(x.expand(rows, width).to(dtype))
+        x = x.expand(rows, width).to(dtype).requires_grad_()
+        got = kernelized(x)
         assert torch.equal(got, kernelized.bias.expand(rows, width)), (rows, width)
+        grad = torch.randn(rows, width, generator=torch.Generator("cuda").manual_seed(2), device="cuda").to(dtype)
+        x_grad, weight_grad = torch.autograd.grad(got, (x, kernelized.weight), grad)
+        assert not weight_grad.any(), (rows, width)
+        g = grad.double() * kernelized.weight.detach()
+        exact = (g - g.mean(1, keepdim=True)) * kernelized.eps**-0.5
+        unit = torch.finfo(dtype).eps * float(exact.abs().max())
+        assert error(x_grad, exact) <= 2 * unit, (rows, width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
