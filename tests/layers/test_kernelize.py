@@ -561,6 +561,11 @@ def test_a_model_that_got_no_kernel_says_so_once(kernel: Kernel) -> None:
         with pytest.warns(KernelHubWarning, match=says) as caught, kernelhub.kernelized(model, mode=I):
             pass
         assert [item.filename for item in caught] == [__file__]
+    with pytest.warns(KernelHubWarning, match=r"\n  Kernels are registered with use_kernel_mapping"):
+        kernelize(Layer(), mode=I)
+    with use_kernel_mapping({"Gate": {"cpu": kernel("Gate")}}), pytest.warns(KernelHubWarning) as caught:
+        kernelize(Layer(), mode=I)
+    assert "use_kernel_mapping" not in str(caught[0].message), "something is registered, and is not for this layer"
     thousand(kernel("Gate"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("kernelhub")
 
+# What is missing where everything says "no kernel is registered".
+_NOTHING_REGISTERED = (
+    "Kernels are registered with use_kernel_mapping or register_kernel_mapping; default_mapping() of "
+    "kernelhub.integrations.transformers has those of this package."
+)
+
 # transformers' models have this where `use_kernels` is on: their train() and eval() then kernelize them again, and so
 # would bring back what was undone.
 _AGAIN = "_use_kernels"
@@ -134,7 +140,7 @@ def kernelize(
             told = _swap_functions(found.sites, outcomes, transaction, fallback)
             check_same(ranks, "swapping", lambda: [f"{path}: {reason}" for path, reason in told.items()])
     remember(model, Run(mode, None, {**_kept(found.sites, outcomes), **told}, _evidence(found.sites, outcomes)))
-    _say(model, outcomes)
+    _say(model, outcomes, registered=bool(request.table))
     return model
 
 
@@ -313,7 +319,7 @@ def _distinct(outcomes: list[Outcome]) -> dict[int, Outcome]:
     return dict(zip(map(id, outcomes), outcomes, strict=True))
 
 
-def _say(model: nn.Module, outcomes: list[Outcome]) -> None:
+def _say(model: nn.Module, outcomes: list[Outcome], *, registered: bool) -> None:
     """One line per class that runs a kernel; a warning where there is none at all."""
     swapped: Counter[tuple[str, str]] = Counter()
     kept: Counter[str] = Counter()
@@ -328,4 +334,5 @@ def _say(model: nn.Module, outcomes: list[Outcome]) -> None:
         _log.info("%d x %s run %s", count, name, kernel)
     if not swapped:
         why = reasons(kept) if kept else UNMARKED
-        warn(f"{type(model).__name__} was kernelized and runs no kernel: {why}", KernelHubWarning)
+        hint = "" if registered or not kept else f"\n  {_NOTHING_REGISTERED}"
+        warn(f"{type(model).__name__} was kernelized and runs no kernel: {why}{hint}", KernelHubWarning)
