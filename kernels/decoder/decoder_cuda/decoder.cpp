@@ -133,7 +133,6 @@ std::tuple<Tensor, Tensor, Tensor> rotary_projections(
       args.period == args.rows || (cos.size(0) == 1 && args.period > 0 && args.rows % args.period == 0), name,
       ": the tables have ", cos.size(0), " times ", cos.size(1), " rows; expected one for each of the input's ", args.rows,
       ", or for each token");
-  STD_TORCH_CHECK(args.period <= MOST / head_dim, name, ": expected tables of at most ", MOST, " elements");
   const Tensor results[] = {new_tensor(x, args.columns[0]), new_tensor(x, args.columns[1]), new_tensor(x, args.columns[2])};
   if (args.rows > 0) {
     const OnDevice device(x);
