@@ -80,10 +80,13 @@ def norm(ops: Any, dtype: torch.dtype) -> None:
     for width in (40, 96):
         for operands in laid((5, 6, width), dtype):
             every(*operands)
-    # rows whose mean is far from zero, which the layer norm's squares are taken of once more
-    far = (torch.randn(600, 4096, generator=torch.Generator().manual_seed(5)) + 100).to(dtype).to("cuda")
-    ops.layer_norm(far, None, None, 1e-5)
-    ops.layer_norm(far[:, :70], None, None, 1e-5)
+    # rows whose mean is far from zero, every other one: of those the layer norm has another sum
+    far = torch.randn(600, 4096, generator=torch.Generator().manual_seed(5))
+    far[::2] += 100
+    far = far.to(dtype).to("cuda")
+    for some in (far, far[:, :2048], far[:, :128], far[:, :70]):
+        ops.layer_norm(some, None, None, 1e-5)
+        ops.layer_norm_backward(some, some, None, 1e-5, True, True)
 
 
 def activation(ops: Any, dtype: torch.dtype) -> None:

@@ -262,7 +262,7 @@ cudaError_t start(const RotateArgs& args, const Device& device) {
   // A warp to a token where there are many tokens (on H200 94 us, 117 with ten times the threads), else a head to a thread.
   const bool many = tokens >= device.multiprocessors;
   const int together = std::max(1, std::min((many ? 32 : 256) / pairs, heads));
-  const unsigned parts = many ? 1 : static_cast<unsigned>((heads + together - 1) / together);
+  const unsigned parts = many ? 1 : static_cast<unsigned>(std::min((heads + together - 1) / together, 65535));
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tokens, 0x7fffffff)), parts);
   return launch(rotate_tokens<T, C, V, EACH>, grid, dim3(pairs, together), 0, device, args);
 }
