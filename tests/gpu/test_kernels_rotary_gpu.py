@@ -115,6 +115,12 @@ def test_strides_halves_of_tables_one_token_of_many_and_nothing(rotary: ModuleTy
     assert [x.numel() for x in none] == [0, 0]
 
 
+def test_more_heads_of_one_token_than_a_grid_is_wide(rotary: ModuleType) -> None:
+    q = torch.randn(1, 65535 * 85 + 3, 1, 6, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+    table = torch.randn(2, 1, 1, 6, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    assert same(rotary.apply_rotary(q, q[:, :1], *table), llama.apply_rotary_pos_emb(q, q[:, :1], *table))
+
+
 def test_op_compiles_and_is_what_its_schema_says(rotary: ModuleType) -> None:
     arguments = operands(64, torch.float32)
     torch.library.opcheck(rotary.compiled.ops.rotate.default, (*arguments, 1, 64, 0))
