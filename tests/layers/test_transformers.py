@@ -242,7 +242,7 @@ def test_the_default_mapping_has_every_layer_of_the_embedded_kernels_on_every_de
     for name in ("norm", "activation", "decoder", "rotary", "loss"):
         from kernelhub.core.refs import KernelRef
 
-        loaded = default_hub().load(KernelRef.of(f"kernelhub/{name}", version=1))
+        loaded = default_hub().load(KernelRef.of(f"kernelhub/{name}", version=1), backend="cpu")
         # The first stands for two modules, the second is for those who ask for it (kernelhub.integrations.losses).
         single = set(loaded.module.layers.__all__) - {"RMSNormGatedMLP", "FusedForCausalLM"}
         layers |= single
