@@ -160,7 +160,7 @@ def test_ends_with_0_and_says_the_same_in_every_form(
     assert printed == json.loads(saved.read_text())
     assert printed["ok"] is True
     (model,) = printed["models"]
-    assert (model["layers"], model["kernels"], model["restored"]) == (11, 11, True)
+    assert (model["layers"], model["kernels"], model["restored"]) == (11, 10, True)
     assert model["max_error"] < 1e-6
     assert model["inputs"] == "input_ids 2 x 10"
     assert model["faster"] == len(KernelReport.from_dict(model["proof"]).kernels)
@@ -288,8 +288,8 @@ def test_after_is_the_model_with_the_kernels_that_were_faster(
     )
     case = tiny_case()
     made = compare(case, rounds=2)
-    assert len(made.report.kernels) == 11
-    assert len(made.proof.kernels) == (10 if wins else 0)  # no labels, no loss
+    assert len(made.report.kernels) == 10
+    assert len(made.proof.kernels) == (9 if wins else 0)  # no labels, no loss
     assert made.problems == ()
     each = demo_module.REPEATS
     assert timed == ([count for count in (0, 10, 10, 0) * 2 for _ in range(each)] if wins else [0] * 4 * each)

@@ -106,6 +106,24 @@ class Anything(nn.Module):
     forward.takes_dtensor = True
 
 
+class NotOnCpus(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+    forward.runs_original_on = ("cpu", "mps")
+
+
+class NotOnGpus(nn.Module):
+    can_torch_compile = True
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+    forward.runs_original_on = ("cuda",)
+
+
 class OtherNames(nn.Module):
     def forward(self, hidden):
         return hidden + 1000

@@ -55,10 +55,10 @@ PIXELS = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 1
 SPEECH = {"input_features": torch.linspace(-1, 1, 2 * 8 * 40).reshape(2, 8, 40), "decoder_input_ids": IDS}
 
 FAMILIES = {
-    "llama": Family(causal("Llama"), TEXT, {"RMSNorm": 5, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "RotaryAttention": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}),
+    "llama": Family(causal("Llama"), TEXT, {"RMSNorm": 5, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}, keeps={"RotaryAttention": 2}),
     "qwen3": Family(causal("Qwen3", head_dim=8), TEXT, {"RMSNorm": 9, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}),
-    "gemma": Family(causal("Gemma", head_dim=8), TEXT, {"RMSNormZeroCentered": 5, "GeluTanh": 2, "GatedMLP": 2, "rotary_pos_emb": 2, "RotaryAttention": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}),
-    "mistral": Family(causal("Mistral"), TEXT, {"RMSNorm": 5, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "WindowedRotaryAttention": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}),
+    "gemma": Family(causal("Gemma", head_dim=8), TEXT, {"RMSNormZeroCentered": 5, "GeluTanh": 2, "GatedMLP": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}, keeps={"RotaryAttention": 2}),
+    "mistral": Family(causal("Mistral"), TEXT, {"RMSNorm": 5, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}, keeps={"WindowedRotaryAttention": 2}),
     "phi3": Family(causal("Phi3"), TEXT, {"RMSNorm": 5, "SiLU": 2, "PackedGatedMLP": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}),
     "gpt-neox": Family(causal("GPTNeoX"), TEXT, {"LayerNorm": 5, "GeLU": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1}),
     "bert": Family(

@@ -712,6 +712,18 @@ def test_what_is_on_the_children_is_only_for_kernels_that_say_that_they_call_the
                 assert reason(model) == f"its up has hooks, which the kernel would not call{more}"
 
 
+def test_a_kernel_that_only_runs_the_original_on_a_device_is_none_there(kernel: Kernel) -> None:
+    """Not measured either, and no error where every layer must have a kernel: there is nothing that it could lose."""
+    model = models.Linear(8, 8)
+    with use_kernel_mapping({"Linear": {"cpu": kernel("NotOnCpus")}}, inherit_mapping=False):
+        for options in ({"use_fallback": False}, {"verify": True, "sample_inputs": torch.ones(1, 8)}):
+            kernelize(model, mode=I, **options)
+            assert reason(model).endswith(":NotOnCpus gains nothing on cpu, where it runs the layer's own forward")
+    with use_kernel_mapping({"Linear": {"cpu": [kernel("NotOnCpus"), kernel("NotOnGpus")]}}, inherit_mapping=False):
+        (row,) = kernel_report(kernelize(model, mode=I)).kernels
+        assert row.layer == "NotOnGpus"
+
+
 def test_what_was_said_of_a_layer_is_not_said_of_another_that_the_class_is_marked_as() -> None:
     class Calling(models.Mlp):
         pass

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from kernelhub.integrations.families import MARKED, OTHER_FORWARD, TORCH, Family, family_of
+from kernelhub.integrations.families import FAMILIES, MARKED, OTHER_FORWARD, TORCH, Family, family_of
 from kernelhub.integrations.rotary import FUNCTION, mark_rotary
 from kernelhub.layers.kernelize import kernelize
 from kernelhub.layers.mapping import KernelMapping, use_kernel_mapping
-from kernelhub.layers.markers import mark_as_calling, replace_kernel_forward_from_hub
+from kernelhub.layers.markers import always, mark_as_calling, replace_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.report import kernel_report, note
 from kernelhub.layers.repositories import LayerRepository
@@ -68,6 +68,8 @@ DECODER_LAYERS = (
 ROTARY_LAYERS = ("rotary_pos_emb", "RotaryEmbedding", "RotaryEmbeddingByLayerType")
 LOSS_LAYERS = ("ForCausalLMLoss",)
 
+_FORMULAS = frozenset(family.layer for family in FAMILIES)
+
 # By device, the layers that keep their forward under torch.compile, and in which of the two modes: those that inductor
 # computes faster together with what stands around them. On an H200 it adds and norms in one pass, also before the sum, which
 # loses less than the kernels save only for the zero-centred norm in inference (benchmarks/NOTES.md, "Compiled"). A layer can be
@@ -111,7 +113,9 @@ def mark(model: nn.Module) -> Marks:
     A class of transformers' is named itself, as its decorator would do. A class of torch's is named too, but with a
     condition that holds only for the instances in models that `mark` was called on: those of other models keep their
     forward, whatever they are kernelized with. A subclass with a forward of its own is left alone, and so is a class
-    that is named already, and one whose forward is another than that of transformers 5.22, by its source. The loss of a causal language model, which is a function, is named on the model; see
+    that is named already, and one whose forward is another than that of transformers 5.22, by its source. But a class of
+    transformers' with the name of a formula gets the one of its own: transformers' decorators name norms that cast last
+    `RMSNorm`, too. The loss of a causal language model, which is a function, is named on the model; see
     `kernelhub.integrations.losses`, also for the projection before it.
 
     Example: `mark(model)`, `with use_kernel_mapping(default_mapping()): kernelize(model, mode=Mode.INFERENCE)`.
@@ -135,6 +139,10 @@ def mark(model: nn.Module) -> Marks:
         if _named_by_others(cls, family):
             marks.layers[path] = vars(cls)["kernel_layer_name"]
             continue
+        if "kernel_layer_name" in vars(
+            cls
+        ):  # also where no instance here can have a kernel: it would get one by that name
+            replace_kernel_forward_from_hub(cls, family.layer, family.condition)
         if not family.knows(type(module)):
             marks.kept[path] = marks.unreached[f"{cls.__module__}.{cls.__qualname__}"] = OTHER_FORWARD
             continue
@@ -240,6 +248,9 @@ def _marks_loss(module: nn.Module) -> bool:
 
 
 def _named_by_others(cls: type[nn.Module], family: Family) -> bool:
-    """Whether a decorator, or the user, has named the class."""
-    condition = getattr(cls, "kernel_condition", None)
-    return "kernel_layer_name" in vars(cls) and getattr(condition, "__self__", None) is not family
+    """Whether the user has named the class, or a decorator of transformers' by a name that says nothing of its formula."""
+    name, condition = vars(cls).get("kernel_layer_name"), getattr(cls, "kernel_condition", None)
+    if name is None or getattr(condition, "__self__", None) is family:
+        return False
+    decorated = family.package != TORCH and condition in (None, always)
+    return not (decorated and name in _FORMULAS)

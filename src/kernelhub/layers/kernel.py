@@ -26,7 +26,8 @@ class LayerKernel:
     """A layer class of a loaded kernel. `forward` is the function that is bound to a model's modules.
 
     A kernel that computes on DTensor weights (tensor parallelism) says so on its function: `forward.takes_dtensor = True`.
-    One that reads no weights and calls each child as a module: `forward.calls_children = True`.
+    One that reads no weights and calls each child as a module: `forward.calls_children = True`. One that on some types of
+    device only calls the forward of the layer's class names them: `forward.runs_original_on = ("cpu",)`.
     """
 
     repository: Repository
@@ -50,6 +51,10 @@ class LayerKernel:
     @property
     def calls_children(self) -> bool:
         return bool(getattr(self.forward, "calls_children", False))
+
+    @property
+    def runs_original_on(self) -> tuple[str, ...]:
+        return tuple(getattr(self.forward, "runs_original_on", ()))
 
     @property
     def repo(self) -> str:

@@ -154,7 +154,7 @@ class Loader:
             return Failure(repository, KernelizeFallback.CANNOT_LOAD, error)
         except LayerContractError as error:
             return Failure(repository, KernelizeFallback.CONTRACT, error)
-        unfit = self._unfit(kernel, row) or self._unsaid(kernel, decision)
+        unfit = self._unfit(kernel, row) or self._unsaid(kernel, decision) or self._idle(kernel, device)
         return unfit or (kernel, self._swap(kernel, module, device, notes))
 
     def _unsaid(self, kernel: LayerKernel, decision: Decision) -> Failure | None:
@@ -165,6 +165,13 @@ class Loader:
             reason = f"{decision.inside}, and the kernel does not say that it calls the layer's children"
         else:
             return None
+        return Failure(kernel.repository, None, NoKernelForLayer(reason))
+
+    def _idle(self, kernel: LayerKernel, device: torch.device) -> Failure | None:
+        """A kernel that says that it would do nothing there but call the original."""
+        if device_type(device) not in kernel.runs_original_on:
+            return None
+        reason = f"{kernel.repository} gains nothing on {device_type(device)}, where it runs the layer's own forward"
         return Failure(kernel.repository, None, NoKernelForLayer(reason))
 
     def _kernel(self, repository: Repository, device: torch.device) -> LayerKernel | Failure:

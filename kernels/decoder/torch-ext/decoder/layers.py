@@ -184,6 +184,8 @@ class RotaryAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, False)
 
+    forward.runs_original_on = ("cpu",)
+
 
 class WindowedRotaryAttention(nn.Module):
     """As Mistral and Qwen2 have it: `RotaryAttention` with a window, the layer's own or the configuration's."""
@@ -200,6 +202,8 @@ class WindowedRotaryAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, True)
+
+    forward.runs_original_on = ("cpu",)
 
 
 # By the names that layers are marked with, whether they have a window.
