@@ -134,6 +134,7 @@ def test_other_layers_and_values_of_the_same_kind_are_taken_to_be_alike() -> Non
 
 @pytest.mark.usefixtures("counted")
 def test_the_errors_of_a_kind_are_the_largest_of_its_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)  # with three inputs of a hundred one layer is just not equal, and nothing is remembered
     register(tmp_path / "off", COUNTED.replace("self.eps)", "self.eps) * (1 + self.weight[0] * 1e-7)"))
     model = nn.Sequential(layers.Norm(), layers.Norm(), layers.Norm())
     with torch.no_grad():
