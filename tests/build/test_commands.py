@@ -30,7 +30,7 @@ def test_a_new_project_is_read_without_a_note(project):
     assert [path for path in project.rglob("*") if path.is_file() and re.search("@[a-z_]+@", path.read_text())] == []
 
 
-def test_a_new_project_builds_tests_and_benchmarks(project, toolchain, capsys, tmp_path):
+def test_a_new_project_builds_tests_and_benchmarks(project, toolchain, capsys, tmp_path, monkeypatch):
     assert run(["build", str(project), "--backend", "cpu", "--json"]) == 0
     (built,) = json.loads(capsys.readouterr().out)["built"]
     assert built["variant"].startswith("torch-stable-abi210-cpu-")
@@ -52,6 +52,9 @@ def test_a_new_project_builds_tests_and_benchmarks(project, toolchain, capsys, t
     assert plot.read_text().lstrip().startswith("<?xml")
     assert run(["benchmark", str(project), "--backend", "cpu", "--rounds", "5"]) == 0
     assert "speedup" in capsys.readouterr().out
+    monkeypatch.chdir(project)
+    assert run(["benchmark", "--backend", "cpu", "--rounds", "3"]) == 0
+    assert capsys.readouterr().out.startswith(f"{project.name} on cpu\n"), "not '. on cpu'"
 
 
 def test_init_refuses_names_folders_and_backends(project, capsys, tmp_path):
@@ -61,7 +64,11 @@ def test_init_refuses_names_folders_and_backends(project, capsys, tmp_path):
         ["init", str(tmp_path / "x-y"), "--backends", "tpu"],
     ):
         assert run(arguments) == 2
-        assert "error:" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "error:" in error
+    assert "projects are not made for tpu\n  Expected cpu or cuda, or both." in error
+    assert run(["benchmark", "org/none@v1", "--plot", str(tmp_path / "a.xyz")]) == 2, "before anything is looked for"
+    assert "a.xyz is neither a .svg nor a .png" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -379,7 +379,7 @@ def test_lock_writes_checks_and_says_what_changed(kernelhub_, project, tmp_path)
     path = project / "kernels.lock"
     code, out, _ = kernelhub_("lock", project, "--check")
     assert (code, path.exists()) == (1, False)
-    assert "org/top@v1 is not locked" in out
+    assert "org/top@v1 is new" in out
     assert kernelhub_("lock", project)[0] == 0
     text = path.read_text()
     assert kernelhub_("lock", project, "--check")[:2] == (0, f"{path} (2 kernels) is up to date\n")

@@ -174,6 +174,8 @@ def test_a_key_that_others_can_read_does_not_sign(tmp_path: Path) -> None:
     (tmp_path / "key").chmod(0o640)
     with pytest.raises(InvalidReference, match="chmod 600"):
         load_signer(tmp_path / "key")
+    with pytest.raises(InvalidReference, match="is a public key, which does not sign"):  # others may read it
+        load_signer(tmp_path / "key.pub")
 
 
 @pytest.mark.parametrize(

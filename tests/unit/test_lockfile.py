@@ -175,7 +175,7 @@ def test_changes_are_told_and_where_a_hub_lies_is_none() -> None:
     assert changes(LockFile((ONE,)), LockFile((replace(ONE, hub="/srv"),))) == []
     assert changes(LockFile((ONE,)), LockFile((TWO,))) == [
         "org/name@v1 is not needed any more",
-        "org/other is not locked",
+        "org/other is new",
     ]
     other = replace(ONE, variants={"torch-cpu": "sha256-x"}, depends=())
     assert changes(LockFile((ONE,)), LockFile((other,))) == ["org/name@v1 has other variants and depends"]

@@ -26,7 +26,11 @@ def create(folder: Path, backends: Sequence[str]) -> list[Path]:
             hint="Expected lower-case letters, digits and hyphens, such as my-relu.",
         )
     if not backends or any(item not in BACKENDS for item in backends):
-        raise InvalidReference(f"backends {', '.join(backends) or 'none'}", hint=f"Expected {' and '.join(BACKENDS)}.")
+        wrong = ", ".join(item for item in backends if item not in BACKENDS)
+        raise InvalidReference(
+            f"projects are not made for {wrong}" if wrong else "no backend is named",
+            hint=f"Expected {' or '.join(BACKENDS)}, or both.",
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidReference(f"{folder} is there already", hint="Name a folder that is not there, or is empty.")
     written = []

@@ -31,6 +31,7 @@ def benchmark(
     result is not equal to its reference."""
     from kernelhub.benchmark import run_script, scripts
 
+    figures = _figures(plot) if plot else None  # before anything is measured
     folder, module = _kernel(kernel, backend, trust or [])
     device = _device(backend)
     found = [
@@ -38,12 +39,13 @@ def benchmark(
         for script in scripts(folder)
         for measurement in run_script(script, module, device, rounds=rounds, warmup=warmup)
     ]
+    name = Path(kernel).resolve().name if Path(kernel).name in ("", "..") else kernel  # a picture outlives its folder
     if plot:
-        _plot(found, plot, f"{kernel} on {device}")
+        _plot(figures, found, plot, f"{name} on {device}")
     if as_json:
         show_json({"kernel": kernel, "device": device, "benchmarks": [_row(item) for item in found]})
     else:
-        show_table(f"{kernel} on {device}", _COLUMNS, [_cells(item) for item in found])
+        show_table(f"{name} on {device}", _COLUMNS, [_cells(item) for item in found])
     return 1 if any(item.equal is False for item in found) else 0
 
 
@@ -119,16 +121,20 @@ def _seconds(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _plot(found: list[Measurement], path: Path, title: str) -> None:
-    """Bars of the medians with their intervals, the kernel beside its reference."""
+def _figures(path: Path) -> Any:
+    """What draws into such a file. Raises `InvalidReference` for another ending, `MissingDependency`."""
     from kernelhub.errors import InvalidReference, MissingDependency
 
     if path.suffix not in (".svg", ".png"):
         raise InvalidReference(f"--plot {path} is neither a .svg nor a .png", hint="Such as --plot times.svg.")
     try:
-        figures: Any = importlib.import_module("matplotlib.figure")
+        return importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise MissingDependency("drawing needs matplotlib", packages=["'kernelhub[benchmark]'"]) from error
+
+
+def _plot(figures: Any, found: list[Measurement], path: Path, title: str) -> None:
+    """Bars of the medians with their intervals, the kernel beside its reference."""
     figure = figures.Figure(figsize=(8, 1.2 + 0.6 * len(found)), layout="constrained")
     axes = figure.subplots()
     for offset, label in ((0.2, "kernel"), (-0.2, "reference")):

@@ -193,7 +193,7 @@ def changes(before: LockFile, after: LockFile) -> list[str]:
     for key in sorted(old.keys() | new.keys(), key=str):
         one, other = old.get(key), new.get(key)
         if one is None or other is None:
-            lines.append(f"{key[0]} is not needed any more" if other is None else f"{key[0]} is not locked")
+            lines.append(f"{key[0]} is not needed any more" if other is None else f"{key[0]} is new")
         elif one.commit != other.commit:
             lines.append(f"{key[0]} was {one.commit}, and is {other.commit}")
         elif one != other:

@@ -98,6 +98,11 @@ def load_signer(path: Path) -> Signer:
         raise InvalidReference(
             f"cannot read the key {path}: {error.strerror}", hint="`kernelhub keygen` makes one."
         ) from error
+    if data.startswith(b"ed25519:"):
+        raise InvalidReference(
+            f"{path} is a public key, which does not sign",
+            hint=f"The private key has the name without {PUBLIC_SUFFIX}.",
+        )
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise InvalidReference(
             f"the key {path} can be read by others than its owner", hint=f"chmod 600 {path}; who has read it can sign."
