@@ -556,6 +556,17 @@ def test_compiles_to_one_graph(loss: ModuleType, enabled: bool) -> None:
     assert counter.frame_count == 1
 
 
+def test_whether_a_device_has_autocast_is_not_traced(noarch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which torch 2.11's compiler cannot."""
+    asked = torch._dynamo.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", asked)
+    torch._dynamo.reset()
+    compiled = torch.compile(noarch.linear_cross_entropy, fullgraph=True, backend="eager")
+    labels = problem(9, 23)[1]
+    operands = projected(9, 8, 23)[0][:2]
+    torch.testing.assert_close(compiled(*operands, labels), noarch.linear_cross_entropy(*operands, labels))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_gradients_are_those_of_eager(in_parts: ModuleType, dtype: torch.dtype, reduction: str) -> None:
