@@ -212,6 +212,8 @@ def test_doctor_ends_with_1_where_a_hub_is_in_the_way(kernelhub, tmp_path, monke
         (["build", "."], 2, "has no build.toml"),
         (["download", "."], 2, "`kernelhub lock` writes it"),
         (["bundle", "remove", "org/small"], 2, "no bundle brought org/small"),
+        (["get", "org/small@v1:Layer"], 2, 'Use "org/small@v1".'),
+        (["get", "org/small@0123abc"], 1, "It has v1. A commit is named by all of its 40 hex digits."),
         (["get", "small@v1"], 2, "does not name a kernel repository"),
         (["get", "org/none@v1"], 1, "was not found"),
         (["get", "org/small@v9"], 1, "v9"),

@@ -145,7 +145,9 @@ class KernelRef:
         """What the arguments of `get_kernel` name: exactly one pin, in the name or beside it."""
         ref = cls.parse(repo_id)
         if ref.layer is not None:
-            raise InvalidReference(f"{repo_id!r} names a layer; here a kernel is wanted", hint=f'Use "{ref.repo}".')
+            raise InvalidReference(
+                f"{repo_id!r} names a layer; here a kernel is wanted", hint=f'Use "{replace(ref, layer=None)}".'
+            )
         pins = [pin for pin in (ref.pin, _version(version), revision and Revision.parse(revision)) if pin]
         if len(pins) != 1:
             got = "none" if not pins else " and ".join(str(pin) for pin in pins)

@@ -37,6 +37,7 @@ from kernelhub.hub.sources.base import Listing, Progress
 _SMALL = 64 * 1024  # bytes of a ref or a hub.json, which have a hundred
 _MAX_SOURCE = 256 * 1024 * 1024  # bytes of a packed source tree, whose size no manifest says
 _IN_MEMORY = 32 * 1024 * 1024  # larger archives wait on disk while they are checked
+_PART_OF_COMMIT = re.compile(r"[0-9a-f]{7,39}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,8 @@ class LayoutSource:
         """Say what it is that is not there: the version, the repository, or the hub."""
         names = self._ref_names(repo)
         if names and ref is not None:
-            raise KernelNotFound(f"{self.name} has {repo}, and not {ref}", hint=f"It has {', '.join(names)}.")
+            short = " A commit is named by all of its 40 hex digits." if _PART_OF_COMMIT.fullmatch(ref) else ""
+            raise KernelNotFound(f"{self.name} has {repo}, and not {ref}", hint=f"It has {', '.join(names)}.{short}")
         self.check()
         if names is None and ref is None:
             raise RepositoryNotFound(
