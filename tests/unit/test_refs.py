@@ -130,5 +130,5 @@ def test_what_is_no_number_is_said_to_be_none(version: object) -> None:
 
 
 def test_a_layer_is_not_a_kernel() -> None:
-    with pytest.raises(InvalidReference, match='Use "a/b"'):
+    with pytest.raises(InvalidReference, match='Use "a/b@v1"'):
         KernelRef.of("a/b@v1:Layer")
