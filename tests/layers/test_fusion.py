@@ -8,12 +8,14 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from fused_kernels import KEY, Block, Model, Norm, SmallMlp, write_fused
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from kernelhub import KernelizeFallback, Mode, kernel_report, kernelize, kernelized, plan_kernels, unkernelize
 from kernelhub.errors import InvalidReference, KernelHubWarning, LayerContractError, NoKernelForLayer
@@ -413,6 +415,17 @@ def _replaced(model: Model, name: str) -> None:
     setattr(model.layers[0], name, made)
 
 
+def _forward(model: Model, name: str, wraps: bool) -> None:
+    part = getattr(model.layers[0], name)
+    held = part.forward
+    part.forward = (lambda x: 2 * held(x)) if wraps else (lambda x: 3 * x)
+
+
+def _method(model: Model, name: str) -> None:
+    part = getattr(model.layers[0], name)
+    part.forward = MethodType(functools.wraps(part.forward.__func__)(lambda self, x: 3 * x), part)
+
+
 def _parent_forward(model: Model) -> None:
     block = model.layers[0]
     block.forward = lambda x: block.mlp(block.norm(x)) + block.norm(x)
@@ -427,6 +440,13 @@ def _parent_forward(model: Model) -> None:
         lambda model: _replaced(model, "norm"),
         lambda model: _replaced(model, "mlp"),
         lambda model: setattr(model.layers[0], "mlp", nn.Identity()),
+        lambda model: _forward(model, "norm", wraps=True),
+        lambda model: _forward(model, "mlp", wraps=True),
+        lambda model: _forward(model, "norm", wraps=False),
+        lambda model: _forward(model, "mlp", wraps=False),
+        lambda model: _method(model, "norm"),
+        lambda model: _method(model, "mlp"),
+        lambda model: register_parametrization(model.layers[0].norm, "weight", nn.Softplus()),
         _parent_forward,
     ],
 )

@@ -390,6 +390,26 @@ def test_a_norm_and_its_sibling_mlp_call_what_is_listened_to(decoder: ModuleType
     assert calls == [place, place]
 
 
+@pytest.mark.usefixtures("marked")
+def test_a_norm_and_its_sibling_mlp_read_the_norm_as_it_is(decoder: ModuleType) -> None:
+    torch.manual_seed(0)
+    norm, mlp = LlamaRMSNorm(HIDDEN), llama()
+    kernel = decoder.layers.RMSNormGatedMLPLayout(norm, mlp)
+    forward, x = decoder.layers.RMSNormGatedMLP.forward, values(5, HIDDEN)
+    norm.variance_epsilon = 0.5
+    torch.testing.assert_close(forward(kernel, x), mlp(norm(x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("marked")
+@pytest.mark.parametrize("cls", [LlamaRMSNorm, LlamaMLP])
+def test_a_norm_and_its_sibling_mlp_of_another_forward_are_refused(decoder: ModuleType, cls: type[nn.Module]) -> None:
+    norm, mlp = LlamaRMSNorm(HIDDEN), llama()
+    own = type("Own", (cls,), {"forward": lambda _, x: x})
+    (norm if cls is LlamaRMSNorm else mlp).__class__ = own
+    with pytest.raises(TypeError, match="Own has another forward than the one marked as"):
+        decoder.layers.RMSNormGatedMLPLayout(norm, mlp)
+
+
 @pytest.mark.parametrize("layer", PLACES)
 @pytest.mark.usefixtures("marked")
 def test_hooks_of_all_modules_are_called(decoder: ModuleType, layer: str) -> None:

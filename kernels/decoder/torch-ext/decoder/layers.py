@@ -135,10 +135,10 @@ class RMSNormGatedMLP(nn.Module):
         # By the tables of the modules: each attribute that is none of an instance's own costs a third of a microsecond.
         norm, mlp = self.parts
         weights = linears(mlp, "gate_proj", "up_proj", "down_proj")
-        weight = norm._parameters["weight"]
+        weight, eps = norm._parameters["weight"], _epsilon(norm)
         if weights is None or _product(mlp._modules["act_fn"]) != self.product:
-            return type(mlp).forward(mlp, FORMULAS[self.formula](hidden_states, weight, self.eps))
-        return rms_norm_gated_mlp(hidden_states, weight, self.eps, weights, self.formula, self.product)
+            return type(mlp).forward(mlp, FORMULAS[self.formula](hidden_states, weight, eps))
+        return rms_norm_gated_mlp(hidden_states, weight, eps, weights, self.formula, self.product)
 
 
 class RMSNormGatedMLPLayout(nn.Module):
@@ -147,7 +147,10 @@ class RMSNormGatedMLPLayout(nn.Module):
     def __init__(self, norm: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.parts = (norm, mlp)  # no submodules: an attribute that is quick to read
-        self.eps = _epsilon(norm)
+        for part in self.parts:
+            kind: Any = type(part)
+            if hasattr(kind, "kernel_layer_name") and marked_as(kind) is None:
+                raise TypeError(f"{kind.__name__} has another forward than the one marked as {kind.kernel_layer_name}")
         self.formula = marked_as(type(norm))
         missing = [name for name in ("gate_proj", "up_proj", "down_proj", "act_fn") if not hasattr(mlp, name)]
         if missing:
