@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from kernelfiles import kernel_files, write_files, write_kernel
 
 from kernelhub.cli.main import run
+from kernelhub.cli.render import show_table
 
 COMMANDS = [
     *("get", "info", "versions", "variants", "lock", "download", "publish", "doctor", "serve", "cache", "bundle"),
@@ -267,6 +269,28 @@ def test_a_title_is_whole_and_an_empty_table_says_so(kernelhub, hub, tmp_path):
     assert kernelhub("versions", "org/small")[1].splitlines()[0] == f"org/small in {hub}"
     lines = kernelhub("info", "org/small@v1")[1].splitlines()
     assert (lines[0], lines[1].split()) == ("org/small@v1", ["kernel", "│", "org/small"]), "columns without names"
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_no_word_is_cut_where_a_terminal_is_narrow(kernelhub, hub, monkeypatch, columns):
+    """Tables of a terminal's width had paths, digests and names of variants in pieces."""
+    variant = "torch-stable-abi210-cpu-x86_64-linux"
+    reason = "it was compiled there, from source: other compilers give other bytes"
+    head = ("kernel", "commit", "variant", "digest", "layers", "here", "why")
+    rows = [("kernelhub/rotary", "916edd75519f", variant, "sha256-Lqc3y5Kzjric", 3, "not checked", reason)] * 2
+    with monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        show_table("a receipt", head, rows)
+        show_table("names and values", ("", ""), [("path", f"/{'a' * 150}"), ("empty", None)])
+        why = ("torch-cuda", "no", "made for CUDA, wanted is the CPU")
+        show_table("words wrap", ("variant", "runs here", "why not"), [(variant, "yes, and chosen", ""), why])
+        out = kernelhub("versions", "org/small")[1]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    for word in {*(word for row in rows for cell in row for word in str(cell).split()), f"/{'a' * 150}", *head[1:]}:
+        assert word in text.split(), word
+    assert all(len(line) <= columns for line in text.splitlines() if "aaa" not in line and str(hub) not in line)
+    assert text.count(variant) == 3
 
 
 def test_one_thing_is_not_several(kernelhub, hub, tmp_path):

@@ -16,6 +16,8 @@ from kernelhub.errors import KernelHubError, KernelHubWarning, printable
 from kernelhub.hub.progress import LOGGER, TerminalLine
 from kernelhub.hub.sources.base import Progress
 
+_FEW = 20  # rows that may take several lines each
+
 
 def show_json(value: Any) -> None:
     """Print a value as JSON, sorted; what would steer a terminal, or has no UTF-8, as JSON escapes it."""
@@ -26,8 +28,10 @@ def show_json(value: Any) -> None:
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows under a title; cells are shown as they are, whatever markup they seem to have.
 
-    Columns without a name have no head, and a table without rows is `nothing`.
+    Columns without a name have no head, and a table without rows is `nothing`. Where a terminal is so narrow that columns
+    would cut words, and the rows are few, they are facts below each other.
     """
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -39,9 +43,28 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
-    console = _console(table)
+    natural = Console(width=sys.maxsize).measure(table)
+    # Away from a terminal there is no width to keep to, and a wrapped table is hard to search.
+    console = Console() if sys.stdout.isatty() else Console(width=natural.maximum)
+    if natural.minimum <= console.width:
+        for made in table.columns:  # of the others none needs to cut a word
+            made.no_wrap = all(" " not in str(text) for text in (made.header, *made.cells))
+    elif len(rows) <= _FEW:
+        _show_as_facts(title, columns, rows)
+        return
     console.print(Text(printable(title), "table.title"), soft_wrap=True)
     console.print(table)
+
+
+def _show_as_facts(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table's rows below each other, each under its first cell; of columns without names each row is a fact itself."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    if not any(columns):
+        show_facts(title, [(name, value) for name, value, *_ in cells])
+        return
+    show_line(title)
+    for first, *rest in cells:
+        show_facts(first, [(name, value) for name, value in zip(columns[1:], rest, strict=True) if value])
 
 
 def show_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
@@ -173,12 +196,3 @@ class _Bar:
     def advance(self, size: int) -> None:
         if self._task is not None:
             self._bars.advance(self._task, size)
-
-
-def _console(table: Any) -> Any:
-    """One that the table fits: away from a terminal there is no width to keep to, and a wrapped table is hard to search."""
-    from rich.console import Console
-
-    if sys.stdout.isatty():
-        return Console()
-    return Console(width=Console(width=sys.maxsize).measure(table).maximum)
