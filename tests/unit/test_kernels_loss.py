@@ -652,6 +652,24 @@ def test_where_autograd_functions_have_no_rules_pytorch_computes(loss: ModuleTyp
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_trace_is_pytorchs(loss: ModuleType, enabled: bool) -> None:
+    hidden, weight, labels = torch.randn(5, 4), torch.randn(7, 4), torch.randint(0, 7, (5,))
+
+    def both(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return loss.linear_cross_entropy(hidden, weight, labels) + loss.cross_entropy(hidden @ weight.t(), labels)
+
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    with torch.set_grad_enabled(enabled):
+        traced = torch.jit.trace(both, (hidden.detach().flip(0).requires_grad_(), weight, labels))
+    assert "PythonOp" not in str(traced.graph)
+    assert loss.functions.compiled.ops.name not in str(traced.graph)
+    found, expected = traced(*leaves, labels), both(*leaves, labels)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves))
+
+
 class Named(Tensor):
     """A subclass, which may keep more than its elements."""
 

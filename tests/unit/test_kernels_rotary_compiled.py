@@ -387,6 +387,20 @@ def test_where_the_op_has_no_rules_pytorch_computes(rotary: ModuleType) -> None:
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_trace_is_pytorchs(rotary: ModuleType, enabled: bool) -> None:
+    q, k, cos, sin = operands()
+    leaves = (q.clone().requires_grad_(), k.clone().requires_grad_())
+    with torch.set_grad_enabled(enabled):
+        traced = torch.jit.trace(rotary.apply_rotary, (*leaves, cos, sin))
+    assert rotary.compiled.ops.name not in str(traced.graph)
+    found, expected = ([x.flip(-1) for x in function(*leaves, cos, sin)] for function in (traced, rotary.apply_rotary))
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(sum(x.square().sum() for x in made), leaves) for made in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 class Named(Tensor):
     """A subclass, which may keep more than its elements."""
 

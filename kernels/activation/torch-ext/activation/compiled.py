@@ -55,7 +55,8 @@ def takes(x: Tensor, other: Tensor | None = None) -> bool:
     """Whether the ops take x, and another operand of its shape.
 
     Not while `torch.func` or forward-mode AD is at work, for which they have no rules: a tensor there says neither that
-    it is batched nor that it is differentiated. Nor for subclasses (DTensor and the like), which know their own ways.
+    it is batched nor that it is differentiated. Nor in a trace of `torch.jit`, which has no place for an `autograd.Function`
+    and may be loaded elsewhere, nor for subclasses (DTensor and the like), which know their own ways.
     """
     if not HERE:
         return (other is None or other.shape == x.shape) and triton_here.takes(x, other)
@@ -74,6 +75,7 @@ def takes(x: Tensor, other: Tensor | None = None) -> bool:
             )
         )
         and not _transforms_active()
+        and not torch.jit.is_tracing()
         and forward_ad._current_level < 0
     )
 

@@ -57,7 +57,7 @@ def tanh(x: Tensor) -> Tensor:
 def relu_squared(x: Tensor) -> Tensor:
     """`max(x, 0)**2`; where autocast widens powers, in float32."""
     y = F.relu(x)
-    return y.square() if torch.is_grad_enabled() or _widens_powers(x) else y.pow_(2)
+    return y.square() if _recorded() or _widens_powers(x) else y.pow_(2)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def gelu_quick(x: Tensor) -> Tensor:
     if takes(x):
         return compiled.apply(x, compiled.GELU_QUICK)
     # By the mode: a tensor that vmap batches inside a gradient says of itself that it requires none.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if _recorded() or torch.compiler.is_compiling():
         return x * torch.sigmoid(1.702 * x)
     return (x * 1.702).sigmoid_().mul_(x)
 
@@ -230,7 +230,12 @@ def _pair(name: str, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
 def _times(y: Tensor, other: Tensor) -> Tensor:
     """`y * other`; y is nobody else's, so its memory is used again, but for a graph, which would copy it first."""
     alike = y.dtype == other.dtype and y.shape == other.shape and y.device == other.device
-    return y.mul_(other) if alike and not torch.is_grad_enabled() else y * other
+    return y.mul_(other) if alike and not _recorded() else y * other
+
+
+def _recorded() -> bool:
+    """Whether what is computed on the way may be kept: by a graph of autograd's, or in a trace, which is for both."""
+    return torch.is_grad_enabled() or torch.jit.is_tracing()
 
 
 def _halves(name: str, x: Tensor) -> tuple[Tensor, Tensor]:

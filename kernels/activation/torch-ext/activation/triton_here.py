@@ -31,7 +31,7 @@ _registered: dict[str, tuple[Any, Callable[..., Any]]] = {}
 def takes(x: Tensor, *others: Tensor | None) -> bool:
     """Whether there is Triton for x's device, and x and the others, where there are any, are plain tensors of one dtype there.
 
-    Not while `torch.func` or forward-mode AD is at work, for which the ops have no rules.
+    Not while `torch.func` or forward-mode AD is at work, for which the ops have no rules, nor in a trace of `torch.jit`.
     """
     device = x.device
     if device.type not in _DEVICES or x.dtype not in _DTYPES or type(x) not in _PLAIN:
@@ -39,7 +39,9 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
     for other in others:
         if other is not None and (other.dtype is not x.dtype or other.device != device or type(other) not in _PLAIN):
             return False
-    return not _transforms_active() and forward_ad._current_level < 0 and works(device.type, device.index)
+    if _transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        return False
+    return works(device.type, device.index)
 
 
 def works(kind: str, index: int) -> bool:

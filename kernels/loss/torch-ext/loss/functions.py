@@ -221,8 +221,8 @@ def _plain(*tensors: Tensor) -> bool:
 
 
 def _pytorchs() -> bool:
-    """Whether `torch.func` or forward-mode AD is at work, for which a function of autograd's has no rules."""
-    return _transforms_active() or forward_ad._current_level >= 0
+    """Whether `torch.func`, forward-mode AD or a trace is at work, for which a function of autograd's has no rules."""
+    return _transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def _autocast(*operands: Tensor | None) -> list[Tensor | None]:

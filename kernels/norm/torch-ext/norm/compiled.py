@@ -62,7 +62,8 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the ops take x, (..., hidden), and a weight, (hidden,).
 
     Not while `torch.func` or forward-mode AD is at work, for which they have no rules: a tensor there says neither that
-    it is batched nor that it is differentiated. Nor for subclasses (DTensor and the like), which know their own ways.
+    it is batched nor that it is differentiated. Nor in a trace of `torch.jit`, which has no place for an `autograd.Function`
+    and may be loaded elsewhere, nor for subclasses (DTensor and the like), which know their own ways.
     """
     if not HERE:
         return triton_here.takes(x, weight) and weight.dim() == 1 and x.dim() > 0 and x.shape[-1] == weight.shape[0]
@@ -75,6 +76,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and type(x) in _PLAIN
         and weight.dim() == 1
         and not _transforms_active()
+        and not torch.jit.is_tracing()
         and forward_ad._current_level < 0
     )
 
@@ -130,6 +132,7 @@ def takes_layer(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Se
             )
         )
         and not _transforms_active()
+        and not torch.jit.is_tracing()
         and forward_ad._current_level < 0
     )
 

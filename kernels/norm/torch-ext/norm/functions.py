@@ -236,9 +236,9 @@ def _widened(x: Tensor) -> bool:
 def _large(x: Tensor) -> bool:
     """Whether working in place pays. It would be right under autograd too, but slower there.
 
-    Never while compiling or exporting: a branch on the size would be a guard on it, and the compiler fuses anyway.
+    Never while compiling, exporting or tracing: a branch on the size would be a guard on it, or lost, and the compiler fuses anyway.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return x.numel() >= _LARGE and x.device.type == "cpu"
 

@@ -36,7 +36,8 @@ def takes(
 
     Only where no more is broadcast than heads, and cos and sin over the batch. Not where those need a gradient, nor while
     `torch.func` or forward-mode AD is at work, for which the op has no rules: a tensor there says neither that it is
-    batched nor that it is differentiated. Nor for subclasses (DTensor and the like), which know their own ways.
+    batched nor that it is differentiated. Nor in a trace of `torch.jit`, which has no place for an `autograd.Function` and
+    may be loaded elsewhere, nor for subclasses (DTensor and the like), which know their own ways.
     """
     dtype = q.dtype
     if not HERE:
@@ -81,6 +82,7 @@ def takes(
         and rotary_dim <= of_k[-1]
         and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
         and not _transforms_active()
+        and not torch.jit.is_tracing()
         and forward_ad._current_level < 0
     )
 
