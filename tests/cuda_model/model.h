@@ -13,7 +13,8 @@
 // Not modelled, so that no test with it shows:
 // - fences between what threads write and what the copy engine and the tensor cores read (fence.proxy.async, wgmma.fence,
 //   fence.mbarrier_init), and the order of memory beyond what the sanitizer sees of threads;
-// - that wgmma.mma_async may have read its operands early: that they are there when it begins;
+// - wgmma.mma_async that begins before its operands are there: they are read when the thread waits for it; and these reads
+//   are not the sanitizer's: what is copied over operands too soon shows in the result;
 // - what the instructions of a warp ask of it (`.aligned`), registers, occupancy, banks, and time; setmaxnreg, programmatic
 //   dependent launch;
 // - the last bits of approximate functions (__expf, __fdividef, rsqrtf), whose exact ones are taken;

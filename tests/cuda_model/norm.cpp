@@ -1,6 +1,6 @@
 // The norms' kernels against float64. Arguments: when copies happen (see `Copies`), dtype, rows, elements of a row, the GPU's
-// multiprocessors, what the rows are, and the op: layer, rms, add or gated, the backward of one of them, as `layer_backward`, or parts, which
-// adds up two times as many rows.
+// multiprocessors, what the rows are, and the op: layer, rms, add or gated, the backward of one of them, as `layer_backward`,
+// or parts, which adds up two times as many rows.
 // Rows are
 //   normal   of normal values
 //   far      the same, far from zero
@@ -30,7 +30,7 @@ struct Call {
 
   int64_t rows() const { return x.rows(); }
   int64_t n() const { return weight.columns(); }
-  RowsAt at(const Matrix& matrix) const { return {matrix.data(), static_cast<int64_t>(matrix.columns() * (dtype == FLOAT32 ? 4 : 2)), 0}; }
+  RowsAt at(const Matrix& matrix) const { return {matrix.data(), matrix.columns() * (dtype == FLOAT32 ? 4 : 2), 0}; }
 };
 
 double silu(double z) { return z / (1.0 + std::exp(-z)); }
@@ -201,7 +201,9 @@ int main(int count, char** arguments) {
   });
   const Matrix other = normal(rows, columns, dtype, 2), weight = normal(1, n, dtype, 3), bias = normal(1, n, dtype, 4);
   const bool wide = columns * size % 16 == 0 && n * size % 16 == 0;
-  const Call call{dtype, device, kind, x, other, weight, bias, wide, dtype == BFLOAT16 ? 0x1p-8 : dtype == FLOAT16 ? 0x1p-11 : 0x1p-20};
+  // In float32 that of a sum, too.
+  const double unit = dtype == BFLOAT16 ? 0x1p-8 : dtype == FLOAT16 ? 0x1p-11 : 0x1p-20;
+  const Call call{dtype, device, kind, x, other, weight, bias, wide, unit};
   Worst worst;
   const int error = op == "parts" ? parts(call, worst) : is_backward ? backward(call, worst) : forward(call, worst);
   if (error != 0) {

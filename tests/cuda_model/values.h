@@ -23,7 +23,8 @@ class Matrix {
 
   // Without values: NaN, so that what a kernel leaves out shows.
   Matrix(int64_t rows, int64_t columns, Dtype dtype)
-      : rows_(rows), columns_(columns), dtype_(dtype), size_(dtype == kernelhub::FLOAT32 ? 4 : 2), bytes_(rows * columns * size_ + 16, '\xff') {}
+      : rows_(rows), columns_(columns), dtype_(dtype), size_(dtype == kernelhub::FLOAT32 ? 4 : 2),
+        bytes_(rows * columns * size_ + 16, '\xff') {}
 
   template <typename Value>
   Matrix(int64_t rows, int64_t columns, Dtype dtype, const Value& value) : Matrix(rows, columns, dtype) {
@@ -98,7 +99,7 @@ class Worst {
   double most_ = 0.0;
 };
 
-// Of an argument; the last one decides when copies happen.
+// What an argument says.
 inline int64_t number(const char* text) { return strtoll(text, nullptr, 10); }
 
 inline void set_copies(const std::string& when) {
