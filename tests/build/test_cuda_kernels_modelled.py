@@ -316,5 +316,6 @@ def test_launches_and_clusters_are_the_models() -> None:
         "}",
         "model::launch(k, 1, 2, 3, static_cast<S>(d.s), x);",
     ]
-    with pytest.raises(Unmodelled, match="<<<"):
-        translated("k<<<1, 2>>>;", "a.cu")
+    for source, form in (("k<<<1, 2>>>;", "<<<"), ('__asm__("nop;");', "__asm__")):
+        with pytest.raises(Unmodelled, match=form):
+            translated(source, "a.cu")

@@ -99,7 +99,7 @@ def _language(source: str, path: str) -> str:
     )
     source = re.sub(r"(\w+)<<<([^;]*?)>>>\(([^;]*?)\);", r"model::launch(\1, \2, \3);", source)
     source = re.sub(r"__cluster_dims__\((\w+), 1, 1\)([^{]*\{)", r"\2 model::in_cluster_of(\1);", source)
-    if left := re.search(r"<<<|\b(__cluster_dims__|extern __shared__|asm)\b", source):
+    if left := re.search(r"<<<|\b(__cluster_dims__|extern __shared__|asm|__asm__|__asm)\b", source):
         raise Unmodelled(f"{path}: translate.py does not know this form of {left[0]}")
     return source
 
