@@ -73,8 +73,9 @@ __device__ __forceinline__ void add_second(const Part<V>& of, float mean, float 
   }
 }
 
+// One sum where the others are two: a row's place in shared memory depends on how many there are, and other rows may be at theirs.
 template <int V>
-__device__ __forceinline__ void add_third(const Part<V>& of, float mean, float (&sums)[1]) {
+__device__ __forceinline__ void add_third(const Part<V>& of, float mean, float (&sums)[2]) {
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     sums[0] += of.x[v] - mean;
@@ -96,7 +97,7 @@ __device__ __forceinline__ Found find(
     float variance = sums[0] * args.inverse;
     const bool far = found.mean * found.mean > FAR * FAR * variance;
     if (__any_sync(0xffffffffu, far)) { // a warp may have several rows: each goes by its own
-      float away[1] = {};
+      float away[2] = {};
       third(found.mean, away);
       if (far) {
         const float off = away[0] * args.inverse;
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_rows(const __grid_c
       each([&](int, int, const Part<V>& of, const auto&...) { add_second(of, mean, sums); });
       team.sum(sums, shared[turn ^ 1]);
     };
-    const auto third = [&](float mean, float (&sums)[1]) {
+    const auto third = [&](float mean, float (&sums)[2]) {
       each([&](int, int, const Part<V>& of, const auto&...) { add_third(of, mean, sums); });
       team.sum(sums, shared[turn]);
       turn ^= 1;
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(1024) backward_long_rows(const __grid_constant
       each([&](int64_t, const Part<V>& of, const auto&...) { add_second(of, mean, sums); });
       team.sum(sums, shared[turn ^ 1]);
     };
-    const auto third = [&](float mean, float (&sums)[1]) {
+    const auto third = [&](float mean, float (&sums)[2]) {
       each([&](int64_t, const Part<V>& of, const auto&...) { add_third(of, mean, sums); });
       team.sum(sums, shared[turn]);
       turn ^= 1;
