@@ -141,8 +141,6 @@ def run(program: Path, case: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run([program, *case.split()], capture_output=True, text=True, env=environment, timeout=NEVER)
     except subprocess.TimeoutExpired:
         pytest.fail(f"{case}: not done after {NEVER} seconds")
-    if "FATAL: ThreadSanitizer" in done.stderr:
-        pytest.skip(f"the thread sanitizer does not run here: {done.stderr.splitlines()[0]}")
     return done
 
 
@@ -206,6 +204,9 @@ NORM = [
     "any bfloat16 2 20000 132 equal layer",
     "any bfloat16 2 20000 132 normal rms",
     "any bfloat16 2 33000 132 far layer",
+    # Squares that no float holds
+    "any bfloat16 4 4096 132 huge layer",
+    "any bfloat16 9 1000 1 huge layer",
     "any bfloat16 2 33000 132 normal rms",
     # Not aligned
     "any bfloat16 9 70 1 apart layer",

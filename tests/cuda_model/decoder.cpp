@@ -8,10 +8,7 @@
 #include "values.h"
 
 using namespace kernelhub;
-using values::Matrix;
-using values::normal;
-using values::number;
-using values::Worst;
+using namespace values;
 
 namespace {
 

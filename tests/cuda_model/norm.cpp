@@ -5,16 +5,14 @@
 //   normal   of normal values
 //   far      the same, far from zero
 //   equal    of equal elements, far from zero
+//   huge     far from zero, their squares too large for float32
 //   apart    normal, each one element behind the one before: rows that are not aligned
 
 #include "launch.h"
 #include "values.h"
 
 using namespace kernelhub;
-using values::Matrix;
-using values::normal;
-using values::number;
-using values::Worst;
+using namespace values;
 
 namespace {
 
@@ -197,6 +195,9 @@ int main(int count, char** arguments) {
   const int64_t columns = filled == "apart" ? n + 1 : n;
   const Matrix x(rows, columns, dtype, [&](int64_t i) {
     const float row = static_cast<float>(i / columns % 3), value = filled == "equal" ? 0.0f : of(random);
+    if (filled == "huge") {
+      return 1e17f * value + 1e19f * (row + 1.0f);
+    }
     return filled == "far" ? value + 50.0f * row : filled == "equal" ? 1000.0f * (row + 1.1f) : value;
   });
   const Matrix other = normal(rows, columns, dtype, 2), weight = normal(1, n, dtype, 3), bias = normal(1, n, dtype, 4);

@@ -708,7 +708,7 @@ def test_only_rotary_embeddings_of_transformers_are_read_from_pickles() -> None:
 def test_a_rotary_embedding_of_somebodys_stays(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     held = modeling_phi3.apply_rotary_pos_emb
 
-    def own(q, k, cos, sin, unsqueeze_dim=1):  # type: ignore[no-untyped-def]
+    def own(q, k, cos, sin, unsqueeze_dim=1):
         return held(2 * q, k, cos, sin, unsqueeze_dim)
 
     own = functools.wraps(held)(own) if wrapped else own

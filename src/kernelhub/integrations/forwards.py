@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["digest", "digest_of"]
+__all__ = ["digest", "digest_of", "home"]
 
 # What a function is called, says of itself, or is annotated with; and what Python's parsers name in different ways.
 _LEFT_OUT = frozenset({"name", "annotation", "returns", "type_comment", "type_params", "ctx", "kind", "simple"})
@@ -46,6 +46,11 @@ def digest_of(functions: Iterable[ast.FunctionDef]) -> str:
     return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
 
 
+def home(function: FunctionType) -> str:
+    """The module that a function is written in. Not `__module__`, which who wraps a function takes over from it."""
+    return str(function.__globals__.get("__name__", ""))
+
+
 @functools.lru_cache(maxsize=1024)
 def _digest(target: Any, function: FunctionType) -> tuple[str | None, tuple[tuple[str, Any], ...]]:
     """The digest, and the methods that were looked at: somebody may put others there, as he may the forward, `function`."""
@@ -70,8 +75,7 @@ def _digest(target: Any, function: FunctionType) -> tuple[str | None, tuple[tupl
 def _parsed(function: FunctionType) -> ast.FunctionDef:
     one: Any = function
     while True:
-        # Not `__module__`, which who wraps a function takes over from it.
-        if one.__globals__.get("__name__", "").partition(".")[0] not in _PACKAGES:
+        if home(one).partition(".")[0] not in _PACKAGES:
             raise TypeError("somebody else's function")
         if not hasattr(one, "__wrapped__"):
             break

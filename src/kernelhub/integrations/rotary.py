@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from kernelhub.errors import InvalidReference
+from kernelhub.integrations.forwards import home
 from kernelhub.layers.markers import FUNCS, use_kernel_forward_from_hub
 
 __all__ = ["mark_rotary"]
@@ -51,7 +52,7 @@ def mark_rotary(module: nn.Module) -> str | None:
         reason = _unfit(function)
         if reason:
             return reason
-        function = aware(_home(function))
+        function = aware(home(function))
         scope[FUNCTION] = function
     if not isinstance(function, nn.Module):
         return f"it is a {type(function).__name__}, and not the function that transformers has"
@@ -72,7 +73,7 @@ def aware(name: str) -> nn.Module:
         found = scope.get(FUNCTION)
         if isinstance(found, nn.Module):
             return found
-        if not isinstance(found, FunctionType) or _home(found) != name or _unfit(found):
+        if not isinstance(found, FunctionType) or home(found) != name or _unfit(found):
             raise InvalidReference(
                 f"{name} has no {FUNCTION} that a kernel could stand in for",
                 hint="The model was saved with another version of transformers, which had one.",
@@ -88,15 +89,10 @@ def _reduce(function: nn.Module) -> Any:
     return aware, (function.__dict__["__module__"],)
 
 
-def _home(function: FunctionType) -> str:
-    """The module that a function is written in. Not `__module__`, which who wraps a function takes over from it."""
-    return str(function.__globals__.get("__name__"))
-
-
 def _unfit(function: FunctionType) -> str:
     """Why the kernel cannot stand in for a function; empty where it can."""
-    if function.__module__ != _home(function) or not _home(function).startswith(_MODELS):
-        return f"it is a function of {_home(function)}, and not the one that transformers has"
+    if function.__module__ != home(function) or not home(function).startswith(_MODELS):
+        return f"it is a function of {home(function)}, and not the one that transformers has"
     parameters = tuple(inspect.signature(function).parameters)
     if parameters != PARAMETERS:
         return f"it takes ({', '.join(parameters)}), and the kernel ({', '.join(PARAMETERS)})"

@@ -139,9 +139,8 @@ def mark(model: nn.Module) -> Marks:
         if _named_by_others(cls, family):
             marks.layers[path] = vars(cls)["kernel_layer_name"]
             continue
-        if "kernel_layer_name" in vars(
-            cls
-        ):  # also where no instance here can have a kernel: it would get one by that name
+        # Also where no instance here can have a kernel: it would get one by that name.
+        if "kernel_layer_name" in vars(cls):
             replace_kernel_forward_from_hub(cls, family.layer, family.condition)
         if not family.knows(type(module)):
             marks.kept[path] = marks.unreached[f"{cls.__module__}.{cls.__qualname__}"] = OTHER_FORWARD

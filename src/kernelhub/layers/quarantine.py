@@ -52,9 +52,7 @@ def watched(kernel: Any) -> Any:
 
     @functools.wraps(kernel)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-        ):  # somebody compiles what was kernelized for eager: errors come later, elsewhere
+        if torch.compiler.is_compiling():  # what was kernelized for eager: errors come later, elsewhere
             return kernel(self, *args, **kwargs)
         before = _before(self, args, kwargs)
         try:
@@ -65,7 +63,7 @@ def watched(kernel: Any) -> Any:
             return _answer(self, forward, error, before, args, kwargs)
 
     forward.__name__ = "forward"  # a bound method is pickled by the name of its function
-    forward.watches = kernel  # type: ignore[attr-defined]  # for kernels that look at what a part of theirs runs
+    vars(forward)["watches"] = kernel  # for kernels that look at what a part of theirs runs
     return forward
 
 

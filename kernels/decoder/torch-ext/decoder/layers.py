@@ -24,7 +24,7 @@ from .functions import (
 )
 from .gated import gated_mlp
 from .model import CausalDecoder
-from .plain import is_of, linears, marked_as, runs, takes
+from .plain import home, linears, marked_as, runs, takes
 
 __all__ = [
     "CausalDecoder",
@@ -317,7 +317,7 @@ def _product(activation: nn.Module) -> str | None:
 
 def _is_known(kind: type[nn.Module]) -> bool:
     """Whether it is an activation of those names, by its forward too, and not somebody's class of the same name."""
-    return kind.__name__ in PRODUCTS and is_of(kind.forward, *_ACTIVATION_MODULES)
+    return kind.__name__ in PRODUCTS and home(kind.forward) in _ACTIVATION_MODULES
 
 
 _is_known._dynamo_marked_constant = True

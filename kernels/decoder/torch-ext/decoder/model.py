@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .plain import home
+
 __all__ = ["CausalDecoder"]
 
 
@@ -145,9 +147,8 @@ _calls_transformers_own._dynamo_marked_constant = True
 
 
 def _is_transformers(found: Any) -> bool:
-    """Whether a class or function is, and whoever wrapped it, too: he takes over its `__module__`, but not its globals."""
-    scope = found.__module__ if isinstance(found, type) else getattr(found, "__globals__", {}).get("__name__", "")
-    return scope.startswith("transformers.") and (
+    """Whether a class or function is, and whoever wrapped it, too."""
+    return (found.__module__ if isinstance(found, type) else home(found)).startswith("transformers.") and (
         not hasattr(found, "__wrapped__") or _is_transformers(found.__wrapped__)
     )
 

@@ -19,7 +19,7 @@ __all__ = [
     "Projections",
     "Weights",
     "attention_linears",
-    "is_of",
+    "home",
     "linears",
     "marked_as",
     "runs",
@@ -40,13 +40,13 @@ _HOOKS_OF_ALL = (
 )
 
 
-def is_of(function: Any, *modules: str) -> bool:
-    """Whether the function is written in one of these modules. Who wraps one takes its `__module__` over, but not its globals."""
-    return getattr(function, "__globals__", {}).get("__name__") in modules
+def home(function: Any) -> str:
+    """The module that a function is written in. Who wraps one takes its `__module__` over, but not its globals."""
+    return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 # What all linear layers run; None where somebody had put another forward there before this was imported.
-_LINEAR = nn.Linear.forward if is_of(nn.Linear.forward, "torch.nn.modules.linear") else None
+_LINEAR = nn.Linear.forward if home(nn.Linear.forward) == "torch.nn.modules.linear" else None
 
 
 class Weights(NamedTuple):

@@ -12,14 +12,6 @@ from . import compiled, functions
 
 __all__ = ["ForCausalLMLoss", "FusedForCausalLM"]
 
-# Hooks of all modules, in the tables that torch has of them.
-_HOOKS_OF_ALL = (
-    everywhere._global_forward_hooks,
-    everywhere._global_forward_pre_hooks,
-    everywhere._global_backward_hooks,
-    everywhere._global_backward_pre_hooks,
-)
-
 
 class ForCausalLMLoss(nn.Module):
     """The loss of transformers' causal language models: that of the next token, over all but the last."""
@@ -121,7 +113,7 @@ def _is_plain(head: nn.Module) -> bool:
         and type(head.weight) in compiled.PLAIN
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
         and "forward" not in head.__dict__
-        and not any(_HOOKS_OF_ALL)
+        and not everywhere._has_any_global_hook()
     )
 
 
