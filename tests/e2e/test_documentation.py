@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,12 @@ def test_every_variable_that_settings_read_is_documented():
     names = set(re.findall(r'"((?:KERNEL|HF_|DISABLE_|DO_NOT|LOCAL_)[A-Z_]+)"', settings))
     assert len(names) >= 12
     assert {name for name in names if name not in text} == set()
+
+
+def test_every_folder_of_tests_is_run(pytestconfig):
+    """pytest passes folders by that are called as those of builds are."""
+    passed_by = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {
+        str(of) for of in folders if any(fnmatch(part, pattern) for part in of.parts for pattern in passed_by)
+    } == set()
