@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import layers
+from . import last, layers
 from .functions import rms_norm_gated_mlp
 
-__all__ = ["layers", "rms_norm_gated_mlp"]
+__all__ = ["last", "layers", "rms_norm_gated_mlp"]

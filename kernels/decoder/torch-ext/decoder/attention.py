@@ -21,7 +21,7 @@ from .plain import Projections, attention_linears, runs, takes_projections, with
 
 rotary = get_kernel_dep("kernelhub/rotary")
 
-__all__ = ["add_product", "added", "attention", "rotary"]
+__all__ = ["add_product", "added", "attention", "is_plain", "keys_and_values", "rotary"]
 
 # What the forwards call that are of this formula, by the names that their modules have for it.
 _FUNCTION, _ATTENTIONS, _EAGER = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
@@ -141,6 +141,31 @@ def _window(module: nn.Module) -> int | None:
     """The layer's own, or the one of all layers."""
     held = module.__dict__  # to ask a module for what it does not have costs microseconds
     return held["sliding_window"] if "sliding_window" in held else getattr(module.config, "sliding_window", None)
+
+
+# Keys and values alone
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether its projections are plain linear layers that nobody listens to, and between them are Llama's rotary embedding and
+    PyTorch's attention, as transformers calls it.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward  # here, where such a model is
+
+    projections = attention_linears(module)
+    if projections is None or projections.o is None or not _is_llamas(module):
+        return False
+    interfaces: Any = type(module).forward.__globals__[_ATTENTIONS]
+    return interfaces.get_interface(module.config._attn_implementation, None) is sdpa_attention_forward
+
+
+def keys_and_values(module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Those of x, (batch, heads, tokens, head_dim) each, as the forward of the class makes them, for what `is_plain`."""
+    heads = (*x.shape[:-1], -1, module.head_dim)
+    k, v = module.k_proj(x).view(heads).transpose(1, 2), module.v_proj(x).view(heads).transpose(1, 2)
+    turn: Any = type(module).forward.__globals__[_FUNCTION]
+    _, k = turn(k[:, :1], k, *tables)  # it turns two, and there are no queries: one head, the least that it takes
+    return k, v
 
 
 # The rotary embedding

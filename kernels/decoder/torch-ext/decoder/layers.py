@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import compiled, hopper
-from .attention import added, attention
+from .attention import added, attention, is_plain
 from .functions import (
     FORMS,
     FORMULAS,
@@ -269,6 +269,32 @@ class DecoderLayer(nn.Module):
         if product is None or weights is None:
             return residual + mlp(normed)
         return add_gated_mlp(normed, residual, weights, product, ours=weight is not None)
+
+
+def computes_each_token(layer: nn.Module, norm: nn.Module) -> bool:
+    """Whether in the layer and in the norm after it a token's result depends on others by the attention alone, and nobody listens.
+
+    That is a layer as `DecoderLayer` has it, of parts that run their class's forward or ours, outside of training.
+    """
+    if layer.training or marked_as(type(layer)) != "DecoderLayer" or not runs(layer, DecoderLayer.forward):
+        return False
+    parts = layer._modules
+    attention, mlp = parts.get("self_attn"), parts.get("mlp")
+    norms = parts.get("input_layernorm"), parts.get("post_attention_layernorm"), norm
+    if attention is None or attention.training or mlp is None or not all(map(_is_norm, norms)):
+        return False
+    return (
+        marked_as(type(attention)) in _ATTENTIONS
+        and runs(attention, *_ATTENTION_FORWARDS)
+        and is_plain(attention)
+        and _gated(mlp) is not None
+        and linears(mlp, "gate_proj", "up_proj", "down_proj") is not None
+    )
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    """Whether it is an RMS norm of a formula that is known, by its mark, that nobody listens to."""
+    return module is not None and marked_as(type(module)) in FORMS and runs(module, *_NORMS)
 
 
 def _is_llamas(module: nn.Module) -> bool:

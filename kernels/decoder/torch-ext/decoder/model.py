@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .plain import home
 
-__all__ = ["CausalDecoder"]
+__all__ = ["CausalDecoder", "is_plain", "is_short", "through"]
 
 
 class CausalDecoder(nn.Module):
@@ -26,7 +27,8 @@ class CausalDecoder(nn.Module):
     would pass through code of transformers' and through layers of anybody's, and a mask that one of them takes for
     another is a wrong result without an error. Where one of the conditions does not hold, the class's forward runs.
 
-    Reads `config`, and calls `embed_tokens`, `rotary_emb`, `layers` and `norm`.
+    Reads `config`, and calls `embed_tokens`, `rotary_emb`, `layers` and `norm`. Whoever needs of a call only what the last
+    token comes out as finds on this forward how to get that (`last.py`).
     """
 
     can_torch_compile = True
@@ -47,8 +49,8 @@ class CausalDecoder(nn.Module):
             attention_mask is None
             and position_ids is None
             and past_key_values is None
-            and _is_plain(self, kwargs)
-            and _is_short(self.config, input_ids, inputs_embeds)
+            and is_plain(self, kwargs)
+            and is_short(self.config, input_ids, inputs_embeds)
             # The class's forward says that it does not do both.
             and not (caches and self.training and getattr(self, "gradient_checkpointing", False))
         ):
@@ -70,20 +72,35 @@ class CausalDecoder(nn.Module):
         positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         tables = self.rotary_emb(hidden, position_ids=positions)
         kwargs.pop("return_dict", None)
-        for layer in islice(self.layers, self.config.num_hidden_layers):
-            hidden = layer(
-                hidden,
-                attention_mask=None,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=caches,
-                position_embeddings=tables,
-                **kwargs,
-            )
+        layers = islice(self.layers, self.config.num_hidden_layers)
+        hidden = through(layers, hidden, positions, tables, cache, caches, kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
 
     # What is on the children (hooks, adapters, weights that are not plain) is no reason against this kernel.
     forward.calls_children = True
+
+
+def through(
+    layers: Iterable[nn.Module],
+    hidden: Tensor,
+    positions: Tensor,
+    tables: tuple[Tensor, Tensor],
+    cache: Any,
+    caches: bool,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """What comes out of the layers, one after another, without a mask: (batch, tokens, hidden)."""
+    for layer in layers:
+        hidden = layer(
+            hidden,
+            attention_mask=None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=caches,
+            position_embeddings=tables,
+            **kwargs,
+        )
+    return hidden
 
 
 # Keywords that the model passes on to its layers, and that say nothing of the mask or of what is returned.
@@ -91,7 +108,7 @@ _PASSED_ON = frozenset({"ignore_index", "num_items_in_batch", "shift_labels"})
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
-def _is_plain(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+def is_plain(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether the model is a causal one with PyTorch's attention, and nothing but its last hidden state is asked for."""
     config: Any = model.config
     if config._attn_implementation != "sdpa" or getattr(config, "is_causal", None) is not None:
@@ -109,7 +126,7 @@ def _is_plain(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     return not _is_exported() and _has_its_mask() and _calls_transformers_own(type(model))
 
 
-def _is_short(config: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> bool:
+def is_short(config: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> bool:
     """Whether there is one input, of tokens that all lie within the attention's window, if it has one."""
     if (input_ids is None) is (inputs_embeds is None):
         return False

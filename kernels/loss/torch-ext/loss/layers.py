@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ class FusedForCausalLM(nn.Module):
     """A causal language model whose projection and loss are one: in training with labels it returns no logits.
 
     Reads `model`, `lm_head` and `config`. Without labels, in `eval()`, for some of the logits only, and where `lm_head` is
-    not the plain projection that is read here or the loss is another one, the forward of the model's class runs.
+    not the plain projection that is read here or the loss is another one, the forward of the model's class runs. Where
+    only the last token's logits are asked for, as `generate` does of a prompt, and `model` runs a kernel that says how to
+    compute no more than they need, that is asked first; all that is returned is as it was.
     """
 
     can_torch_compile = True
@@ -70,6 +73,10 @@ class FusedForCausalLM(nn.Module):
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
+        if labels is None and type(logits_to_keep) is int and logits_to_keep == 1:
+            found = _of_last_token(self, inputs, kwargs)
+            if found is not None:
+                return found
         if (
             labels is None
             or not self.training
@@ -102,6 +109,53 @@ class FusedForCausalLM(nn.Module):
         return found if (self.config.return_dict if return_dict is None else return_dict) else found.to_tuple()
 
 
+def _of_last_token(model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
+    """What the model gives with the logits of the last token; None where its decoder is to compute all, and in decoding."""
+    of = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+    if of is None or of.dim() < 2 or of.shape[1] == 1:
+        return None
+    last_token = _last_token(model.model)
+    if last_token is None:
+        return None
+    options = dict(options)
+    return_dict = options.pop("return_dict", None)
+    if not (model.config.return_dict if return_dict is None else return_dict):
+        return None
+    outputs = last_token(model.model, **inputs, **options)
+    if outputs is None:
+        return None
+    from transformers.modeling_outputs import CausalLMOutputWithPast  # here, where such a model is
+
+    logits = model.lm_head(outputs.last_hidden_state)
+    return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+
+
+def _last_token(decoder: nn.Module) -> Any:
+    """How the decoder's kernel computes what the last token comes out as, if it says so and calling it would do no more.
+
+    It is called past the module, with the arguments of its forward, and returns None where it cannot (`CausalDecoder`).
+    """
+    forward = decoder.__dict__.get("forward")
+    if type(forward) is not MethodType or forward.__self__ is not decoder:
+        return None
+    if _is_listened_to(decoder) or decoder._compiled_call_impl is not None:
+        return None
+    function = forward.__func__
+    # Not of one that somebody wrapped: it has what it wraps has.
+    return None if hasattr(function, "__wrapped__") else getattr(function, "last_token", None)
+
+
+def _is_listened_to(module: nn.Module) -> bool:
+    """Whether it has hooks, or all modules have."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._has_any_global_hook()
+    )
+
+
 def _keeps_all(logits_to_keep: int | Tensor) -> bool:
     return isinstance(logits_to_keep, int) and logits_to_keep == 0
 
@@ -111,9 +165,8 @@ def _is_plain(head: nn.Module) -> bool:
     return (
         type(head) is nn.Linear
         and type(head.weight) in compiled.PLAIN
-        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
         and "forward" not in head.__dict__
-        and not everywhere._has_any_global_hook()
+        and not _is_listened_to(head)
     )
 
 
