@@ -369,6 +369,8 @@ def test_what_it_asks_of_a_call_by_itself() -> None:
     wrong[1, 5] += 1
     assert last_token(decoder, IDS, torch.ones(2, 10), wrong) is None
     assert last_token(decoder, IDS, _padded(), torch.arange(10)[None]) is None
+    decoder.training = True  # it alone: its layers have a mode of their own
+    assert last_token(decoder, IDS) is None
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def mark_fused_loss(model: nn.Module) -> dict[str, str]:
     """Name the causal language models in `model` (mostly itself) as layers whose projection and loss can be one.
 
     Not part of `mark`, because of what such a kernel does not return: in training with labels, the output's `logits` are
-    None. Without labels, and in `eval()`, the model's own forward runs. Returns by module path why a causal language
+    None. Without labels, and in `eval()`, it returns what the model's own forward does. Returns by module path why a causal language
     model is not named; its forward stays, as it does where no kernel is registered (see `fused_loss_mapping`).
 
     Example: `mark_fused_loss(model)`, `with use_kernel_mapping({**default_mapping(), **fused_loss_mapping()}):

@@ -200,9 +200,10 @@ def kernelize_pretrained(
     """Name the layers of a transformers model, and kernelize it with the kernels of this package; returns the same model.
 
     `mode` None is the model's training state. With `fuse_loss` a causal language model computes its loss without all of
-    the logits, which its output then lacks in training with labels (see `kernelhub.integrations.losses`). The other
-    options are those of `kernelize`. Kernels that are registered count too; for a layer, device and mode that both have,
-    this package's. Raises what `kernelize` raises.
+    the logits, which its output then lacks in training with labels (see `kernelhub.integrations.losses`), and computes
+    less where only the last token's logits are asked for (`logits_to_keep=1`, as `generate` does). The other options are
+    those of `kernelize`. Kernels that are registered count too; for a layer, device and mode that both have, this
+    package's. Raises what `kernelize` raises.
 
     Example: `kernelize_pretrained(AutoModelForCausalLM.from_pretrained(folder))`.
     """
