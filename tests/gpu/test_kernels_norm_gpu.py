@@ -147,7 +147,7 @@ def test_layer_norm_of_a_row_of_equal_elements_is_the_bias(norm: ModuleType, dty
         g = grad.double() * kernelized.weight.detach()
         exact = (g - g.mean(1, keepdim=True)) * kernelized.eps**-0.5
         unit = torch.finfo(dtype).eps * float(exact.abs().max())
-        assert error(x_grad, exact) <= 2 * unit, (rows, width)
+        assert error(x_grad, exact) <= 3 * unit, (rows, width)  # a GPU's reciprocal square root alone is off by up to 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
