@@ -38,7 +38,8 @@ def last_token(
     and where the last layer is not one as `DecoderLayer` and `RotaryAttention` have it, somebody listens to a part of it
     or of the norm after it, or something else than the last hidden state is asked for, too.
 
-    A mask of the caller's, and positions, are read: a GPU is waited for once. Under torch.compile they are not.
+    A mask of the caller's, and positions, are read: a GPU is waited for once. Where that cannot be, under torch.compile and
+    in a CUDA graph, it is None.
     """
     if torch.is_grad_enabled() or model.training:
         return None
@@ -56,6 +57,7 @@ def last_token(
     if (
         tokens < 2
         or type(of) not in _PLAIN
+        or of.is_meta
         or not _is_empty(past_key_values, tokens)
         or not _say_nothing(attention_mask, position_ids, batch, tokens)
     ):
@@ -128,6 +130,10 @@ def _say_nothing(mask: Any, positions: Any, batch: int, tokens: int) -> bool:
     if mask is None and positions is None:
         return True
     if torch.compiler.is_compiling():  # what is read would have to be known before the program is
+        return False
+    if torch._C._are_functorch_transforms_active() or (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    ):
         return False
     facts = []
     if mask is not None:
