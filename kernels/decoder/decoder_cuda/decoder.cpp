@@ -44,10 +44,24 @@ int64_t check_weight(const char* name, const char* what, const Tensor& weight, c
   return columns;
 }
 
+void check_function(const char* name, int64_t function) {
+  STD_TORCH_CHECK(function == SILU || function == GELU_TANH, name, ": function is ", function, "; expected 0 or 2");
+}
+
+// A tensor of the input's leading dimensions and as many columns.
+void check_beside(const char* name, const char* what, const Tensor& of, const Tensor& x, int64_t columns) {
+  check_device(name, what, of, x);
+  const auto sizes = x.sizes(), others = of.sizes();
+  STD_TORCH_CHECK(
+      sizes.size() == others.size() && std::equal(sizes.begin(), sizes.end() - 1, others.begin()) &&
+          others[others.size() - 1] == columns,
+      name, ": the ", what, " has another shape than the product");
+}
+
 // Columns of the result, of operands that fit.
 int64_t check(const char* name, const Tensor& x, const Tensor& gate, const Tensor& up, int64_t function) {
   check_input(name, x);
-  STD_TORCH_CHECK(function == SILU || function == GELU_TANH, name, ": function is ", function, "; expected 0 or 2");
+  check_function(name, function);
   const int64_t columns = check_weight(name, "gate's weight", gate, x, 8);
   STD_TORCH_CHECK(
       check_weight(name, "other weight", up, x, 8) == columns, name, ": expected as many rows of both weights, ", columns);
@@ -161,12 +175,7 @@ Tensor add_product(const Tensor& x, const Tensor& weight, const Tensor& residual
   args.depth = check_input(name, x);
   args.rows = x.numel() / args.depth;
   args.columns = check_weight(name, "weight", weight, x, 8);
-  check_device(name, "residual", residual, x);
-  const auto sizes = x.sizes(), others = residual.sizes();
-  STD_TORCH_CHECK(
-      sizes.size() == others.size() && std::equal(sizes.begin(), sizes.end() - 1, others.begin()) &&
-          others[others.size() - 1] == args.columns,
-      name, ": the residual has another shape than the product");
+  check_beside(name, "residual", residual, x, args.columns);
   const Tensor y = new_tensor(x, args.columns);
   if (args.rows > 0) {
     const OnDevice device(x);
@@ -179,6 +188,42 @@ Tensor add_product(const Tensor& x, const Tensor& weight, const Tensor& residual
     check_launch(add_product(args, dtype_of(x, name), device));
   }
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_gradients(
+    const Tensor& grad, const Tensor& weight, const Tensor& gate, const Tensor& up, int64_t function, bool result) {
+  const char* const name = "gated_gradients";
+  GradientsArgs args{};
+  args.depth = check_input(name, grad);
+  args.rows = grad.numel() / args.depth;
+  check_function(name, function);
+  args.function = static_cast<int>(function);
+  check_device(name, "weight", weight, grad);
+  STD_TORCH_CHECK(
+      weight.dim() == 2 && weight.size(0) == args.depth, name,
+      ": the weight does not fit; expected as many rows as the gradient's last dimension");
+  args.columns = weight.size(1);
+  STD_TORCH_CHECK(
+      args.columns > 0 && args.columns % 8 == 0 && args.columns <= MOST, name, ": the weight has ", args.columns,
+      " columns; expected a multiple of 8, at most ", MOST);
+  check_beside(name, "gate", gate, grad, args.columns);
+  check_beside(name, "other factor", up, grad, args.columns);
+  const Tensor gate_grad = new_tensor(grad, args.columns), up_grad = new_tensor(grad, args.columns);
+  const Tensor y = result ? new_tensor(grad, args.columns) : new_row(0, grad.scalar_type(), grad);
+  if (args.rows > 0) {
+    const OnDevice device(grad);
+    check_capability(device);
+    const Tensor dense[] = {in_order(grad), in_order(weight), in_order(gate), in_order(up)};
+    args.grad = dense[0].data_ptr();
+    args.weight = dense[1].data_ptr();
+    args.a = dense[2].data_ptr();
+    args.b = dense[3].data_ptr();
+    args.a_grad = gate_grad.data_ptr();
+    args.b_grad = up_grad.data_ptr();
+    args.y = result ? y.data_ptr() : nullptr;
+    check_launch(gated_gradients(args, dtype_of(grad, name), device));
+  }
+  return {gate_grad, up_grad, y};
 }
 
 } // namespace kernelhub

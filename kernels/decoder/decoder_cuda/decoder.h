@@ -30,4 +30,9 @@ std::tuple<Tensor, Tensor, Tensor> rotary_projections(
 // residual + x @ weight.T, rounded once. x: (..., depth), weight: (columns, depth), residual: (..., columns).
 Tensor add_product(const Tensor& x, const Tensor& weight, const Tensor& residual);
 
+// With g = grad @ weight, the gradient of f(gate) * up: those of gate and up, and where `result` f(gate) * up, else an empty
+// tensor. grad: (..., depth), weight: (depth, columns), gate, up: (..., columns) -> (..., columns) each.
+std::tuple<Tensor, Tensor, Tensor> gated_gradients(
+    const Tensor& grad, const Tensor& weight, const Tensor& gate, const Tensor& up, int64_t function, bool result);
+
 } // namespace kernelhub

@@ -1,6 +1,7 @@
 // Two products of matrices and what follows them, f(a) * b, in one pass: of a tile's columns the first half are `gate`'s and
 // the other half the same ones of `up`, so that a thread has a and b of the same elements.
 
+#include "formulas.cuh"
 #include "hopper.cuh"
 #include "launch.h"
 
@@ -13,16 +14,6 @@ struct Maps {
 };
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// As kernels/activation has them for 16 bits.
-template <int FUNCTION>
-__device__ __forceinline__ float value(float x) {
-  if constexpr (FUNCTION == SILU) {
-    return __fdividef(x, 1.0f + __expf(-x));
-  } else {
-    return __fdividef(x, 1.0f + __expf(-1.5957691216057308f * fmaf(0.044715f * x * x, x, x)));
-  }
-}
 
 // KEEP: whether a and b are written too.
 template <typename T, int FUNCTION, bool KEEP>

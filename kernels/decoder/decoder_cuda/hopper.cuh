@@ -96,11 +96,18 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t at) {
   return static_cast<uint64_t>((at & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// d = 64 rows of the tile at `rows` times 256 at `columns`, 16 elements deep; added to d where `adds`.
+// The same of a tile whose rows are steps and whose columns are those of the product: 64 of them beside each other, and the next
+// 64 behind all steps.
+__device__ __forceinline__ uint64_t turned_descriptor(uint32_t at) {
+  return static_cast<uint64_t>((at & 0x3FFFF) >> 4) | uint64_t(DEPTH * 128 >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// d = 64 rows of the tile at `rows` times 256 at `columns`, 16 elements deep; added to d where `adds`. TURNED: the second tile's
+// rows are steps.
 #define EIGHT(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define THIRTY_TWO(i) EIGHT(i), EIGHT(i + 8), EIGHT(i + 16), EIGHT(i + 24)
-#define WGMMA(TYPE) \
+#define WGMMA(TYPE, TURN) \
   asm volatile( \
       "{\n.reg .pred adds;\nsetp.ne.b32 adds, %130, 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " " \
@@ -110,16 +117,21 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t at) {
       "%71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, " \
       "%94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
       "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
-      "%128, %129, adds, 1, 1, 0, 0;\n}" \
+      "%128, %129, adds, 1, 1, 0, " TURN ";\n}" \
       : THIRTY_TWO(0), THIRTY_TWO(32), THIRTY_TWO(64), THIRTY_TWO(96) \
       : "l"(rows), "l"(columns), "r"(adds))
 
-template <typename T>
+template <typename T, bool TURNED>
 __device__ __forceinline__ void multiply(float (&d)[128], uint64_t rows, uint64_t columns, int adds) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    WGMMA("bf16");
+  constexpr bool BRAIN = std::is_same_v<T, __nv_bfloat16>;
+  if constexpr (BRAIN && TURNED) {
+    WGMMA("bf16", "1");
+  } else if constexpr (BRAIN) {
+    WGMMA("bf16", "0");
+  } else if constexpr (TURNED) {
+    WGMMA("f16", "1");
   } else {
-    WGMMA("f16");
+    WGMMA("f16", "0");
   }
 }
 #undef WGMMA
@@ -223,7 +235,7 @@ __device__ __forceinline__ void copy_tiles(const Work& work, const CUtensorMap& 
 // below, and of each 8 columns two, from `thread % 4 * 2` on: d[4 * n] and d[4 * n + 1] are those of the n-th eight, and the
 // next two those of the other row. `do_part()` does a part of what else there is to do, if there is any; `finish(place)` is
 // called when d is the product.
-template <typename T, typename DoPart, typename Finish>
+template <typename T, bool TURNED = false, typename DoPart, typename Finish>
 __device__ __forceinline__ void multiply_tiles(
     const Work& work, int group, int thread, float (&d)[128], DoPart do_part, Finish finish) {
   int stage = 0, parity = 0;
@@ -236,11 +248,11 @@ __device__ __forceinline__ void multiply_tiles(
     for (int step = 0; step < work.steps; ++step) {
       barrier_wait(work.full + 8 * stage, parity);
       const uint32_t from = work.tiles_at + stage * STAGE_BYTES;
-      const uint64_t rows = descriptor(from + group * (X_BYTES / GROUPS)), columns = descriptor(from + X_BYTES);
+      const uint64_t rows = descriptor(from + group * (X_BYTES / GROUPS)), columns = TURNED ? turned_descriptor(from + X_BYTES) : descriptor(from + X_BYTES);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
       for (int k = 0; k < DEPTH / 16; ++k) {
-        multiply<T>(d, rows + 2 * k, columns + 2 * k, step | k);
+        multiply<T, TURNED>(d, rows + 2 * k, columns + (TURNED ? 128 : 2) * k, step | k);
       }
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       do_part();
@@ -372,6 +384,10 @@ class Describe {
   void x(CUtensorMap& map, const void* data, int64_t rows, int64_t depth) { add(map, data, rows, depth, ROWS); }
   void weight(CUtensorMap& map, const void* data, int64_t columns, int64_t depth) {
     add(map, data, columns, depth, COLUMNS / BLOCKS);
+  }
+  // A weight whose rows are steps, as a backward has it.
+  void turned_weight(CUtensorMap& map, const void* data, int64_t depth, int64_t columns) {
+    add(map, data, depth, columns, DEPTH);
   }
   void result(CUtensorMap& map, const void* data, int64_t rows, int64_t columns) {
     add(map, data, rows, columns, ROWS / GROUPS);

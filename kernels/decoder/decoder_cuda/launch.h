@@ -56,9 +56,26 @@ struct AddArgs {
   int64_t depth;
 };
 
+// With g = grad @ weight, the gradient of y = f(a) * b: a_grad = g * b * f'(a), b_grad = g * f(a), and y, where it is not null.
+// grad: rows x depth, weight: depth x columns, the others rows x columns, as in `GatedArgs`.
+struct GradientsArgs {
+  const void* grad;
+  const void* weight;
+  const void* a;
+  const void* b;
+  void* a_grad;
+  void* b_grad;
+  void* y;
+  int64_t rows;
+  int64_t columns;
+  int64_t depth;
+  int function;
+};
+
 // For compute capability 9.0, BFLOAT16 and FLOAT16. Each returns a cudaError_t.
 int gated_product(const GatedArgs& args, Dtype dtype, const Device& device);
 int rotary_projections(const ProjectionsArgs& args, Dtype dtype, const Device& device);
+int gated_gradients(const GradientsArgs& args, Dtype dtype, const Device& device);
 int add_product(const AddArgs& args, Dtype dtype, const Device& device);
 
 } // namespace kernelhub

@@ -12,6 +12,9 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "rotary_projections(Tensor x, Tensor q, Tensor? q_bias, Tensor k, Tensor? k_bias, Tensor v, Tensor? v_bias, "
       "Tensor cos, Tensor sin, int head_dim) -> (Tensor, Tensor, Tensor)");
+  ops.def(
+      "gated_gradients(Tensor grad, Tensor weight, Tensor gate, Tensor up, int function, bool result) "
+      "-> (Tensor, Tensor, Tensor)");
   ops.def("add_product(Tensor x, Tensor weight, Tensor residual) -> Tensor");
 }
 
@@ -19,6 +22,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("gated_product", TORCH_BOX(&kernelhub::gated_product));
   ops.impl("gated_product_parts", TORCH_BOX(&kernelhub::gated_product_parts));
   ops.impl("rotary_projections", TORCH_BOX(&kernelhub::rotary_projections));
+  ops.impl("gated_gradients", TORCH_BOX(&kernelhub::gated_gradients));
   ops.impl("add_product", TORCH_BOX(&kernelhub::add_product));
 }
 #endif

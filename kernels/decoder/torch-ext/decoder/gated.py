@@ -125,7 +125,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     found[2] = grad if for_residual else None
     found[8] = rows.sum(0) if for_down_bias else None
     if for_x or for_gate or for_gate_bias or for_up or for_up_bias:
-        gate_grad, up_grad, inner = backward(rows.mm(down_weight), gate, up, result=for_down)
+        if hopper.takes_gradients(rows, down_weight, gate, up, ctx.product):
+            gate_grad, up_grad, inner = hopper.gated_gradients(rows, down_weight, gate, up, ctx.product, for_down)
+        else:
+            gate_grad, up_grad, inner = backward(rows.mm(down_weight), gate, up, result=for_down)
     elif for_down:
         inner = PRODUCTS[ctx.product](gate, up)
     if inner is not None:

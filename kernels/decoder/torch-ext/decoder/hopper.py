@@ -20,6 +20,7 @@ from .plain import Projections, Weights
 __all__ = [
     "HERE",
     "add_product",
+    "gated_gradients",
     "gated_product",
     "gated_product_parts",
     "may_take",
@@ -27,12 +28,14 @@ __all__ = [
     "rotary_projections",
     "takes",
     "takes_add",
+    "takes_gradients",
     "takes_projections",
 ]
 
 HERE = hasattr(ops, "gated_product")
 _HERE_PROJECTIONS = hasattr(ops, "rotary_projections")
 _HERE_ADD = hasattr(ops, "add_product")
+_HERE_GRADIENTS = hasattr(ops, "gated_gradients")
 
 # As in decoder_cuda/launch.h, by the names of the classes that transformers has.
 _FUNCTIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 2, "NewGELUActivation": 2}
@@ -42,6 +45,8 @@ _HEAD_DIMS = frozenset((64, 128, 256))
 # Two blocks work on 256 rows together, by 256 columns of a result, so that fewer would leave tensor cores idle.
 _FEWEST_ROWS = 256
 _TILE = 256
+# Steps of 64 in which all that becomes of the tile before is done meanwhile.
+_FEWEST_DEPTH = 2048
 _MOST_ROWS = 2**31 - 256  # which the op refuses more than
 
 
@@ -144,6 +149,33 @@ def add_product(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     return ops.add_product(x, weight, residual)
 
 
+def takes_gradients(grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor | None, product: str) -> bool:
+    """Whether the op takes the gradient of a gated MLP's result, (rows, hidden), and its factors, (rows, features)."""
+    if not (_HERE_GRADIENTS and grad.is_cuda and grad.dtype in _DTYPES) or up is None or product not in _FUNCTIONS:
+        return False
+    hidden, features = weight.shape
+    return (
+        weight.dtype is grad.dtype
+        and gate.dtype is grad.dtype
+        and hidden % 8 == 0
+        and features % 8 == 0
+        and 0 < _FEWEST_ROWS * hidden <= grad.numel() <= _MOST_ROWS * hidden
+        and hidden >= _FEWEST_DEPTH
+        and _fills(grad.numel() // hidden, [features], grad.get_device(), one=90, several=90)
+    )
+
+
+def gated_gradients(
+    grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor, product: str, result: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of gate and up where that of `f(gate) * up` is `grad @ weight`; and, where asked for, that product again.
+
+    grad: (rows, hidden), weight: (hidden, features), gate, up: (rows, features) -> (rows, features) each. No gradients.
+    """
+    gate_grad, up_grad, made = ops.gated_gradients(grad, weight, gate, up, _FUNCTIONS[product], result)
+    return gate_grad, up_grad, made if result else None
+
+
 def _both(weights: Weights) -> tuple[Tensor, Tensor]:
     if weights.up is not None:
         return weights.gate, weights.up
@@ -211,6 +243,15 @@ def _register_shapes() -> None:
             x: Tensor, q: Tensor, _q_bias: Tensor | None, k: Tensor, _k_bias: Tensor | None, v: Tensor, *_: Any
         ) -> tuple[Tensor, Tensor, Tensor]:
             return result(x, q), result(x, k), result(x, v)
+
+    if _HERE_GRADIENTS:
+
+        @torch.library.register_fake(add_op_namespace_prefix("gated_gradients"))
+        def _(
+            _grad: Tensor, _weight: Tensor, gate: Tensor, _up: Tensor, _function: int, wanted: bool
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            made = gate.new_empty(gate.shape) if wanted else gate.new_empty((0,))
+            return gate.new_empty(gate.shape), gate.new_empty(gate.shape), made
 
     if _HERE_ADD:
 
