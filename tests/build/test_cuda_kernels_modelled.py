@@ -170,6 +170,12 @@ DECODER = [
     "late float16 300 712 4 projections 4 150 64",
     "early bfloat16 140 1096 2 projections 3 70 128",
     "late bfloat16 129 2120 2 projections 1 43 256",
+    # The same of gradients, whose operands lie the other way: 32 parts, 24 without the product again
+    "late bfloat16 1 8 2 gradients 8 0 1",
+    "any bfloat16 513 72 2 gradients 264 2 0",
+    "early float16 300 328 2 gradients 264 2 1",
+    "late bfloat16 129 2120 2 gradients 264 0 1",
+    "any float16 140 1608 4 gradients 520 0 0",
 ]
 
 
@@ -243,6 +249,7 @@ def test_norm(programs: Programs, case: str) -> None:
     [
         ("decoder", "add", ["any bfloat16 129 328 2 add 264"]),
         ("decoder", "projections", ["any bfloat16 129 72 2 projections 1 60 128"]),
+        ("decoder", "gradients", ["any bfloat16 129 328 2 gradients 264 0 1"]),
         (
             "norm",
             "layer",
@@ -267,13 +274,22 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
             "any bfloat16 1 8 2 add 8", "deadlock: ", id="a barrier's parity",
         ),
         pytest.param(
-            "decoder", "add", 'asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");', "",
+            "decoder", "add", 'begin() const {\n    if (thread == 0) {\n      asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");',
+            "begin() const {\n    if (thread == 0) {",
             "late bfloat16 1 8 2 add 264", "the largest error", id="no wait before what is written is overwritten",
         ),
         pytest.param(
-            "decoder", "add", "row = (BLOCKS * at.row + work.block) * ROWS + out.group",
-            "row = (BLOCKS * at.row + work.block) * ROWS + 1 + out.group",
+            "decoder", "add", "            row = (BLOCKS * at.row + work.block) * ROWS + out.group",
+            "            row = (BLOCKS * at.row + work.block) * ROWS + 1 + out.group",
             "any bfloat16 8 8 2 add 8", "the largest error", id="a tile's row",
+        ),
+        pytest.param(
+            "decoder", "gradients", "barrier_wait(barrier, slab % 2);", "",
+            "late bfloat16 1 8 2 gradients 8 0 1", "more arrivals in a phase", id="no wait for what is copied",
+        ),
+        pytest.param(
+            "decoder", "gradients", "uint64_t(DEPTH * 128 >> 4) << 16", "uint64_t(DEPTH * 64 >> 4) << 16",
+            "any bfloat16 1 72 2 gradients 72 0 1", "the largest error", id="where the next columns lie",
         ),
     ],
 )  # fmt: skip

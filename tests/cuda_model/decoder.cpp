@@ -2,6 +2,7 @@
 // multiprocessors, then
 //   add COLUMNS
 //   gated COLUMNS FUNCTION KEEP
+//   gradients COLUMNS FUNCTION AGAIN
 //   projections HEADS PERIOD HEAD_DIM   k and v have half of the heads, k has no bias
 
 #include "launch.h"
@@ -81,6 +82,37 @@ int gated(const Call& call, Worst& worst, int64_t columns, int function, bool ke
   return error;
 }
 
+int gradients(const Call& call, Worst& worst, int64_t columns, int function, bool again) {
+  const Matrix &grad = call.x, weight = normal(grad.columns(), columns, call.dtype, 2),
+               a = normal(grad.rows(), columns, call.dtype, 3), b = normal(grad.rows(), columns, call.dtype, 4);
+  Matrix a_grad(grad.rows(), columns, call.dtype), b_grad(grad.rows(), columns, call.dtype), y(grad.rows(), columns, call.dtype);
+  const GradientsArgs args{grad.data(), weight.data(), a.data(), b.data(), a_grad.data(), b_grad.data(), again ? y.data() : nullptr,
+                           grad.rows(), columns, grad.columns(), function};
+  const int error = gated_gradients(args, call.dtype, call.device);
+  const std::vector<double> got_a = a_grad.read(), got_b = b_grad.read(), got_y = y.read();
+  for (int64_t row = 0; row < grad.rows(); ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      double g = 0.0;
+      for (int64_t step = 0; step < grad.columns(); ++step) {
+        g += grad.row(row)[step] * weight.row(step)[column];
+      }
+      const double p = a.row(row)[column], q = b.row(row)[column], by = 1.5957691216057308;
+      const double inside = function == SILU ? p : by * (p + 0.044715 * p * p * p);
+      const double inside_slope = function == SILU ? 1.0 : by * (1.0 + 3 * 0.044715 * p * p);
+      const double part = 1.0 / (1.0 + std::exp(-inside)), slope = part + p * part * (1.0 - part) * inside_slope;
+      const int64_t at = row * columns + column;
+      call.see(worst, got_a[at], g * q * slope, 3, 1.0 + std::abs(q));
+      call.see(worst, got_b[at], g * p * part, 3, 1.0 + std::abs(p));
+      if (again) {
+        call.see(worst, got_y[at], p * part * q, 3);
+      } else {
+        worst.see(std::isnan(got_y[at]) ? 0.0 : 2.0, 0.0, 1.0); // not written
+      }
+    }
+  }
+  return error;
+}
+
 int projections(const Call& call, Worst& worst, int64_t heads, int64_t period, int head_dim) {
   const Matrix &x = call.x, cos = normal(period, head_dim, call.dtype, 10), sin = normal(period, head_dim, call.dtype, 11);
   std::vector<Matrix> weights, biases, results;
@@ -141,6 +173,7 @@ int main(int count, char** arguments) {
   Worst worst;
   const int error = op == "add" ? add(call, worst, argument(7))
       : op == "gated"           ? gated(call, worst, argument(7), static_cast<int>(argument(8)), argument(9) != 0)
+      : op == "gradients"       ? gradients(call, worst, argument(7), static_cast<int>(argument(8)), argument(9) != 0)
                                 : projections(call, worst, argument(7), argument(8), static_cast<int>(argument(9)));
   if (error != 0) {
     model::fail("the launch returned error %d", error);

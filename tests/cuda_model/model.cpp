@@ -189,7 +189,7 @@ struct Copy {
 struct Product {
   float (*d)[128];
   uint64_t rows, columns;
-  bool adds, bf16;
+  bool adds, bf16, turned;
 };
 struct Stores : Gate {
   int left = 0;
@@ -352,6 +352,18 @@ void sixteen(float (&to)[16], uint64_t descriptor, int row, bool bf16) {
   }
 }
 
+// The same of an operand whose rows are steps: 64 of its columns lie beside each other, and the next 64 behind all steps.
+void sixteen_turned(float (&to)[16], uint64_t descriptor, int column, bool bf16) {
+  const uint32_t begin = static_cast<uint32_t>(descriptor & 0x3fff) * 16, next = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) * 16;
+  for (int step = 0; step < 16; ++step) {
+    uint32_t at = begin + column / 64 * next + step * 128 + column % 64 * 2;
+    at ^= (at >> 7 & 7) << 4;
+    uint16_t bits;
+    memcpy(&bits, shared_at(at, 2), 2);
+    to[step] = bf16 ? float_of(static_cast<uint32_t>(bits) << 16) : __half2float(__half_raw{bits});
+  }
+}
+
 // A thread has two rows, 8 apart, and of each 8 columns two.
 void multiply_now(const Product& product) {
   const int thread = me->number % FOUR_WARPS, row = thread / 32 * 16 + thread % 32 / 4;
@@ -360,7 +372,7 @@ void multiply_now(const Product& product) {
   sixteen(x[1], product.rows, row + 8, product.bf16);
   for (int eight = 0; eight < 32; ++eight) {
     for (int column = 0; column < 2; ++column) {
-      sixteen(w, product.columns, 8 * eight + thread % 4 * 2 + column, product.bf16);
+      (product.turned ? sixteen_turned : sixteen)(w, product.columns, 8 * eight + thread % 4 * 2 + column, product.bf16);
       for (int below = 0; below < 2; ++below) {
         float& to = (*product.d)[4 * eight + 2 * below + column];
         float sum = product.adds ? to : 0.0f;
@@ -672,14 +684,17 @@ void wait_for_stores(int groups) {
 
 // --- Products
 
-void multiply(const char* type, float (&d)[128], uint64_t rows, uint64_t columns, int adds) {
-  for (const uint64_t descriptor : {rows, columns}) {
-    // Beside the place: 1024 bytes from eight rows to the next, 128 bytes of a row permuted.
-    if ((descriptor & ~uint64_t{0x3fff}) != (uint64_t{1} << 16 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 62)) {
+void multiply(const char* type, const char* turned, float (&d)[128], uint64_t rows, uint64_t columns, int adds) {
+  const bool turns = *turned == '1';
+  for (const bool second : {false, true}) {
+    const uint64_t descriptor = second ? columns : rows;
+    // Beside the place: 1024 bytes from eight rows to the next, 128 bytes of a row permuted; how far apart 64 columns lie that are turned.
+    const uint64_t apart = second && turns ? descriptor & uint64_t{0x3fff} << 16 : uint64_t{1} << 16;
+    if ((descriptor & ~uint64_t{0x3fff}) != (apart | uint64_t{1024 / 16} << 32 | uint64_t{1} << 62)) {
       fail("the model does not know operands that lie as descriptor %#llx says", static_cast<unsigned long long>(descriptor));
     }
   }
-  me->products.back().push_back({&d, rows, columns, adds != 0, std::string(type) == "bf16"});
+  me->products.back().push_back({&d, rows, columns, adds != 0, std::string(type) == "bf16", turns});
 }
 
 void commit_products() { me->products.emplace_back(); }

@@ -17,7 +17,7 @@
 //   are not the sanitizer's: what is copied over operands too soon shows in the result;
 // - what the instructions of a warp ask of it (`.aligned`), registers, occupancy, banks, and time; setmaxnreg, programmatic
 //   dependent launch;
-// - the last bits of approximate functions (__expf, __fdividef, rsqrtf), whose exact ones are taken;
+// - the last bits of approximate functions (__expf, __fdividef, rsqrtf, ex2, rcp), whose exact ones are taken;
 // - blocks at the same time: clusters run one after the other.
 
 #pragma once
@@ -152,7 +152,7 @@ extern Copies copies;
 
 // --- The tensor cores. d is a thread's part of the 64 x 256 that the 128 threads of four warps have.
 
-void multiply(const char* type, float (&d)[128], uint64_t rows, uint64_t columns, int adds);
+void multiply(const char* type, const char* turned, float (&d)[128], uint64_t rows, uint64_t columns, int adds);
 void commit_products();
 void wait_for_products(int groups);
 

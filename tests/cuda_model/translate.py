@@ -49,12 +49,17 @@ STATEMENTS = {
     "cp.async.bulk.commit_group;": "model::commit_stores();",
     "cp.async.bulk.wait_group.read <n>;": "model::wait_for_stores(<n>);",
     "cp.async.bulk.wait_group <n>;": "model::wait_for_stores(<n>);",
-    # The tensor cores; TYPE is the parameter of the macro around it
+    # The tensor cores; TYPE and TURN are parameters of the macro around it
     "{ .reg .pred adds; setp.ne.b32 adds, %130, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.TYPE.TYPE"
-    " {" + _ACCUMULATORS + "}, %128, %129, adds, 1, 1, 0, 0; }": "model::multiply(TYPE, d, rows, columns, adds)",
+    " {" + _ACCUMULATORS + "}, %128, %129, adds, 1, 1, 0, TURN; }": (
+        "model::multiply(TYPE, TURN, d, rows, columns, adds)"
+    ),
     "wgmma.fence.sync.aligned;": "",
     "wgmma.commit_group.sync.aligned;": "model::commit_products();",
     "wgmma.wait_group.sync.aligned <n>;": "model::wait_for_products(<n>);",
+    # Numbers
+    "ex2.approx.ftz.f32 %0, %1;": "%0 = std::exp2(%1);",
+    "rcp.approx.ftz.f32 %0, %1;": "%0 = 1.0f / (%1);",
     # What only the compiler sees
     "": "",
     "shl.b32 %0, %2, 16; and.b32 %1, %2, 0xffff0000;": "%0 = (%2) << 16, %1 = (%2) & 0xffff0000u;",

@@ -1,4 +1,4 @@
-// f and its derivative as kernels/activation has them for 16 bits: the same operations, so that the results are the same bits.
+// f and its derivative, by one power and one quotient for both.
 
 #pragma once
 
@@ -8,21 +8,20 @@ namespace kernelhub {
 
 namespace {
 
-__device__ __forceinline__ float doubled_argument(float x) {
-  return 1.5957691216057308f * fmaf(0.044715f * x * x, x, x);
-}
+struct Found {
+  float value, slope;
+};
 
+// f(x) = x / (1 + e**-z), z being x or what gelu's tanh is taken of, doubled. The bits of `value` are those of kernels/activation
+// in 16 bits but where e**-z is no float any more: here it is the largest power of 2 whose inverse is one.
 template <int FUNCTION>
-__device__ __forceinline__ float value(float x) {
-  return __fdividef(x, 1.0f + __expf(-(FUNCTION == SILU ? x : doubled_argument(x))));
-}
-
-template <int FUNCTION>
-__device__ __forceinline__ float slope(float x) {
-  const float z = FUNCTION == SILU ? x : doubled_argument(x);
-  const float e = __expf(-fabsf(z)), part = __fdividef(1.0f, 1.0f + e);
+__device__ __forceinline__ Found find(float x) {
+  const float z = FUNCTION == SILU ? x : 1.5957691216057308f * fmaf(0.044715f * x * x, x, x);
+  float power, part;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(fminf(z * -1.4426950408889634f, 126.0f)));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(part) : "f"(1.0f + power));
   const float by = FUNCTION == SILU ? x : x * (1.5957691216057308f * fmaf(0.134145f * x, x, 1.0f));
-  return fmaf(by, e * part * part, z < 0.0f ? e * part : part);
+  return {x * part, fmaf(by * part, power * part, part)};
 }
 
 } // namespace

@@ -39,7 +39,7 @@ gated_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes siz
         const uint32_t a = kept[2 * eight + below], b = kept[32 + 2 * eight + below];
         uint32_t y = which == 0 ? a : b;
         if (which == 2) {
-          const float2 x = unpack<T>(a), by = unpack<T>(b), f = unpack<T>(pack<T>(value<FUNCTION>(x.x), value<FUNCTION>(x.y)));
+          const float2 x = unpack<T>(a), by = unpack<T>(b), f = unpack<T>(pack<T>(find<FUNCTION>(x.x).value, find<FUNCTION>(x.y).value));
           y = pack<T>(f.x * by.x, f.y * by.y);
         }
         out.write(eight, below, y);

@@ -53,8 +53,9 @@ gradient_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes 
       for (int below = 0; below < 2; ++below) {
         const float2 grad = unpack<T>(kept[2 * n + below]);
         const float2 a = unpack<T>(out.read(n % 8, below)), b = unpack<T>(out.read(8 + n % 8, below));
-        const float2 f = unpack<T>(pack<T>(value<FUNCTION>(a.x), value<FUNCTION>(a.y)));
-        out.write(n % 8, below, pack<T>(grad.x * b.x * slope<FUNCTION>(a.x), grad.y * b.y * slope<FUNCTION>(a.y)));
+        const Found first = find<FUNCTION>(a.x), second = find<FUNCTION>(a.y);
+        const float2 f = unpack<T>(pack<T>(first.value, second.value));
+        out.write(n % 8, below, pack<T>(grad.x * b.x * first.slope, grad.y * b.y * second.slope));
         out.write(8 + n % 8, below, pack<T>(grad.x * f.x, grad.y * f.y));
         kept[2 * n + below] = pack<T>(f.x * b.x, f.y * b.y);
       }

@@ -45,8 +45,10 @@ _HEAD_DIMS = frozenset((64, 128, 256))
 # Two blocks work on 256 rows together, by 256 columns of a result, so that fewer would leave tensor cores idle.
 _FEWEST_ROWS = 256
 _TILE = 256
-# Steps of 64 in which all that becomes of the tile before is done meanwhile.
+# For gradients: steps of 64 in which all that becomes of the tile before is done meanwhile, and rounds of tiles, since
+# what becomes of the last ones is done behind them.
 _FEWEST_DEPTH = 2048
+_FEWEST_ROUNDS = 12
 _MOST_ROWS = 2**31 - 256  # which the op refuses more than
 
 
@@ -161,7 +163,7 @@ def takes_gradients(grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor | Non
         and features % 8 == 0
         and 0 < _FEWEST_ROWS * hidden <= grad.numel() <= _MOST_ROWS * hidden
         and hidden >= _FEWEST_DEPTH
-        and _fills(grad.numel() // hidden, [features], grad.get_device(), one=90, several=90)
+        and _fills(grad.numel() // hidden, [features], grad.get_device(), one=100, several=90, fewest=_FEWEST_ROUNDS)
     )
 
 
@@ -188,17 +190,19 @@ def _exporting() -> bool:
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
-def _fills(rows: int, columns: list[int], device: int, one: int, several: int) -> bool:
+def _fills(rows: int, columns: list[int], device: int, one: int, several: int, fewest: int = 1) -> bool:
     """Whether products of those rows by each of the columns fill a GPU that the ops are for.
 
     Pairs of multiprocessors make tiles in rounds, and wait in the last one for whoever is still at work. Filled are so many
-    percent of all rounds: `one` where there is one, else `several`.
+    percent of all rounds: `one` where there is one, else `several`; and there are `fewest` rounds at least.
     """
     pairs = _pairs(device)
     if pairs == 0:
         return False
     tiles = (rows + _TILE - 1) // _TILE * sum([(of + _TILE - 1) // _TILE for of in columns])
     rounds = (tiles + pairs - 1) // pairs
+    if rounds < fewest:
+        return False
     return 100 * rows * sum(columns) >= (several if rounds > 1 else one) * rounds * pairs * _TILE * _TILE
 
 
