@@ -165,6 +165,10 @@ def decoder(ops: Any, dtype: torch.dtype) -> None:
             ops.gated_product_parts(x, gate, up, function)
         residual = numbers(rows, columns, dtype=dtype)
         ops.add_product(x, gate, residual)
+        turned, factor = numbers(depth, columns, dtype=dtype), numbers(rows, columns, dtype=dtype, seed=1)
+        for function in (0, 2):
+            for again in (True, False):
+                ops.gated_gradients(x, turned, residual, factor, function, again)
     for batches, tokens, depth, of_q, of_k, head_dim in (
         (0, 5, 64, 1, 1, 64), (1, 1, 8, 1, 1, 64), (2, 150, 200, 5, 2, 64), (1, 300, 72, 3, 1, 128), (3, 700, 136, 14, 2, 128),
         (1, 333, 200, 3, 1, 256), (4, 1000, 576, 14, 2, 64),

@@ -15,6 +15,7 @@ from kernelprojects import load_compiled
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 pytestmark = [
@@ -438,6 +439,89 @@ def test_sums_of_any_strides_and_places(decoder: ModuleType) -> None:
     assert decoder.hopper.add_product(x[:0], weight, residual[:0]).shape == (0, 264)
 
 
+# Rows, depth, columns, as those of sums; and more steps than what follows a tile has parts.
+GRADIENTS = (
+    (256, 2048, 256),
+    (300, 2056, 264),
+    (1000, 200, 1000),
+    (257, 64, 8),
+    (1, 8, 8),
+    (513, 4096, 520),
+    (5000, 640, 2304),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("product", FUNCTIONS)
+@pytest.mark.parametrize("sizes", GRADIENTS, ids=str)
+def test_gradients_are_as_near_to_float64_as_a_product_and_its_function(
+    decoder: ModuleType, sizes: tuple[int, int, int], product: str, dtype: torch.dtype
+) -> None:
+    grad, weight, a, b = factors(*sizes, dtype)
+    a[0, :8] = torch.tensor([0, 1e-3, 20, -20, 80, -80, 200, -200], device="cuda")  # where powers of e are no floats
+    wide = grad.double() @ weight.double()
+    leaves = [of.double().requires_grad_() for of in (a, b)]
+    made = FUNCTIONS[product](leaves[0]) * leaves[1]
+    exact = (*torch.autograd.grad(made, leaves, wide), made.detach())
+    function = decoder.gated._GRADIENTS[decoder.gated.PRODUCTS[product]]
+    apart = function.backward(grad.mm(weight), a, b, result=True)
+    poison()
+    got = decoder.hopper.gated_gradients(grad, weight, a, b, product, True)
+    for one, other, reference in zip(got, apart, exact, strict=True):
+        assert one.dtype is dtype
+        assert bool(one.isfinite().all())
+        assert distance(one, reference) <= 1.02 * distance(other, reference)
+        unit = torch.finfo(dtype).eps * float(reference.abs().max())
+        assert (
+            float((one.double() - reference).abs().max()) <= 2 * float((other.double() - reference).abs().max()) + unit
+        )
+    poison()
+    *without, none = decoder.hopper.gated_gradients(grad, weight, a, b, product, False)
+    assert none is None
+    assert all(torch.equal(one, other) for one, other in zip(without, got[:2], strict=True))
+
+
+def factors(rows: int, depth: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A gradient, (rows, depth), a weight, (depth, columns), and the factors of its product, (rows, columns)."""
+    generator = torch.Generator("cuda").manual_seed(rows)
+    sizes = ((rows, depth), (depth, columns), (rows, columns), (rows, columns))
+    grad, weight, a, b = (torch.randn(size, generator=generator, device="cuda") for size in sizes)
+    return grad.to(dtype), (2 * weight * depth**-0.5).to(dtype), a.to(dtype), b.to(dtype)
+
+
+def test_gradients_of_any_strides_and_places(decoder: ModuleType) -> None:
+    operand = factors(512, 128, 264, torch.bfloat16)
+    op = decoder.hopper.ops.gated_gradients
+    expected = op(*operand, 0, True)
+    grad, weight, a, b = operand
+    shaped = op(grad.view(2, 256, 128), weight, a.view(2, 256, 264), b.view(2, 256, 264), 0, True)
+    assert all(one.shape == (2, 256, 264) for one in shaped)
+    apart = [torch.zeros(*of.shape[:-1], of.shape[-1] + 3, device="cuda").bfloat16()[:, 3:].copy_(of) for of in operand]
+    turned = [of.t().contiguous().t() for of in operand]
+    for got in (shaped, op(*apart, 0, True), op(*turned, 0, True)):
+        assert all(torch.equal(one.view(512, 264), other) for one, other in zip(got, expected, strict=True))
+    assert [of.shape for of in op(grad[:0], weight, a[:0], b[:0], 0, False)] == [(0, 264), (0, 264), (0,)]
+
+
+@pytest.mark.parametrize("product", FUNCTIONS)
+def test_gated_mlps_of_very_many_rows_have_their_gradients_by_it(decoder: ModuleType, product: str) -> None:
+    torch.manual_seed(0)
+    mlp = MLP(2048, 512).to("cuda", torch.bfloat16)
+    rows = 256 * 6 * decoder.hopper._pairs(0)  # two tiles across: twelve rounds
+    x = torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    mlp.act_fn = ACT2FN[{"SiLUActivation": "silu", "GELUTanh": "gelu_pytorch_tanh"}[product]]
+    expected = mlp(x)
+    grad = torch.randn_like(expected)
+    for less, seen in ((0, True), (256, False)):
+        with Seen() as names:
+            got = decoder.layers.GatedMLP.forward(mlp, x[less:])
+            found = torch.autograd.grad(got, (x, *mlp.parameters()), grad[less:])
+        assert ("gated_gradients" in names.names) is seen
+        wanted = torch.autograd.grad(expected[less:], (x, *mlp.parameters()), grad[less:], retain_graph=True)
+        for one, other in zip(found, wanted, strict=True):
+            assert distance(one, other.double()) <= 0.01
+
+
 def test_operands_that_do_not_fit_are_said(decoder: ModuleType) -> None:
     x, q, _ = operands(256, 64, 128, torch.bfloat16)
     bias, table = q[:, 0].contiguous(), torch.randn(1, 256, 64, device="cuda").bfloat16()
@@ -478,18 +562,37 @@ def test_operands_that_do_not_fit_are_said(decoder: ModuleType) -> None:
     ):
         with pytest.raises(RuntimeError, match="add_product"):
             op(*wrong)
+    op, (grad, weight, a, b) = decoder.hopper.ops.gated_gradients, factors(256, 64, 128, torch.bfloat16)
+    for wrong in (
+        (grad.float(), weight.float(), a.float(), b.float(), 0),
+        (grad, weight[:32], a, b, 0),
+        (grad[:, :60], weight[:60], a, b, 0),
+        (grad, weight[:, :100], a[:, :100], b[:, :100], 0),
+        (grad, weight[:, :0], a[:, :0], b[:, :0], 0),
+        (grad, weight, a[:255], b, 0),
+        (grad, weight, a, b[:, :64], 0),
+        (grad, weight, a, b.half(), 0),
+        (grad, weight, a.cpu(), b, 0),
+        (grad, weight.half(), a, b, 0),
+        (grad, weight, a, b, 1),
+    ):
+        with pytest.raises(RuntimeError, match="gated_gradients"):
+            op(*wrong, True)
 
 
 def calls(decoder: ModuleType) -> list[tuple[Tensor, Callable[[], tuple[Tensor, ...]]]]:
-    """Both ops by operands that are taken, each with one that may be changed."""
+    """The ops by operands that are taken, each with one that may be changed."""
     of = attention(decoder, (4, 2048, 512, 16, 4, 64), torch.bfloat16, bias=True)
     x, weight, _ = operands(8192, 512, 1024, torch.bfloat16)
     residual = torch.randn(8192, 1024, device="cuda").bfloat16()
     assert decoder.hopper.takes_projections(*of)
     assert decoder.hopper.takes_add(x, weight, residual)
+    parts = factors(256 * 6 * decoder.hopper._pairs(0), 2048, 512, torch.bfloat16)
+    assert decoder.hopper.takes_gradients(*parts, "SiLU")
     return [
         (of.x, lambda: decoder.hopper.rotary_projections(*of)),
         (residual, lambda: (decoder.hopper.add_product(x, weight, residual),)),
+        (parts[0], lambda: decoder.hopper.gated_gradients(*parts, "SiLU", True)),
     ]
 
 
@@ -525,13 +628,19 @@ def test_they_run_on_the_current_stream(decoder: ModuleType) -> None:
 def test_they_run_on_the_tensors_device(decoder: ModuleType) -> None:
     of = attention(decoder, (1, 300, 128, 4, 2, 64), torch.bfloat16)
     x, weight, _ = operands(300, 128, 256, torch.bfloat16)
-    expected = (*decoder.hopper.rotary_projections(*of), decoder.hopper.add_product(x, weight, of.x[0] @ weight.t()))
+    parts = factors(300, 128, 256, torch.bfloat16)
+    expected = (
+        *decoder.hopper.rotary_projections(*of),
+        decoder.hopper.add_product(x, weight, of.x[0] @ weight.t()),
+        *decoder.hopper.gated_gradients(*parts, "SiLU", True),
+    )
     moved = [None if part is None else part.to("cuda:1") for part in of.projections]
     projections = decoder.plain.Projections(*moved)
     there = [part.to("cuda:1") for part in (of.x, of.cos, of.sin, x, weight)]
     got = (
         *decoder.hopper.rotary_projections(there[0], projections, *there[1:3], 64),
         decoder.hopper.add_product(*there[3:], there[0][0] @ there[4].t()),
+        *decoder.hopper.gated_gradients(*(part.to("cuda:1") for part in parts), "SiLU", True),
     )
     for one, other in zip(got, expected, strict=True):
         assert one.device == torch.device("cuda:1")
@@ -566,6 +675,20 @@ def test_what_is_taken(decoder: ModuleType) -> None:
         (x.cpu(), weight, residual),
     ):
         assert not hopper.takes_add(*wrong)
+    parts = factors(256 * 6 * hopper._pairs(0), 2048, 512, torch.bfloat16)
+    grad, weight, a, b = parts
+    assert hopper.takes_gradients(*parts, "SiLU")
+    for wrong in (
+        (grad[256:], weight, a[256:], b[256:], "SiLU"),
+        (grad[:, :1024], weight[:1024], a, b, "SiLU"),
+        (grad, weight.half(), a, b, "SiLU"),
+        (grad, weight, a.half(), b, "SiLU"),
+        (grad, weight, a, None, "SiLU"),
+        (grad, weight, a, b, "GELUActivation"),
+        (grad.cpu(), weight, a, b, "SiLU"),
+    ):
+        assert not hopper.takes_gradients(*wrong)
+    x, weight, _ = operands(8192, 512, 1024, torch.bfloat16)
     with torch.autocast("cuda", torch.float16):
         assert not hopper.takes_add(x, weight, residual)
         assert not hopper.takes_projections(*of)
