@@ -267,6 +267,7 @@ OTHERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "logits by a tensor": lambda _: {"logits_to_keep": torch.tensor([3, 9])},
     "a bool": lambda _: {"logits_to_keep": True},
     "labels": lambda _: {"labels": IDS, "logits_to_keep": 0},
+    "labels of the last token": lambda _: {"labels": IDS[:, -1:], "shift_labels": IDS[:, -1:]},
     "padding": lambda _: {"attention_mask": _padded()},
     "a mask of pairs": lambda _: {"attention_mask": torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()},
     "packed sequences": lambda _: {"position_ids": PACKED, "use_cache": False},
@@ -369,8 +370,11 @@ def test_what_it_asks_of_a_call_by_itself() -> None:
     wrong[1, 5] += 1
     assert last_token(decoder, IDS, torch.ones(2, 10), wrong) is None
     assert last_token(decoder, IDS, _padded(), torch.arange(10)[None]) is None
-    decoder.training = True  # it alone: its layers have a mode of their own
-    assert last_token(decoder, IDS) is None
+    for part in (decoder, decoder.layers[1], decoder.layers[1].self_attn):
+        part.training = True  # it alone: each has a mode of its own
+        assert last_token(decoder, IDS) is None
+        part.training = False
+    assert last_token(decoder, IDS) is not None
 
 
 @torch.no_grad()
@@ -495,6 +499,24 @@ def test_parts_that_somebody_put_there_are_given_all_tokens(change: str) -> None
     model = kernelized(causal("Llama"))
     expected = model(IDS).logits[:, -1:]
     CHANGES[change](model)
+    assert rows(model, IDS, logits_to_keep=1)[1] == [ALL]
+    torch.testing.assert_close(model(IDS, logits_to_keep=1).logits, expected)
+
+
+class Mixing(nn.Module):
+    """A norm over the tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("path", [path for path in PARTS if path.endswith("norm")])
+@torch.no_grad()
+def test_a_norm_of_somebodys_is_given_all_tokens(path: str) -> None:
+    model, parent = causal("Llama"), path.rpartition(".")[0]
+    setattr(model.get_submodule(parent), path.rpartition(".")[2], Mixing())
+    expected = model(IDS).logits[:, -1:]
+    kernelized(model, alone=True)
     assert rows(model, IDS, logits_to_keep=1)[1] == [ALL]
     torch.testing.assert_close(model(IDS, logits_to_keep=1).logits, expected)
 
