@@ -432,8 +432,7 @@ PARTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(("before", "alone"), [(False, False), (True, True)])
 @pytest.mark.parametrize("path", PARTS)
 @torch.no_grad()
 def test_hooks_see_all_tokens(path: str, before: bool, alone: bool) -> None:
@@ -605,8 +604,7 @@ class Graphs:
         return graph.forward
 
 
-@pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3"])
+@pytest.mark.parametrize(("name", "alone"), [("llama", False), ("llama", True), ("mistral", False), ("qwen3", True)])
 @torch.no_grad()
 def test_compiled(name: str, alone: bool) -> None:
     model = MODELS[name]()
