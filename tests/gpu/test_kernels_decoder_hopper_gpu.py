@@ -507,12 +507,15 @@ def test_gradients_of_any_strides_and_places(decoder: ModuleType) -> None:
 def test_gated_mlps_of_very_many_rows_have_their_gradients_by_it(decoder: ModuleType, product: str) -> None:
     torch.manual_seed(0)
     mlp = MLP(2048, 512).to("cuda", torch.bfloat16)
-    rows = 256 * 6 * decoder.hopper._pairs(0)  # two tiles across: twelve rounds
+    rows, half_a_round = (
+        256 * 6 * decoder.hopper._pairs(0),
+        128 * decoder.hopper._pairs(0),
+    )  # two tiles across: twelve rounds
     x = torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     mlp.act_fn = ACT2FN[{"SiLUActivation": "silu", "GELUTanh": "gelu_pytorch_tanh"}[product]]
     expected = mlp(x)
     grad = torch.randn_like(expected)
-    for less, seen in ((0, True), (256, False)):
+    for less, seen in ((0, True), (half_a_round, False)):
         with Seen() as names:
             got = decoder.layers.GatedMLP.forward(mlp, x[less:])
             found = torch.autograd.grad(got, (x, *mlp.parameters()), grad[less:])
@@ -675,11 +678,14 @@ def test_what_is_taken(decoder: ModuleType) -> None:
         (x.cpu(), weight, residual),
     ):
         assert not hopper.takes_add(*wrong)
-    parts = factors(256 * 6 * hopper._pairs(0), 2048, 512, torch.bfloat16)
+    parts, less = (
+        factors(256 * 6 * hopper._pairs(0), 2048, 512, torch.bfloat16),
+        256 * hopper._pairs(0),
+    )  # of 12 rounds, 2
     grad, weight, a, b = parts
     assert hopper.takes_gradients(*parts, "SiLU")
     for wrong in (
-        (grad[256:], weight, a[256:], b[256:], "SiLU"),
+        (grad[less:], weight, a[less:], b[less:], "SiLU"),
         (grad[:, :1024], weight[:1024], a, b, "SiLU"),
         (grad, weight.half(), a, b, "SiLU"),
         (grad, weight, a.half(), b, "SiLU"),

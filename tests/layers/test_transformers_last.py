@@ -370,11 +370,14 @@ def test_what_it_asks_of_a_call_by_itself() -> None:
     wrong[1, 5] += 1
     assert last_token(decoder, IDS, torch.ones(2, 10), wrong) is None
     assert last_token(decoder, IDS, _padded(), torch.arange(10)[None]) is None
-    for part in (decoder, decoder.layers[1], decoder.layers[1].self_attn):
+    for part in (decoder.layers[1], decoder.layers[1].self_attn):
         part.training = True  # it alone: each has a mode of its own
-        assert last_token(decoder, IDS) is None
+        assert last_token(decoder, IDS).last_hidden_state.shape == (2, ALL, 32)
         part.training = False
-    assert last_token(decoder, IDS) is not None
+    decoder.training = True
+    assert last_token(decoder, IDS) is None
+    decoder.training = False
+    assert last_token(decoder, IDS).last_hidden_state.shape == (2, LAST, 32)
 
 
 @torch.no_grad()

@@ -33,10 +33,10 @@ def last_token(
 ) -> Any:
     """What the forward of a causal decoder gives, its `last_hidden_state` that of the last token: (batch, 1, hidden).
 
-    The cache is as after that forward. None, and nothing was computed or changed, where it cannot be had like this: with
-    gradients, in training, for one token, where a mask is needed, with a cache that has tokens or is no `DynamicCache`,
-    and where the last layer is not one as `DecoderLayer` and `RotaryAttention` have it, somebody listens to a part of it
-    or of the norm after it, or something else than the last hidden state is asked for, too.
+    The cache is as after that forward. Where the last layer is not one as `DecoderLayer` and `RotaryAttention` have it, or
+    somebody listens to a part of it or to the norm after it, that state is of all tokens. None, and nothing was computed or
+    changed, where it cannot be had like this: with gradients, in training, for one token, where a mask is needed, with a cache
+    that has tokens or is no `DynamicCache`, and where something else than the last hidden state is asked for, too.
 
     A mask of the caller's, and positions, are read: a GPU is waited for once. Where that cannot be, under torch.compile and
     in a CUDA graph, it is None.
@@ -45,12 +45,7 @@ def last_token(
         return None
     config = model.config
     layers = list(islice(model.layers, config.num_hidden_layers))
-    if not (
-        layers
-        and is_plain(model, kwargs)
-        and is_short(config, input_ids, inputs_embeds)
-        and computes_each_token(layers[-1], model.norm)
-    ):
+    if not (layers and is_plain(model, kwargs) and is_short(config, input_ids, inputs_embeds)):
         return None
     of: Any = input_ids if inputs_embeds is None else inputs_embeds
     batch, tokens = of.shape[:2]
@@ -75,6 +70,9 @@ def last_token(
     hidden = through(layers[:-1], hidden, positions, tables, cache, caches, kwargs)
 
     last: Any = layers[-1]
+    if not computes_each_token(last, model.norm):  # asked here, while a GPU is at work
+        hidden = through((last,), hidden, positions, tables, cache, caches, kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=cache)
     keys, values = keys_and_values(last.self_attn, last.input_layernorm(hidden), tables)
     if cache is not None:
         keys, values = cache.update(keys, values, last.self_attn.layer_idx)

@@ -126,7 +126,7 @@ def _of_last_token(model: Any, inputs: dict[str, Any], options: dict[str, Any]) 
         return None
     from transformers.modeling_outputs import CausalLMOutputWithPast  # here, where such a model is
 
-    logits = model.lm_head(outputs.last_hidden_state)
+    logits = model.lm_head(outputs.last_hidden_state[:, -1:])
     return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
 
 
