@@ -507,7 +507,7 @@ def test_gradients_of_any_strides_and_places(decoder: ModuleType) -> None:
 def test_gated_mlps_of_very_many_rows_have_their_gradients_by_it(decoder: ModuleType, product: str) -> None:
     torch.manual_seed(0)
     mlp = MLP(2048, 512).to("cuda", torch.bfloat16)
-    rows, half_a_round = (
+    rows, a_round = (
         256 * 6 * decoder.hopper._pairs(0),
         128 * decoder.hopper._pairs(0),
     )  # two tiles across: twelve rounds
@@ -515,7 +515,7 @@ def test_gated_mlps_of_very_many_rows_have_their_gradients_by_it(decoder: Module
     mlp.act_fn = ACT2FN[{"SiLUActivation": "silu", "GELUTanh": "gelu_pytorch_tanh"}[product]]
     expected = mlp(x)
     grad = torch.randn_like(expected)
-    for less, seen in ((0, True), (half_a_round, False)):
+    for less, seen in ((0, True), (a_round, False)):
         with Seen() as names:
             got = decoder.layers.GatedMLP.forward(mlp, x[less:])
             found = torch.autograd.grad(got, (x, *mlp.parameters()), grad[less:])
