@@ -699,7 +699,7 @@ def test_copies_and_pickles_have_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_on_a_gpu(dtype: torch.dtype, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the compiled kernels where they can be built: their ops take the many rows, and the few of the last token."""
+    """With the compiled kernels: their ops take the many rows, and the few of the last token."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "max_position_embeddings": 1024}
     model = causal("Llama", **sizes, initializer_range=0.05).to("cuda", dtype)
     exact = copy.deepcopy(model).double()
@@ -707,7 +707,7 @@ def test_on_a_gpu(dtype: torch.dtype, request: pytest.FixtureRequest, monkeypatc
     truth, theirs = exact(ids, logits_to_keep=1), model(ids, logits_to_keep=1)
     tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
     cache = request.config.cache.mkdir("kernels")
-    set_default_hub(Hub(settings=Settings(cache=cache, offline=True, build="auto")))
+    set_default_hub(Hub(settings=Settings(cache=cache, offline=True, build="always")))  # as other tests of the process
     kernelized(model)
     forward, seen = model.model.forward.__func__, []
     held = forward.last_token
