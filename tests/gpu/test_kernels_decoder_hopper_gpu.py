@@ -732,32 +732,52 @@ def test_both_compile_in_one_graph_for_any_number_of_rows(decoder: ModuleType) -
     assert targets.graphs == 1
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_a_compiled_decoder_layer_has_them_all(
-    decoder: ModuleType, monkeypatch: pytest.MonkeyPatch, training: bool
-) -> None:
+def layers(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module]:
+    """A model's decoder layer, and the same with the kernels' forwards."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
     config = LlamaConfig(**sizes, head_dim=64)
     config._attn_implementation = "sdpa"
-    original = LlamaDecoderLayer(config, 0).to("cuda", torch.bfloat16).train(training)
+    original = LlamaDecoderLayer(config, 0).to("cuda", torch.bfloat16)
     layer = copy.deepcopy(original)
     for name, kernel in (("", "DecoderLayer"), ("self_attn", "RotaryAttention"), ("mlp", "GatedMLP")):
         part = layer.get_submodule(name)
         part.forward = MethodType(getattr(decoder.layers, kernel).forward, part)
         monkeypatch.setattr(type(part), "kernel_layer_name", kernel, raising=False)
     monkeypatch.setattr(type(layer.input_layernorm), "kernel_layer_name", "RMSNorm", raising=False)
+    return original, layer
+
+
+def positions(tokens: int) -> tuple[Tensor, Tensor]:
+    """cos and sin for heads of 64."""
+    angles = torch.arange(tokens, device="cuda")[None, :, None] / 100 ** (torch.arange(64, device="cuda") % 32 / 32)
+    return angles.cos().bfloat16(), angles.sin().bfloat16()
+
+
+def test_a_decoder_layer_of_many_rows_has_them_all(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, layer = layers(decoder, monkeypatch)
+    x = torch.randn(4, 2048, 512, device="cuda").bfloat16()
+    with torch.no_grad():
+        expected = original(x, position_embeddings=positions(2048))
+        with Seen() as seen:
+            got = layer(x, position_embeddings=positions(2048))
+    assert distance(got, expected.double()) <= 0.01
+    found = ["rotary_projections", "add_product", "gated_product", "add_product"]
+    assert [name for name in seen.names if name in {*found, "addmm", "addmm_", "mm"}] == found
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiled_decoder_layer_has_them_all(
+    decoder: ModuleType, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    original, layer = (module.train(training) for module in layers(decoder, monkeypatch))
     targets = Targets()
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=targets)
     with torch.set_grad_enabled(training):
         for batches, tokens in ((4, 2048), (5, 1600)):
             x = torch.randn(batches, tokens, 512, device="cuda").bfloat16().requires_grad_(training)
-            angles = torch.arange(tokens, device="cuda")[None, :, None] / 100 ** (
-                torch.arange(64, device="cuda") % 32 / 32
-            )
-            tables = angles.cos().bfloat16(), angles.sin().bfloat16()
-            expected, got = (of(x, position_embeddings=tables) for of in (original, compiled))
+            expected, got = (of(x, position_embeddings=positions(tokens)) for of in (original, compiled))
             assert distance(got.detach(), expected.detach().double()) <= 0.01
             if training:
                 grad = torch.randn_like(got)

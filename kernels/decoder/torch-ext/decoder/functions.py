@@ -85,7 +85,8 @@ def add_gated_mlp(
 ) -> Tensor:
     """`residual + down(f(gate(x)) * up(x))`. Without gradients it is added where the product lies.
 
-    On a GPU that is in the residual's own memory, where it is `ours` to write to: the last product begins with it.
+    On a GPU that is by the op for it, else in the residual's own memory, where it is `ours` to write to: the last product
+    begins with it.
     """
     known, same = takes(x, weights), residual.dtype is x.dtype
     if known and torch.is_grad_enabled():  # then no op by itself: it has no gradient
@@ -93,6 +94,8 @@ def add_gated_mlp(
     inner = _inner(x, weights, product)
     if not known or not same:
         return residual + down(inner, weights)
+    if weights.down_bias is None and hopper.takes_add(inner, weights.down, residual):
+        return hopper.add_product(inner, weights.down, residual)
     if is_compiling():
         return add_product(inner, weights.down, weights.down_bias, residual)
     if ours and x.is_cuda and weights.down_bias is None and residual.is_contiguous():
