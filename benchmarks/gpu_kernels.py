@@ -408,8 +408,10 @@ def main() -> None:
         if not options.no_models:
             from gpu_models import measure_models
 
-            result["models"] = measure_models(folder / "always")
-            save(result, options.json)
+            result["models"] = {}
+            for name, row in measure_models(folder / "always"):
+                result["models"][name] = row
+                save(result, options.json)
 
 
 def save(result: dict[str, Any], path: Path | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,8 @@ def measure(make: Callable[[], nn.Module], compiles: bool) -> dict[str, float]:
     return found
 
 
-def measure_models(cache: Path) -> dict[str, dict[str, float]]:
-    """Each way's figures, by its name; those that do not run here are left out, and the reason is printed."""
+def measure_models(cache: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each way's name and figures, when it has been measured; of those that do not run here the reason is printed."""
     from kernelhub.layers.mode import Mode
 
     training = Mode.TRAINING
@@ -112,24 +112,23 @@ def measure_models(cache: Path) -> dict[str, dict[str, float]]:
         "liger": (liger, False),  # last: it changes transformers' module for good
         "liger + compile": (liger, True),
     }
-    found = {}
     set_default_hub(Hub(settings=Settings(cache=cache, offline=True, build="always")))
     try:
         for name, (make, compiles) in ways.items():
             torch._dynamo.reset()
             try:
-                found[name] = measure(make, compiles)
-                row = found[name]
-                figures = (
-                    f"prefill {row['prefill_ms']:.1f} ms, step {row['step_ms']:.1f} ms, peak {row['peak_gib']:.1f} GiB"
-                )
-                print(f"Llama 1.2 B, {name}: {figures}", flush=True)
+                row = measure(make, compiles)
             except Exception as error:
                 if name.startswith("kernelized"):
                     raise
                 print(f"Llama 1.2 B, {name} does not run: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            else:
+                figures = (
+                    f"prefill {row['prefill_ms']:.1f} ms, step {row['step_ms']:.1f} ms, peak {row['peak_gib']:.1f} GiB"
+                )
+                print(f"Llama 1.2 B, {name}: {figures}", flush=True)
+                yield name, row
             gc.collect()
             torch.cuda.empty_cache()
     finally:
         set_default_hub(None)
-    return found
