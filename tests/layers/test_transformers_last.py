@@ -347,6 +347,42 @@ def test_one_token_is_decoding_and_asks_nobody(monkeypatch: pytest.MonkeyPatch) 
         model(IDS, logits_to_keep=1)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])  # one returns the cache, the other does not
+@torch.no_grad()
+def test_a_cache_that_is_not_to_be_used_is_returned_where_the_class_does(name: str) -> None:
+    model, call = MODELS[name](), {"use_cache": False, "logits_to_keep": 1}
+    expected = model(IDS, past_key_values=DynamicCache(), **call)
+    kernelized(model)
+    found = model(IDS, past_key_values=DynamicCache(), **call)
+    assert list(found) == list(expected)
+    for ours, theirs in zip(_flat(found), _flat(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_there_twice_has_all_of_its_tokens_in_the_cache() -> None:
+    """transformers' own forward lets the second one attend to what the first has put there."""
+    model = causal("Llama", num_hidden_layers=1)
+    model.config.num_hidden_layers = 2
+    model.model.layers.append(model.model.layers[0])
+    expected = model(IDS, past_key_values=DynamicCache(), logits_to_keep=1)
+    kernelized(model, alone=True)
+    found = model(IDS, past_key_values=DynamicCache(), logits_to_keep=1)
+    for ours, theirs in zip(tensors(found), tensors(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert rows(model, IDS, use_cache=False, logits_to_keep=1)[0] == [ALL, LAST]
+
+
+@torch.no_grad()
+def test_what_says_how_to_return_is_not_for_the_layers() -> None:
+    model, given = kernelized(causal("Llama")), []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda _, __, options: given.append("return_dict" in options), with_kwargs=True
+    )
+    assert model.model.forward.__func__.last_token(model.model, IDS, return_dict=True) is not None
+    assert given == [False]
+
+
 class Embedded(Tensor):
     """Of somebody's own, who may have several ways of taking the last token."""
 
@@ -502,6 +538,27 @@ def test_parts_that_somebody_put_there_are_given_all_tokens(change: str) -> None
     expected = model(IDS).logits[:, -1:]
     CHANGES[change](model)
     assert rows(model, IDS, logits_to_keep=1)[1] == [ALL]
+    torch.testing.assert_close(model(IDS, logits_to_keep=1).logits, expected)
+
+
+class Quantised(Tensor):
+    """A weight whose products round the input to steps of what is the largest of all tokens."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            step = args[0].abs().max() / 7
+            return nn.functional.linear((args[0] / step).round() * step, args[1].as_subclass(Tensor))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("path", [path for path in PARTS if path.endswith("_proj")])
+@torch.no_grad()
+def test_a_weight_that_is_no_plain_tensor_is_given_all_tokens(path: str) -> None:
+    model = kernelized(causal("Llama"))
+    part = model.get_submodule(path)
+    part.weight = nn.Parameter(part.weight.as_subclass(Quantised), requires_grad=False)
+    expected = model(IDS).logits[:, -1:]
     torch.testing.assert_close(model(IDS, logits_to_keep=1).logits, expected)
 
 

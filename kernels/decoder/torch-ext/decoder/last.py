@@ -36,7 +36,7 @@ def last_token(
     The cache is as after that forward. Where the last layer is not one as `DecoderLayer` and `RotaryAttention` have it, or
     somebody listens to a part of it or to the norm after it, that state is of all tokens. None, and nothing was computed or
     changed, where it cannot be had like this: with gradients, in training, for one token, where a mask is needed, with a cache
-    that has tokens or is no `DynamicCache`, and where something else than the last hidden state is asked for, too.
+    that has tokens, is no `DynamicCache` or comes with `use_cache=False`, and where more than the last hidden state is asked for.
 
     A mask of the caller's, and positions, are read: a GPU is waited for once. Where that cannot be, under torch.compile and
     in a CUDA graph, it is None.
@@ -47,12 +47,14 @@ def last_token(
     layers = list(islice(model.layers, config.num_hidden_layers))
     if not (layers and is_plain(model, kwargs) and is_short(config, input_ids, inputs_embeds)):
         return None
+    caches = getattr(config, "use_cache", False) if use_cache is None else use_cache
     of: Any = input_ids if inputs_embeds is None else inputs_embeds
     batch, tokens = of.shape[:2]
     if (
         tokens < 2
         or type(of) not in _PLAIN
         or of.is_meta
+        or (past_key_values is not None and not caches)  # some classes fill it then and do not return it, others do
         or not _is_empty(past_key_values, tokens)
         or not _say_nothing(attention_mask, position_ids, batch, tokens)
     ):
@@ -60,17 +62,22 @@ def last_token(
     from transformers.cache_utils import DynamicCache  # here, where such a model is
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    caches = getattr(config, "use_cache", False) if use_cache is None else use_cache
     cache = DynamicCache(config=config) if caches and past_key_values is None else past_key_values
     hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     positions = position_ids
     if positions is None:
         positions = torch.arange(tokens, device=hidden.device).unsqueeze(0)
     tables = model.rotary_emb(hidden, position_ids=positions)
+    kwargs.pop("return_dict", None)
     hidden = through(layers[:-1], hidden, positions, tables, cache, caches, kwargs)
 
     last: Any = layers[-1]
-    if not computes_each_token(last, model.norm):  # asked here, while a GPU is at work
+    alone = (  # asked here, while a GPU is at work
+        computes_each_token(last, model.norm)
+        and _are_plain(last, model.norm)
+        and not _knows_tokens(cache, last.self_attn.layer_idx)
+    )
+    if not alone:
         hidden = through((last,), hidden, positions, tables, cache, caches, kwargs)
         return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=cache)
     keys, values = keys_and_values(last.self_attn, last.input_layernorm(hidden), tables)
@@ -101,6 +108,16 @@ class _Known:
 
     def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return self.keys, self.values
+
+
+def _are_plain(*modules: nn.Module) -> bool:
+    """Whether the weights are plain tensors: a product of quantised ones may scale the input by the largest of all tokens."""
+    return all(type(of) in _PLAIN for module in modules for of in module.parameters())
+
+
+def _knows_tokens(cache: Any, at: int) -> bool:
+    """Whether the cache has tokens of that layer by now: those of another layer with the same number."""
+    return cache is not None and at < len(cache.layers) and cache.layers[at].is_initialized
 
 
 def _is_empty(cache: Any, tokens: int) -> bool:
