@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -381,6 +382,19 @@ def test_what_says_how_to_return_is_not_for_the_layers() -> None:
     )
     assert model.model.forward.__func__.last_token(model.model, IDS, return_dict=True) is not None
     assert given == [False]
+
+
+@pytest.mark.parametrize(
+    "ids", [None, [[1, 2, 3]], IDS[0], IDS[None], IDS[:, :0]], ids=["none", "lists", "1", "3", "no"]
+)
+@torch.no_grad()
+def test_what_is_no_prompt_is_said_as_by_the_class(ids: Any) -> None:
+    model = causal("Llama")
+    with pytest.raises(Exception) as theirs:
+        model(ids, logits_to_keep=1)
+    kernelized(model, alone=True)
+    with pytest.raises(type(theirs.value), match=re.escape(str(theirs.value))):
+        model(ids, logits_to_keep=1)
 
 
 class Embedded(Tensor):

@@ -112,7 +112,7 @@ class FusedForCausalLM(nn.Module):
 def _of_last_token(model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
     """What the model gives with the logits of the last token; None where its decoder is to compute all, and in decoding."""
     of = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
-    if of is None or of.dim() < 2 or of.shape[1] == 1:
+    if not isinstance(of, Tensor) or of.dim() < 2 or of.shape[1] == 1:
         return None
     last_token = _last_token(model.model)
     if last_token is None:
