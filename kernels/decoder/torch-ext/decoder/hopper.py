@@ -1,8 +1,9 @@
 """The ops for GPUs of compute capability 9.0: products, and what becomes of them, in one pass over memory.
 
 `gated_product` is both first products of a gated MLP and theirs, `rotary_projections` an attention's q, k and v with q and k
-turned, `add_product` a product added to a residual. The results are the same bits as of the parts apart, up to the order in
-which products are summed; `add_product` rounds once where two operations round twice. None has gradients.
+turned, `add_product` a product added to a residual, `gated_gradients` a gated product's gradients in the product before them. The
+results are the same bits as of the parts apart, up to the order in which products are summed; but `add_product` rounds once where
+two operations round twice, and `gated_gradients` has the activation's derivative by a formula of its own. None has gradients.
 """
 
 from __future__ import annotations
