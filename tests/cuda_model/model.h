@@ -175,6 +175,7 @@ inline float product(float a, float b) { // rounded, and part of no fused sum
   return value;
 }
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+inline float flushed(float x) { return std::abs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; } // .ftz
 inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t value = 0;

@@ -58,8 +58,8 @@ STATEMENTS = {
     "wgmma.commit_group.sync.aligned;": "model::commit_products();",
     "wgmma.wait_group.sync.aligned <n>;": "model::wait_for_products(<n>);",
     # Numbers
-    "ex2.approx.ftz.f32 %0, %1;": "%0 = std::exp2(%1);",
-    "rcp.approx.ftz.f32 %0, %1;": "%0 = 1.0f / (%1);",
+    "ex2.approx.ftz.f32 %0, %1;": "%0 = model::flushed(std::exp2(%1));",
+    "rcp.approx.ftz.f32 %0, %1;": "%0 = model::flushed(1.0f / (%1));",
     # What only the compiler sees
     "": "",
     "shl.b32 %0, %2, 16; and.b32 %1, %2, 0xffff0000;": "%0 = (%2) << 16, %1 = (%2) & 0xffff0000u;",

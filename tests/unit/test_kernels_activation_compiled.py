@@ -139,6 +139,12 @@ def test_zeros_tiny_huge_and_non_finite_values(
     for value, limit in ((float("inf"), float("inf")), (float("nan"), float("nan")), (info.max, info.max)):
         got = activation.compiled.apply(torch.full((3,), value, dtype=dtype), function)
         torch.testing.assert_close(got, torch.full((3,), limit, dtype=dtype), equal_nan=True)
+    # The derivative where its factors are very large and very small: gelu's third power is a float as long as they are.
+    large = min(1e16, info.max) * torch.ones(20, dtype=dtype)
+    for x, slope in ((large, 1.0), (-large, 0.0)):
+        x.requires_grad_()
+        (found,) = torch.autograd.grad(activation.compiled.apply(x, function).sum(), x)
+        torch.testing.assert_close(found, torch.full_like(x, slope))
 
 
 @pytest.mark.parametrize("name", [*PRODUCTS, *SINGLES])

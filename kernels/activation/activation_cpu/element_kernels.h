@@ -58,7 +58,7 @@ KH_INLINE V slope(V x) {
   } else if constexpr (FUNCTION == GELU_TANH) {
     const Logistic of = logistic(doubled_argument(x));
     const V inner = set(1.5957691216057308f) * fma(set(0.134145f) * x, x, one);
-    return fma(x * inner, of.slope, of.value);
+    return fma(x * of.slope, inner, of.value); // zero times what is finite for longer than x * inner
   } else {
     const V z = x * set(1.702f);
     const Logistic of = logistic(z);

@@ -57,7 +57,7 @@ __device__ __forceinline__ float slope(float x) {
   } else if constexpr (FUNCTION == GELU_TANH) {
     const Logistic of = logistic<T>(doubled_argument(x));
     const float inner = 1.5957691216057308f * fmaf(0.134145f * x, x, 1.0f);
-    return fmaf(x * inner, of.slope, of.value);
+    return fmaf(x * of.slope, inner, of.value); // zero times what is finite for longer than x * inner
   } else {
     const float z = x * 1.702f;
     const Logistic of = logistic<T>(z);

@@ -75,7 +75,7 @@ def _slope(x, FUNCTION: tl.constexpr, T: tl.constexpr):
             inner = inner * 1.702
         e = _exp(-tl.abs(z), T)
         part = _over(tl.full(x.shape, 1.0, tl.float32), 1.0 + e, T)
-        return x * inner * (e * part * part) + tl.where(z < 0.0, e * part, part)
+        return x * (e * part * part) * inner + tl.where(z < 0.0, e * part, part)  # zero times what is finite
 
 
 @triton.jit

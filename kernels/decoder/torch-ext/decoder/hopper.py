@@ -158,13 +158,14 @@ def takes_gradients(grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor | Non
         return False
     hidden, features = weight.shape
     return (
-        weight.dtype is grad.dtype
+        type(grad) in _PLAIN
+        and weight.dtype is grad.dtype
         and gate.dtype is grad.dtype
         and hidden % 8 == 0
         and features % 8 == 0
         and 0 < _FEWEST_ROWS * hidden <= grad.numel() <= _MOST_ROWS * hidden
         and hidden >= _FEWEST_DEPTH
-        and _fills(grad.numel() // hidden, [features], grad.get_device(), one=100, several=90, fewest=_FEWEST_ROUNDS)
+        and _fills(grad.numel() // hidden, [features], grad.get_device(), one=90, several=90, fewest=_FEWEST_ROUNDS)
     )
 
 
