@@ -21,7 +21,7 @@ from .plain import Projections, attention_linears, runs, takes_projections, with
 
 rotary = get_kernel_dep("kernelhub/rotary")
 
-__all__ = ["add_product", "added", "attention", "is_plain", "keys_and_values", "rotary"]
+__all__ = ["add_product", "added", "attention", "has_plain_parts", "keys_and_values", "rotary"]
 
 # What the forwards call that are of this formula, by the names that their modules have for it.
 _FUNCTION, _ATTENTIONS, _EAGER = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
@@ -146,7 +146,7 @@ def _window(module: nn.Module) -> int | None:
 # Keys and values alone
 
 
-def is_plain(module: nn.Module) -> bool:
+def has_plain_parts(module: nn.Module) -> bool:
     """Whether its projections are plain linear layers that nobody listens to, and between them are Llama's rotary embedding and
     PyTorch's attention, as transformers calls it.
     """
@@ -160,7 +160,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def keys_and_values(module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Those of x, (batch, heads, tokens, head_dim) each, as the forward of the class makes them, for what `is_plain`."""
+    """Those of x, (batch, heads, tokens, head_dim) each, as the forward of the class makes them, for what `has_plain_parts`."""
     heads = (*x.shape[:-1], -1, module.head_dim)
     k, v = module.k_proj(x).view(heads).transpose(1, 2), module.v_proj(x).view(heads).transpose(1, 2)
     turn: Any = type(module).forward.__globals__[_FUNCTION]

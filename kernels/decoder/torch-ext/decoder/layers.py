@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import compiled, hopper
-from .attention import added, attention, is_plain
+from .attention import added, attention, has_plain_parts
 from .functions import (
     FORMS,
     FORMULAS,
@@ -286,7 +286,7 @@ def computes_each_token(layer: nn.Module, norm: nn.Module) -> bool:
     return (
         marked_as(type(attention)) in _ATTENTIONS
         and runs(attention, *_ATTENTION_FORWARDS)
-        and is_plain(attention)
+        and has_plain_parts(attention)
         and _gated(mlp) is not None
         and linears(mlp, "gate_proj", "up_proj", "down_proj") is not None
     )
