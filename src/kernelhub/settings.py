@@ -19,6 +19,7 @@ from kernelhub.core.trust import TrustedIdentity, TrustedKey, TrustPolicy
 from kernelhub.errors import InvalidReference, context
 
 _TRUE = frozenset({"1", "on", "yes", "true"})
+_BUILDS = ("auto", "never", "always")
 _FALSE = frozenset({"", "0", "off", "no", "false"})
 _NO_TELEMETRY = ("DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
@@ -53,6 +54,18 @@ class Settings:
     source_date_epoch: int | None = None
     ranks_timeout: float = 600.0
 
+    def __post_init__(self) -> None:
+        """Paths may be given as text. Raises `InvalidReference` for what would be taken for something else."""
+        for name in ("cache", "sigstore_root", "cuda_home"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Path):
+                object.__setattr__(self, name, user_path(value, f"Settings.{name}"))
+        for name in ("hubs", "trust"):
+            if isinstance(getattr(self, name), str):
+                raise InvalidReference(f"Settings.{name} is {getattr(self, name)!r}", hint="Expected a tuple of texts.")
+        if self.build not in _BUILDS:
+            raise InvalidReference(f"Settings.build is {self.build!r}", hint=f"Expected one of {', '.join(_BUILDS)}.")
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
         """Read the environment. Raises `InvalidReference`, which names the variable and shows its value."""
@@ -69,7 +82,7 @@ class Settings:
             offline=_flag(env, "KERNELHUB_OFFLINE") or _foreign_flag(env, "HF_HUB_OFFLINE"),
             ref_ttl=_seconds(env, "KERNELHUB_REF_TTL", cls.ref_ttl),
             verify_always=_choice(env, "KERNELHUB_VERIFY", ("auto", "always")) == "always",
-            build=_choice(env, "KERNELHUB_BUILD", ("auto", "never", "always")),
+            build=_choice(env, "KERNELHUB_BUILD", _BUILDS),
             trust=(*_trust(env), *project.trust),
             trusted_keys=(
                 *_keys(_listed(env.get("KERNELHUB_TRUSTED_KEYS", "")), "KERNELHUB_TRUSTED_KEYS"),

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,27 @@ def test_without_a_variable_the_cache_is_the_platforms(monkeypatch: pytest.Monke
 
     assert Settings().cache_folder == user_cache_path("kernelhub")
     assert Settings().cache_folder.name == "kernelhub"
+
+
+def test_paths_may_be_given_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(cache="kernels", sigstore_root=str(tmp_path / "root"), cuda_home="~")
+    assert settings == Settings(cache=Path.cwd() / "kernels", sigstore_root=tmp_path / "root", cuda_home=Path.home())
+    assert replace(settings, offline=True).cache_folder == Path.cwd() / "kernels"
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"cache": 5}, "Settings.cache: 5 is not a path"),
+        ({"hubs": "/srv/hub"}, "Settings.hubs is '/srv/hub'"),
+        ({"trust": "org/*"}, "Settings.trust is 'org/\\*'"),
+        ({"build": "Always"}, "Settings.build is 'Always'"),
+    ],
+)
+def test_what_would_be_taken_for_something_else_is_an_error(given: dict[str, Any], match: str) -> None:
+    with pytest.raises(InvalidReference, match=match):
+        Settings(**given)
 
 
 @pytest.mark.parametrize("value", ["1", "on", "yes", "true", "ON", "Yes", "tRuE", " 1 "])
