@@ -19,8 +19,8 @@ from kernelhub.core.trust import TrustedIdentity, TrustedKey, TrustPolicy
 from kernelhub.errors import InvalidReference, context
 
 _TRUE = frozenset({"1", "on", "yes", "true"})
-_BUILDS = ("auto", "never", "always")
 _FALSE = frozenset({"", "0", "off", "no", "false"})
+_BUILDS = ("auto", "never", "always")
 _NO_TELEMETRY = ("DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
 

@@ -27,6 +27,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     set_default_hub(None)
 
 
+@pytest.fixture(scope="module")
+def nothing_compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This package's kernels as Python: to compile them takes a minute, and the kernels' own tests do it."""
+    set_default_hub(Hub(settings=Settings(cache=tmp_path_factory.mktemp("store"), offline=True, build="never")))
+    yield
+    set_default_hub(None)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with the kernels of `kernels_for_tests`."""

@@ -20,9 +20,9 @@ from kernelhub import (
     unkernelize,
     use_kernel_mapping,
 )
-from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.integrations.transformers import default_mapping, kernelize_pretrained, mark
-from kernelhub.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -95,15 +95,6 @@ FAMILIES = {
         {"LayerNorm": 12, "GeLU": 4},
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A store of this file's own. Nothing is compiled: that takes a minute, and the kernels' own tests do it."""
-    settings = Settings(cache=tmp_path_factory.mktemp("store"), offline=True, build="never")
-    set_default_hub(Hub(settings=settings))
-    yield
-    set_default_hub(None)
 
 
 @pytest.fixture(params=FAMILIES)

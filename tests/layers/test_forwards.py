@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any
@@ -21,7 +21,6 @@ from transformers.activations import GELUActivation, SiLUActivation
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 
-from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.integrations import losses
 from kernelhub.integrations.families import FAMILIES, OTHER_FORWARD, TORCH, family_of
 from kernelhub.integrations.forwards import _own_names, digest, digest_of
@@ -30,20 +29,11 @@ from kernelhub.layers.kernelize import unkernelize
 from kernelhub.layers.markers import replace_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.report import kernel_report
-from kernelhub.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("unnamed")
+pytestmark = pytest.mark.usefixtures("unnamed", "nothing_compiled")
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(1, 21).reshape(2, 10)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A store of this file's own, in which nothing is compiled."""
-    set_default_hub(Hub(settings=Settings(cache=tmp_path_factory.mktemp("store"), offline=True, build="never")))
-    yield
-    set_default_hub(None)
 
 
 def llama() -> LlamaForCausalLM:

@@ -25,7 +25,7 @@ from kernelhub.integrations.losses import fused_loss_mapping, mark_fused_loss
 from kernelhub.integrations.transformers import default_mapping, kernelize_pretrained, mark
 from kernelhub.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("unnamed")
+pytestmark = pytest.mark.usefixtures("unnamed", "nothing_compiled")
 
 IDS = torch.arange(1, 21).reshape(2, 10)
 ALL, LAST = 10, 1
@@ -33,14 +33,6 @@ SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.3,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is compiled: what computes the last token is Python in every variant."""
-    set_default_hub(Hub(settings=Settings(cache=tmp_path_factory.mktemp("store"), offline=True, build="never")))
-    yield
-    set_default_hub(None)
 
 
 @pytest.fixture(autouse=True)

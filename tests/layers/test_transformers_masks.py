@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ from transformers import AttentionMaskInterface, DynamicCache, masking_utils
 from transformers.masking_utils import sdpa_mask
 
 from kernelhub import Mode, kernel_report, kernelize, unkernelize, use_kernel_mapping
-from kernelhub.hub.client import Hub, set_default_hub
 from kernelhub.integrations.transformers import default_mapping, mark
 from kernelhub.layers import replay
 from kernelhub.layers.state import snapshot
-from kernelhub.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("unnamed")
+pytestmark = pytest.mark.usefixtures("unnamed", "nothing_compiled")
 
 LAYER = "CausalDecoder"
 ASKED = "_preprocess_mask_arguments"
@@ -31,14 +29,6 @@ SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is compiled: the layer is Python in every variant."""
-    set_default_hub(Hub(settings=Settings(cache=tmp_path_factory.mktemp("store"), offline=True, build="never")))
-    yield
-    set_default_hub(None)
 
 
 def causal(name: str, **options: Any) -> Callable[[], Any]:

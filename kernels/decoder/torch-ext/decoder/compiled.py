@@ -12,12 +12,12 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import plain
 from ._ops import add_op_namespace_prefix, ops
-from .plain import Weights
+from .plain import PLAIN, Weights
 
 __all__ = ["CAST_FIRST", "FUNCTIONS", "HERE", "gated_mlp", "may_take", "takes"]
 
@@ -46,7 +46,6 @@ def _most_rows() -> dict[torch.dtype, tuple[int, int]]:
     }
 
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
 _LARGE = 1 << 20
 _MOST_ROWS = _most_rows()
 
@@ -70,8 +69,8 @@ def takes(
     return (
         x.numel() <= most[gate.numel() >= _LARGE] * x.shape[-1]
         and plain.takes(x, weights)
-        and (norm is None or (norm.dtype is x.dtype and type(norm) in _PLAIN and norm.is_contiguous()))
-        and (residual is None or (residual.dtype is x.dtype and type(residual) in _PLAIN and residual.shape == x.shape))
+        and (norm is None or (norm.dtype is x.dtype and type(norm) in PLAIN and norm.is_contiguous()))
+        and (residual is None or (residual.dtype is x.dtype and type(residual) in PLAIN and residual.shape == x.shape))
         and gate.is_contiguous()
         and (up is None or up.is_contiguous())
         and down.is_contiguous()

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from kernelhub import get_kernel_dep
 
 from . import compiled, hopper
-from .gated import PRODUCTS, activation, add_product, gated_mlp
+from .gated import PRODUCTS, activation, gated_mlp
 from .plain import Weights, takes
 
 norm = get_kernel_dep("kernelhub/norm")
@@ -92,12 +92,10 @@ def add_gated_mlp(
     if known and torch.is_grad_enabled():  # then no op by itself: it has no gradient
         return gated_mlp(x, weights, product, residual) if same else residual + gated_mlp(x, weights, product)
     inner = _inner(x, weights, product)
-    if not known or not same:
-        return residual + down(inner, weights)
-    if weights.down_bias is None and hopper.takes_add(inner, weights.down, residual):
+    if known and same and weights.down_bias is None and hopper.takes_add(inner, weights.down, residual):
         return hopper.add_product(inner, weights.down, residual)
-    if is_compiling():
-        return add_product(inner, weights.down, weights.down_bias, residual)
+    if not known or not same or is_compiling():
+        return residual + down(inner, weights)
     if ours and x.is_cuda and weights.down_bias is None and residual.is_contiguous():
         residual.view(-1, residual.shape[-1]).addmm_(inner.flatten(0, -2), weights.down.t())
         return residual

@@ -21,7 +21,7 @@ from .plain import Weights, without_autocast
 
 activation = get_kernel_dep("kernelhub/activation")
 
-__all__ = ["PRODUCTS", "activation", "add_product", "gated_mlp"]
+__all__ = ["PRODUCTS", "activation", "gated_mlp"]
 
 # By the names of the classes that transformers has.
 PRODUCTS = {
@@ -57,7 +57,7 @@ def gated_mlp(x: Tensor, weights: Weights, product: str, residual: Tensor | None
     return _GatedMLP.apply(product, x, residual, *weights)
 
 
-def add_product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+def _add_product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """`residual + F.linear(x, weight, bias)`, without a graph: the product starts from the residual, on a GPU.
 
     On a CPU it is added where the product lies. The residual is kept for the norm's backward, so where there is no op for
@@ -104,7 +104,7 @@ class _GatedMLP(torch.autograd.Function):
         ctx.product, ctx.shape = product, x.shape
         if residual is None:
             return F.linear(inner, down_weight, down_bias)
-        return add_product(inner, down_weight, down_bias, residual)
+        return _add_product(inner, down_weight, down_bias, residual)
 
     @staticmethod
     @without_autocast

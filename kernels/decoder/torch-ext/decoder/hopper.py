@@ -12,11 +12,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import plain
 from ._ops import add_op_namespace_prefix, ops
-from .plain import Projections, Weights
+from .plain import PLAIN, Projections, Weights
 
 __all__ = [
     "HERE",
@@ -41,7 +41,6 @@ _HERE_GRADIENTS = hasattr(ops, "gated_gradients")
 # As in decoder_cuda/launch.h, by the names of the classes that transformers has.
 _FUNCTIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 2, "NewGELUActivation": 2}
 _DTYPES = frozenset((torch.bfloat16, torch.float16))
-_PLAIN = frozenset((Tensor, nn.Parameter))
 _HEAD_DIMS = frozenset((64, 128, 256))
 # Two blocks work on 256 rows together, by 256 columns of a result, so that fewer would leave tensor cores idle.
 _FEWEST_ROWS = 256
@@ -140,7 +139,7 @@ def takes_add(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
         and 0 < _FEWEST_ROWS * features <= x.numel() <= _MOST_ROWS * features
         and residual.shape == (*x.shape[:-1], hidden)
         and residual.dtype is x.dtype
-        and type(residual) in _PLAIN
+        and type(residual) in PLAIN
         and residual.is_cuda
         and _fills(x.numel() // features, [hidden], x.get_device(), one=90, several=90)
         and plain.takes(x, Weights(weight, None, None, None, weight, None))
@@ -158,7 +157,7 @@ def takes_gradients(grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor | Non
         return False
     hidden, features = weight.shape
     return (
-        type(grad) in _PLAIN
+        type(grad) in PLAIN
         and weight.dtype is grad.dtype
         and gate.dtype is grad.dtype
         and hidden % 8 == 0

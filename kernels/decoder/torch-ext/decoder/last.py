@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from .attention import keys_and_values
 from .layers import computes_each_token
-from .model import CausalDecoder, is_plain, is_short, through
+from .model import CausalDecoder, begin, is_plain, is_short, through
+from .plain import PLAIN
 
 __all__ = ["last_token"]
-
-_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 def last_token(
@@ -52,7 +51,7 @@ def last_token(
     batch, tokens = of.shape[:2]
     if (
         tokens < 2
-        or type(of) not in _PLAIN
+        or type(of) not in PLAIN
         or of.is_meta
         or (past_key_values is not None and not caches)  # some classes fill it then and do not return it, others do
         or not _is_empty(past_key_values, tokens)
@@ -63,11 +62,7 @@ def last_token(
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     cache = DynamicCache(config=config) if caches and past_key_values is None else past_key_values
-    hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    positions = position_ids
-    if positions is None:
-        positions = torch.arange(tokens, device=hidden.device).unsqueeze(0)
-    tables = model.rotary_emb(hidden, position_ids=positions)
+    hidden, positions, tables = begin(model, input_ids, inputs_embeds, position_ids)
     kwargs.pop("return_dict", None)
     hidden = through(layers[:-1], hidden, positions, tables, cache, caches, kwargs)
 
@@ -112,7 +107,7 @@ class _Known:
 
 def _are_plain(*modules: nn.Module) -> bool:
     """Whether the weights are plain tensors: a product of quantised ones may scale the input by the largest of all tokens."""
-    return all(type(of) in _PLAIN for module in modules for of in module.parameters())
+    return all(type(of) in PLAIN for module in modules for of in module.parameters())
 
 
 def _knows_tokens(cache: Any, at: int) -> bool:

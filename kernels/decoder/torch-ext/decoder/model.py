@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .plain import home
 
-__all__ = ["CausalDecoder", "is_plain", "is_short", "through"]
+__all__ = ["CausalDecoder", "begin", "is_plain", "is_short", "through"]
 
 
 class CausalDecoder(nn.Module):
@@ -67,10 +67,8 @@ class CausalDecoder(nn.Module):
         from transformers.cache_utils import DynamicCache  # here, where such a model is
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = DynamicCache(config=self.config) if caches else None
-        positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        tables = self.rotary_emb(hidden, position_ids=positions)
+        hidden, positions, tables = begin(self, input_ids, inputs_embeds)
         kwargs.pop("return_dict", None)
         layers = islice(self.layers, self.config.num_hidden_layers)
         hidden = through(layers, hidden, positions, tables, cache, caches, kwargs)
@@ -78,6 +76,16 @@ class CausalDecoder(nn.Module):
 
     # What is on the children (hooks, adapters, weights that are not plain) is no reason against this kernel.
     forward.calls_children = True
+
+
+def begin(
+    model: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """What the first layer is given: (batch, tokens, hidden), the positions, those of whole inputs if None, and cos and sin of them."""
+    hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    if positions is None:
+        positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+    return hidden, positions, model.rotary_emb(hidden, position_ids=positions)
 
 
 def through(

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as everywhere
 
 __all__ = [
+    "PLAIN",
     "Projections",
     "Weights",
     "attention_linears",
@@ -28,7 +29,7 @@ __all__ = [
     "without_autocast",
 ]
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
+PLAIN = frozenset((Tensor, nn.Parameter))
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _transforms_active = torch._C._are_functorch_transforms_active
 # Hooks of all modules, in the tables that torch has of them.
@@ -226,10 +227,10 @@ def _are_plain(x: Tensor, others: Sequence[Tensor | None]) -> bool:
     programs of `torch.jit.trace` have no place for an `autograd.Function`.
     """
     dtype = x.dtype
-    if type(x) not in _PLAIN or dtype not in _DTYPES:
+    if type(x) not in PLAIN or dtype not in _DTYPES:
         return False
     for other in others:
-        if other is not None and (type(other) not in _PLAIN or other.dtype is not dtype):
+        if other is not None and (type(other) not in PLAIN or other.dtype is not dtype):
             return False
     return not (
         x.is_meta  # of which PyTorch knows no autocast
