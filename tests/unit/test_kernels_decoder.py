@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from types import MethodType, ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from kernelprojects import load_compiled
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations
@@ -267,6 +269,21 @@ def test_a_decoder_layer_is_as_near_to_float64_as_the_models_own(
         ours, theirs = ({"result": module(x)} for module in (kernelized, original))
         assert torch.equal(x, before)
         assert_as_near(ours, theirs, {"result": exact["result"]})
+
+
+def sums_of_a_compiled(
+    step: Callable[..., dict[str, Tensor]], module: nn.Module, x: Tensor
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What the step finds of the module, compiled; and what its backward's code adds products to, where those lie."""
+    torch._dynamo.reset()
+    with fresh_cache():
+        found, (_, backward) = run_and_get_code(step, torch.compile(module, fullgraph=True), x)
+    torch._dynamo.reset()
+    totals = re.findall(r"\.add_product_\.default\((\w+),", backward)
+    for total in totals:
+        assert f"out={total})" in backward  # a product, and no copy of one
+    assert "addmm" not in backward
+    return {name.removeprefix("_orig_mod."): value for name, value in found.items()}, totals
 
 
 def joined(out: Tensor) -> dict[str, int]:
@@ -731,6 +748,16 @@ def test_without_the_ops_it_compiles_too(decoder: ModuleType, monkeypatch: pytes
     for name, value in step(compiled, values(5, HIDDEN)).items():
         torch.testing.assert_close(value, expected[name.removeprefix("_orig_mod.")], rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
+
+
+def test_compiled_it_adds_a_product_where_the_other_lies(decoder: ModuleType) -> None:
+    """PyTorch's own `addmm_` would be one to a copy."""
+    _, kernelized = pair(decoder, "GatedMLP")
+    expected = step(kernelized, values(5, HIDDEN))
+    found, totals = sums_of_a_compiled(step, kernelized, values(5, HIDDEN))
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+    assert len(totals) == 1
 
 
 @pytest.mark.usefixtures("way")

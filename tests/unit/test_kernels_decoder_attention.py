@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernelprojects import load_compiled
-from test_kernels_decoder import DTYPES, HOOKS, Named, assert_as_near, joined, kept, values
+from test_kernels_decoder import DTYPES, HOOKS, Named, assert_as_near, joined, kept, sums_of_a_compiled, values
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
@@ -935,6 +935,16 @@ def test_without_gradients_the_attention_by_itself_has_the_op(decoder: ModuleTyp
     kernelized.requires_grad_(False)
     torch.testing.assert_close(kernelized(x), original(x))
     assert ops == ["rotary_projections"] * 2
+
+
+def test_compiled_the_products_of_an_inputs_gradient_are_added_where_the_first_lies(decoder: ModuleType) -> None:
+    _, kernelized = pair(decoder)
+    expected = step(kernelized, x := values(2, TOKENS, HIDDEN))
+    found, totals = sums_of_a_compiled(step, kernelized, x)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+    assert len(totals) == 2
+    assert len(set(totals)) == 1
 
 
 def test_a_decoder_layer_with_the_ops_compiles_to_one_graph(decoder: ModuleType, ops: list[str]) -> None:

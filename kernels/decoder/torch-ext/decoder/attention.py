@@ -18,6 +18,7 @@ from kernelhub import get_kernel_dep
 
 from . import hopper
 from .plain import Projections, attention_linears, runs, takes_projections, without_autocast
+from .sums import add_product_
 
 rotary = get_kernel_dep("kernelhub/rotary")
 
@@ -266,7 +267,7 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Every operation here is differentiable, for gradients of gradients.
+        # Every operation here is differentiable, for gradients of gradients, which compiled programs have none of.
         x, q_weight, k_weight, v_weight, cos, sin = ctx.saved_tensors
         _, for_x, *needs = ctx.needs_input_grad
         shape = q_grad.shape[:-1]
@@ -281,7 +282,7 @@ class _Projections(torch.autograd.Function):
         if for_x:
             x_grad = grads[0].mm(q_weight)
             for grad, weight in zip(grads[1:], (k_weight, v_weight), strict=True):
-                x_grad.addmm_(grad, weight)
+                add_product_(x_grad, grad, weight)
             x_grad = x_grad.view(*shape, q_weight.shape[1])
         return None, x_grad, *found, None, None
 

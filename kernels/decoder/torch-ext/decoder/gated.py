@@ -18,6 +18,7 @@ from kernelhub import get_kernel_dep
 
 from . import hopper
 from .plain import Weights, without_autocast
+from .sums import add_product_
 
 activation = get_kernel_dep("kernelhub/activation")
 
@@ -145,7 +146,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found[5] = up_grad.t().mm(x) if for_up else None
         found[6] = up_grad.sum(0) if for_up_bias else None
         if x_grad is not None:
-            x_grad.addmm_(up_grad, up_weight)
+            add_product_(x_grad, up_grad, up_weight)
         del up_grad
     found[1] = None if x_grad is None else x_grad.view(ctx.shape)
     return tuple(found)
