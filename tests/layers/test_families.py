@@ -56,7 +56,7 @@ SPEECH = {"input_features": torch.linspace(-1, 1, 2 * 8 * 40).reshape(2, 8, 40),
 
 FAMILIES = {
     "llama": Family(causal("Llama"), TEXT, {"RMSNorm": 5, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}, keeps={"RotaryAttention": 2}),
-    "qwen3": Family(causal("Qwen3", head_dim=8), TEXT, {"RMSNorm": 9, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}),
+    "qwen3": Family(causal("Qwen3", head_dim=8), TEXT, {"RMSNorm": 9, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}, keeps={"NormedRotaryAttention": 2}),
     "gemma": Family(causal("Gemma", head_dim=8), TEXT, {"RMSNormZeroCentered": 5, "GeluTanh": 2, "GatedMLP": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}, keeps={"RotaryAttention": 2}),
     "mistral": Family(causal("Mistral"), TEXT, {"RMSNorm": 5, "SiLU": 2, "GatedMLP": 2, "DecoderLayer": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}, keeps={"WindowedRotaryAttention": 2}),
     "phi3": Family(causal("Phi3"), TEXT, {"RMSNorm": 5, "SiLU": 2, "PackedGatedMLP": 2, "rotary_pos_emb": 2, "RotaryEmbedding": 1, "CausalDecoder": 1}),

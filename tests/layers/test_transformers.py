@@ -129,7 +129,7 @@ def test_the_table_has_every_class_of_each_formula_and_no_other() -> None:
             for name in family.names.split()
         }
         assert named == expected, layer
-    assert {family.layer for family in FAMILIES if "Norm" in family.layer} == {*SPELLINGS, "LayerNorm"}
+    assert {family.layer for family in FAMILIES if re.search("Norm(?!ed)", family.layer)} == {*SPELLINGS, "LayerNorm"}
 
 
 # Those of other kinds of layers: a class for each way in which transformers writes its formula.
@@ -595,6 +595,7 @@ def test_the_table_has_every_rotary_embedding_of_another_formula_and_no_other() 
 ATTENTIONS = {
     "RotaryAttention": ["LlamaAttention"],
     "WindowedRotaryAttention": ["MistralAttention", "Qwen2Attention"],
+    "NormedRotaryAttention": ["Qwen3Attention"],
 }
 
 
@@ -623,14 +624,18 @@ def test_the_table_has_every_attention_of_each_formula_with_llamas_rotary_embedd
 
 def test_an_attention_whose_window_is_its_own_has_it_as_an_attribute() -> None:
     """As the kernel reads it: else it is the configuration's."""
-    (family,) = (family for family in FAMILIES if family.layer == "WindowedRotaryAttention")
+    windowed, normed = (
+        next(set(family.names.split()) for family in FAMILIES if family.layer == layer)
+        for layer in ("WindowedRotaryAttention", "NormedRotaryAttention")
+    )
     own = set()
     for path in SOURCES.glob("models/*/modeling_*.py"):
         for block in re.finditer(r"^class (\w+)\(.*?(?=^\S|\Z)", path.read_text(), re.M | re.S):
-            if block[1] in family.names.split():
+            if block[1] in windowed | normed:
                 assert ("sliding_window=self.sliding_window" in block[0]) == ("self.sliding_window = " in block[0])
                 own |= {block[1]} if "self.sliding_window = " in block[0] else set()
-    assert own == {"CwmAttention", "DeepseekOcr2VisionAttention", "MinistralAttention", "Qwen2Attention"}
+    assert own - normed == {"CwmAttention", "DeepseekOcr2VisionAttention", "MinistralAttention", "Qwen2Attention"}
+    assert own > normed
 
 
 def phi3() -> nn.Module:

@@ -68,7 +68,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma": lambda: causal("Gemma", head_dim=8),  # its second norm is none that `DecoderLayer` knows
     "phi3": lambda: causal("Phi3"),  # one projection for q, k and v
 }
-TAKEN = ("llama", "llama with biases", "qwen2", "mistral", "ministral")
+TAKEN = ("llama", "llama with biases", "qwen2", "mistral", "ministral", "qwen3")
 
 
 def kernelized(model: Any, alone: bool = False, mode: Mode = Mode.INFERENCE, **options: Any) -> Any:
@@ -494,6 +494,25 @@ def test_hooks_see_all_tokens(path: str, before: bool, alone: bool) -> None:
     assert seen == [ALL]
     handle.remove()
     assert rows(model, IDS, logits_to_keep=1)[1] == [LAST]
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+@torch.no_grad()
+def test_norms_of_q_and_k_are_parts_too(name: str) -> None:
+    """Who listens to one, or puts another there, gets all tokens."""
+    model, seen = kernelized(MODELS["qwen3"]()), []
+    expected = model(IDS).logits[:, -1:]
+    attention = model.model.layers[1].self_attn
+    handle = attention.get_submodule(name).register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    assert rows(model, IDS, logits_to_keep=1)[1] == [ALL]
+    assert seen == [ALL]
+    handle.remove()
+    assert rows(model, IDS, logits_to_keep=1)[1] == [LAST]
+    torch.testing.assert_close(model(IDS, logits_to_keep=1).logits, expected)
+    setattr(attention, name, Mixing())
+    expected = model(IDS).logits[:, -1:]
+    assert rows(model, IDS, logits_to_keep=1)[1] == [ALL]
+    torch.testing.assert_close(model(IDS, logits_to_keep=1).logits, expected)
 
 
 @torch.no_grad()

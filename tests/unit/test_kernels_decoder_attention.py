@@ -19,19 +19,24 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, Ernie4_5Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import DynamicCache, Ernie4_5Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.ernie4_5 import modeling_ernie4_5
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
 
 from kernelhub.integrations.rotary import aware
 
 HIDDEN = 48
 TOKENS = 7
-LAYERS = {"RotaryAttention": LlamaAttention, "WindowedRotaryAttention": MistralAttention}
+LAYERS = {
+    "RotaryAttention": LlamaAttention,
+    "WindowedRotaryAttention": MistralAttention,
+    "NormedRotaryAttention": Qwen3Attention,
+}
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +115,8 @@ def with_kernel(decoder: ModuleType, original: Attention) -> Attention:
     """A copy that runs the kernel."""
     kernelized = copy.deepcopy(original)
     inner = kernelized.attention
-    name = next(name for name, cls in LAYERS.items() if (cls is LlamaAttention) is not ("sliding" in code_of(inner)))
+    said = {word for word in ("sliding", "q_norm") if word in code_of(inner)}
+    name = {0: "RotaryAttention", 1: "WindowedRotaryAttention", 2: "NormedRotaryAttention"}[len(said)]
     inner.forward = getattr(decoder.layers, name).forward.__get__(inner)
     return kernelized
 
@@ -165,11 +171,13 @@ CASES = [
     Case(MistralAttention, MistralConfig, kv_heads=1),
     Case(Qwen2Attention, Qwen2Config, batches=2),
     Case(implementation="eager"),
+    Case(Qwen3Attention, Qwen3Config, bias=True, batches=2),
 ]
+NORMED = Case(Qwen3Attention, Qwen3Config, kv_heads=1)
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [*((case, dtype) for case in CASES[:3] for dtype in DTYPES), *((case, DTYPES[1]) for case in CASES[3:])]
+    ("case", "dtype"), [*((case, dtype) for case in (*CASES[:3], NORMED) for dtype in DTYPES), *((case, DTYPES[1]) for case in CASES[3:])]
 )  # fmt: skip
 @pytest.mark.usefixtures("way")
 def test_result_and_gradients_are_as_near_to_float64_as_the_models_own(
@@ -276,16 +284,18 @@ def test_weights_that_are_written_to_between_forward_and_backward(decoder: Modul
 
 
 def test_no_gradient_is_added_in_a_pass_of_its_own(decoder: ModuleType) -> None:
-    original, kernelized = pair(decoder)
-    x = values(2, TOKENS, HIDDEN).requires_grad_()
-    assert joined(kernelized(x.tanh())) == {}
-    assert "TanhBackward0" in joined(original(x.tanh()))
+    for case in (PLAIN, NORMED):
+        original, kernelized = pair(decoder, case)
+        x = values(2, TOKENS, HIDDEN).requires_grad_()
+        within = {"ViewBackward0": 2} if case is NORMED else {}  # PyTorch's norms of q and k
+        assert joined(kernelized(x.tanh())) == within
+        assert "TanhBackward0" in joined(original(x.tanh()))
 
 
 # With a cache, and all that the attention is given
 
 
-@pytest.mark.parametrize("case", [Case(), Case(MistralAttention, MistralConfig), Case(implementation="eager")])
+@pytest.mark.parametrize("case", [Case(), Case(MistralAttention, MistralConfig), Case(implementation="eager"), NORMED])
 def test_with_a_cache_it_gives_what_the_classs_forward_gives(decoder: ModuleType, case: Case, calls: list[str]) -> None:
     """A prompt, and then tokens one by one; with gradients and without."""
     for enabled in (True, False):
@@ -322,6 +332,7 @@ CASES_ASKED = [
     Case(implementation="asked"),
     Case(MistralAttention, MistralConfig, implementation="asked"),
     Case(Qwen2Attention, Qwen2Config, implementation="asked"),
+    Case(Qwen3Attention, Qwen3Config, implementation="asked"),
 ]
 
 
@@ -334,12 +345,13 @@ def test_the_attention_is_called_as_the_classs_forward_calls_it(
     for module in pair(decoder, case):
         inner = module.train(training).attention
         inner.attention_dropout, inner.config.sliding_window = 0.25, 3
-        if case.cls is Qwen2Attention:
+        if case.cls in (Qwen2Attention, Qwen3Attention):
             inner.sliding_window = 4
         results.append(inner(values(2, TOKENS, HIDDEN), module.tables, "mask", None, position_ids=5, use_cache=False))
     (*theirs, mask, options), (*ours, our_mask, our_options) = asked
     assert mask == our_mask == "mask"
-    window = {LlamaAttention: {}, MistralAttention: {"sliding_window": 3}, Qwen2Attention: {"sliding_window": 4}}
+    own = {"sliding_window": 4}
+    window = {LlamaAttention: {}, MistralAttention: {"sliding_window": 3}, Qwen2Attention: own, Qwen3Attention: own}
     expected = {"dropout": 0.25 * training, "scaling": 8**-0.5, "position_ids": 5, "use_cache": False}
     assert options == our_options == expected | window[case.cls]
     for got, wanted in zip(ours, theirs, strict=True):
@@ -663,7 +675,7 @@ def test_checkpointed_it_gives_the_same_gradients(decoder: ModuleType, reentrant
     assert len(calls) == 2 + (not reentrant)
 
 
-@pytest.mark.parametrize("case", [Case(), Case(MistralAttention, MistralConfig)])
+@pytest.mark.parametrize("case", [Case(), Case(MistralAttention, MistralConfig), NORMED])
 @pytest.mark.usefixtures("way")
 def test_compiles_to_one_graph_with_the_same_gradients_and_exports(decoder: ModuleType, case: Case) -> None:
     _, kernelized = pair(decoder, case)
@@ -701,7 +713,7 @@ def test_compiled_for_any_number_of_tokens_it_is_compiled_once(decoder: ModuleTy
     assert any("autograd_function" in str(node.target) for node in graphs[0].graph.nodes)
 
 
-@pytest.mark.parametrize("case", [Case(bias=True), Case(Qwen2Attention, Qwen2Config)])
+@pytest.mark.parametrize("case", [Case(bias=True), Case(Qwen2Attention, Qwen2Config), NORMED])
 @pytest.mark.usefixtures("way")
 def test_gradients_of_gradients_are_the_models_own(decoder: ModuleType, case: Case) -> None:
     results = []
@@ -770,16 +782,24 @@ def ops(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(decoder.hopper, "takes", lambda *_: False)
     monkeypatch.setattr(decoder.hopper, "rotary_projections", rotary_projections)
     monkeypatch.setattr(decoder.hopper, "add_product", add_product)
-    for cls, name in ((LlamaMLP, "GatedMLP"), (LlamaRMSNorm, "RMSNorm"), (LlamaAttention, "RotaryAttention")):
-        monkeypatch.setattr(cls, "kernel_layer_name", name, raising=False)
+    marks = {
+        "GatedMLP": (LlamaMLP, Qwen3MLP),
+        "RMSNorm": (LlamaRMSNorm, Qwen3RMSNorm),
+        "RotaryAttention": (LlamaAttention,),
+        "NormedRotaryAttention": (Qwen3Attention,),
+    }
+    for name, classes in marks.items():
+        for cls in classes:
+            monkeypatch.setattr(cls, "kernel_layer_name", name, raising=False)
     return found
 
 
-def layers(decoder: ModuleType, bias: bool = False, heads: int = 4) -> tuple[Layer, Layer]:
-    attention = made(Case(bias=bias, heads=heads))
+def layers(decoder: ModuleType, case: Case = PLAIN) -> tuple[Layer, Layer]:
+    attention = made(case)
     config = attention.attention.config
-    config.intermediate_size, config.mlp_bias = 64, bias
-    original = Layer(LlamaDecoderLayer(config, 0), *attention.tables)
+    config.intermediate_size, config.mlp_bias = 64, case.bias
+    kind = Qwen3DecoderLayer if case.cls is Qwen3Attention else LlamaDecoderLayer
+    original = Layer(kind(config, 0), *attention.tables)
     for parameter in original.layer.parameters():
         nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
     kernelized = copy.deepcopy(original)
@@ -807,6 +827,33 @@ def test_a_decoder_layer_adds_the_attentions_product_to_the_residual(
         before = x.clone()
         kernelized(x)
         assert torch.equal(x, before)
+
+
+def test_a_decoder_layer_adds_the_product_of_an_attention_with_norms_to_the_residual(
+    decoder: ModuleType, ops: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its heads are wider than the model, too. The norms are called, with each head by itself."""
+    for case in (NORMED, NORMED._replace(heads=8)):
+        original, kernelized = layers(decoder, case)
+        x = values(2, TOKENS, HIDDEN)
+        assert_close(step(kernelized, x), step(original, x), atol=1e-4)
+        assert ops == ["add_product", "add_product"]
+        with torch.no_grad():
+            torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-4)
+        assert ops == ["add_product"] * 4
+        ops.clear()
+        seen: list[tuple[int, ...]] = []
+        for name in ("q_norm", "k_norm"):
+            part = kernelized.layer.self_attn.get_submodule(name)
+            part.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
+        kernelized(x)
+        assert seen == [(2, TOKENS, case.heads, 8), (2, TOKENS, 1, 8)]
+        ops.clear()
+    monkeypatch.setattr(decoder.hopper, "takes_add", lambda *_: False)
+    monkeypatch.setattr(decoder.attention, "_normed", lambda *_: pytest.fail("nothing to gain: the class's forward"))
+    with torch.no_grad():
+        torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-4)
+    assert ops == []
 
 
 def test_what_needs_no_gradient_gets_none_of_the_added_product(decoder: ModuleType, ops: list[str]) -> None:
@@ -888,7 +935,7 @@ def test_in_a_decoder_layer_an_attention_with_a_forward_of_its_own_runs_it(decod
 def test_a_decoder_layer_whose_last_products_have_biases_adds_them_as_before(
     decoder: ModuleType, ops: list[str]
 ) -> None:
-    original, kernelized = layers(decoder, bias=True)
+    original, kernelized = layers(decoder, Case(bias=True))
     inner = kernelized.layer.self_attn
     inner.forward = decoder.layers.RotaryAttention.forward.__get__(inner)
     x = values(2, TOKENS, HIDDEN)
@@ -913,18 +960,22 @@ def test_a_decoder_layer_where_only_the_projections_have_an_op(
 def test_a_decoder_layer_where_only_the_sum_has_an_op(
     decoder: ModuleType, ops: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the heads are together as wide as the model: else it is known too late."""
+    """Whether the heads are together as wide as the model or not; it is asked with the shape that it will be given."""
     monkeypatch.setattr(decoder.hopper, "takes_projections", lambda *_: False)
-    for heads, expected in ((6, ["add_product", "add_product"]), (4, [])):
-        original, kernelized = layers(decoder, heads=heads)
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(decoder.hopper, "takes_add", lambda x, *_: not asked.append(tuple(x.shape)))
+    for heads in (6, 4):
+        original, kernelized = layers(decoder, Case(heads=heads))
         x = values(2, TOKENS, HIDDEN)
         with torch.no_grad():
             torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-5)
-        assert ops == expected
+        assert ops == ["add_product", "add_product"]
+        assert asked == [(2, TOKENS, heads * 8), (2, TOKENS, heads * 8), (2, TOKENS, 64)]
         ops.clear()
         assert_close(step(kernelized, x), step(original, x))
         assert ops == ["add_product", "add_product"]
         ops.clear()
+        asked.clear()
 
 
 def test_without_gradients_the_attention_by_itself_has_the_op(decoder: ModuleType, ops: list[str]) -> None:

@@ -307,6 +307,14 @@ FAMILIES = (
         forwards="3b8e5e14938e4158 df2b3fee9f00b97a",
     ),
     Family(
+        "NormedRotaryAttention",
+        """
+        Dots1Attention MellumAttention Qwen3Attention Qwen3MoeAttention Qwen3OmniMoeCode2WavAttention
+        Qwen3OmniMoeTalkerCodePredictorAttention Qwen3OmniMoeThinkerTextAttention
+        """,
+        forwards="e061e17168ee6b01",
+    ),
+    Family(
         "DecoderLayer",
         """
         AXK1DecoderLayer AXK2DecoderLayer ArceeDecoderLayer AriaTextDecoderLayer BitNetDecoderLayer

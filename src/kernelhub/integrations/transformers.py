@@ -61,6 +61,7 @@ DECODER_LAYERS = (
     "DecoderLayer",
     "GatedFeedForward",
     "GatedMLP",
+    "NormedRotaryAttention",
     "PackedGatedMLP",
     "RotaryAttention",
     "WindowedRotaryAttention",

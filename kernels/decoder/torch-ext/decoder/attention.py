@@ -1,13 +1,14 @@
 """An attention's projections and its rotary embedding as one, with a backward of their own; and what comes before `o_proj`.
 
 The backward turns the gradients of q and k back in one call, and makes the input's gradient in one place: the products of
-k and v are added where that of q lies. PyTorch's engine makes three tensors, and adds them in two passes more.
+k and v are added where that of q lies. PyTorch's engine makes three tensors, and adds them in two passes more. Where each
+head of q and k has a norm between the two, the projections are one without the rotary embedding.
 """
 
 from __future__ import annotations
 
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,20 @@ from .sums import add_product_
 
 rotary = get_kernel_dep("kernelhub/rotary")
 
-__all__ = ["add_product", "added", "attention", "has_plain_parts", "keys_and_values", "rotary"]
+__all__ = ["Kind", "add_product", "added", "attention", "has_plain_parts", "keys_and_values", "rotary"]
 
 # What the forwards call that are of this formula, by the names that their modules have for it.
 _FUNCTION, _ATTENTIONS, _EAGER = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 _LAYER = "rotary_pos_emb"
 _ROTARY = rotary.layers.rotary_pos_emb.forward
 _TRANSPOSED = rotary.compiled.TRANSPOSED
+
+
+class Kind(NamedTuple):
+    """Of an attention: whether it has a window, its own or the configuration's, and norms of q and k before they are turned."""
+
+    windowed: bool = False
+    normed: bool = False
 
 
 # The module
@@ -41,14 +49,14 @@ def attention(
     mask: Tensor | None,
     cache: Any,
     kwargs: dict[str, Any],
-    windowed: bool,
+    kind: Kind,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the forward of the module's class gives; with the module's window among the attention's options if `windowed`."""
+    """What the forward of the module's class gives."""
     if may_take(x, tables):
         projections = attention_linears(module)
-        made = None if projections is None else _projected(module, x, tables, projections)
+        made = None if projections is None else _projected(module, x, tables, projections, kind.normed)
         if made is not None:
-            found, weights = _attend(module, *made, mask, cache, kwargs, windowed)
+            found, weights = _attend(module, *made, mask, cache, kwargs, kind.windowed)
             return module.o_proj(found), weights
     return type(module).forward(module, x, tables, mask, cache, **kwargs)
 
@@ -61,7 +69,7 @@ def added(
     mask: Tensor | None,
     cache: Any,
     kwargs: dict[str, Any],
-    windowed: bool,
+    kind: Kind,
 ) -> tuple[Tensor, bool] | None:
     """What the module gives for x, added to the residual where one op does both, and whether it is.
 
@@ -70,12 +78,12 @@ def added(
     projections = attention_linears(module)
     if projections is None or projections.o is None or projections.o_bias is not None:
         return None
-    # Where the heads are as wide as the model, x is of the shape that the op will be asked to take.
-    adds = projections.o.shape[1] == x.shape[-1] and hopper.takes_add(x, projections.o, residual)
-    made = _projected(module, x, tables, projections, wanted=adds)
+    # What the op will be asked to take has this shape, and no memory yet.
+    adds = hopper.takes_add(x[..., :1].expand(*x.shape[:-1], projections.o.shape[1]), projections.o, residual)
+    made = _projected(module, x, tables, projections, kind.normed, wanted=adds)
     if made is None:
         return None
-    found, _ = _attend(module, *made, mask, cache, kwargs, windowed)
+    found, _ = _attend(module, *made, mask, cache, kwargs, kind.windowed)
     if hopper.takes_add(found, projections.o, residual):
         return add_product(found, projections.o, residual), True
     return F.linear(found, projections.o), False
@@ -94,9 +102,16 @@ def _has_backward(x: Tensor) -> bool:
 
 
 def _projected(
-    module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], projections: Projections, wanted: bool = False
+    module: nn.Module,
+    x: Tensor,
+    tables: tuple[Tensor, Tensor],
+    projections: Projections,
+    normed: bool,
+    wanted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """q and k turned, and v, (batch, tokens, heads * head_dim) each; None where the class's forward is to make them.
+
+    `normed`: q and k by the module's norms before they are turned.
 
     That is where the tensors are none that `takes_projections` knows, where the rotary embedding is not Llama's or
     somebody's kernel stands in for it, and, unless they are `wanted`, where there is nothing to gain.
@@ -108,10 +123,25 @@ def _projected(
     if torch.is_grad_enabled() and (
         x.requires_grad or any(of is not None and of.requires_grad for of in projections[:6])
     ):
-        return _Projections.apply(head_dim, x, *projections[:6], cos, sin)
+        if not normed:
+            return _Projections.apply(head_dim, x, *projections[:6], cos, sin)
+        return _normed(module, _Projections.apply(head_dim, x, *projections[:6], None, None), cos, sin)
+    if normed:
+        return _normed(module, _products(x, projections), cos, sin) if wanted else None
     if hopper.takes_projections(x, projections, cos, sin, head_dim):
         return hopper.rotary_projections(x, projections, cos, sin, head_dim)
     return _apart(x, projections, cos, sin, head_dim) if wanted else None
+
+
+def _normed(
+    module: nn.Module, products: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k, each head by the module's norm of it, turned; and v."""
+    q, k, v = products
+    heads = (*q.shape[:-1], -1, module.head_dim)
+    q, k = module.q_norm(q.view(heads)), module.k_norm(k.view(heads))
+    q, k = rotary.apply_rotary(q, k, cos, sin, 2)
+    return q.flatten(-2), k.flatten(-2), v
 
 
 def _attend(
@@ -160,10 +190,13 @@ def has_plain_parts(module: nn.Module) -> bool:
     return interfaces.get_interface(module.config._attn_implementation, None) is sdpa_attention_forward
 
 
-def keys_and_values(module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def keys_and_values(
+    module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], normed: bool
+) -> tuple[Tensor, Tensor]:
     """Those of x, (batch, heads, tokens, head_dim) each, as the forward of the class makes them, for what `has_plain_parts`."""
     heads = (*x.shape[:-1], -1, module.head_dim)
-    k, v = module.k_proj(x).view(heads).transpose(1, 2), module.v_proj(x).view(heads).transpose(1, 2)
+    k, v = module.k_proj(x).view(heads), module.v_proj(x).view(heads).transpose(1, 2)
+    k = (module.k_norm(k) if normed else k).transpose(1, 2)
     turn: Any = type(module).forward.__globals__[_FUNCTION]
     _, k = turn(k[:, :1], k, *tables)  # it turns two, and there are no queries: one head, the least that it takes
     return k, v
@@ -214,8 +247,13 @@ def _apart(
     x: Tensor, projections: Projections, cos: Tensor, sin: Tensor, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q and k turned, and v, by three products and the rotary kernel."""
-    q, k, v = (F.linear(x, *projections[at : at + 2]) for at in (0, 2, 4))
+    q, k, v = _products(x, projections)
     return *_turned(q, k, cos, sin, head_dim, 0), v
+
+
+def _products(x: Tensor, projections: Projections) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (F.linear(x, *projections[at : at + 2]) for at in (0, 2, 4))
+    return q, k, v
 
 
 def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int, form: int) -> tuple[Tensor, Tensor]:
@@ -249,11 +287,14 @@ class _Projections(torch.autograd.Function):
         k_bias: Tensor | None,
         v_weight: Tensor,
         v_bias: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """With cos and sin, (batch or 1, tokens, head_dim), q and k are turned."""
         projections = Projections(q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, None, None)
-        if hopper.takes_projections(x, projections, cos, sin, head_dim):
+        if cos is None or sin is None:
+            q, k, v = _products(x, projections)
+        elif hopper.takes_projections(x, projections, cos, sin, head_dim):
             q, k, v = hopper.rotary_projections(x, projections, cos, sin, head_dim)
         else:
             q, k, v = _apart(x, projections, cos, sin, head_dim)
@@ -271,7 +312,8 @@ class _Projections(torch.autograd.Function):
         x, q_weight, k_weight, v_weight, cos, sin = ctx.saved_tensors
         _, for_x, *needs = ctx.needs_input_grad
         shape = q_grad.shape[:-1]
-        q_grad, k_grad = _turned(q_grad, k_grad, cos, sin, ctx.head_dim, _TRANSPOSED)
+        if cos is not None:
+            q_grad, k_grad = _turned(q_grad, k_grad, cos, sin, ctx.head_dim, _TRANSPOSED)
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in (q_grad, k_grad, v_grad)]
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         found: list[Tensor | None] = []

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import compiled, hopper
-from .attention import added, attention, has_plain_parts
+from .attention import Kind, added, attention, has_plain_parts, keys_and_values
 from .functions import (
     FORMS,
     FORMULAS,
@@ -31,6 +31,7 @@ __all__ = [
     "DecoderLayer",
     "GatedFeedForward",
     "GatedMLP",
+    "NormedRotaryAttention",
     "PackedGatedMLP",
     "RMSNormGatedMLP",
     "RotaryAttention",
@@ -185,7 +186,7 @@ class RotaryAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, False)
+        return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, _LLAMAS)
 
     forward.runs_original_on = ("cpu",)
 
@@ -204,14 +205,37 @@ class WindowedRotaryAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, True)
+        return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, _MISTRALS)
 
     forward.runs_original_on = ("cpu",)
 
 
-# By the names that layers are marked with, whether they have a window.
-_ATTENTIONS = {"RotaryAttention": False, "WindowedRotaryAttention": True}
-_ATTENTION_FORWARDS = (RotaryAttention.forward, WindowedRotaryAttention.forward)
+class NormedRotaryAttention(nn.Module):
+    """As Qwen3 has it: `WindowedRotaryAttention` with norms of each head of q and k, `q_norm` and `k_norm`, which it calls.
+
+    There is no op for its projections: it has the backward, and a decoder layer the op that adds its last product.
+    """
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, _QWEN3S)
+
+    forward.runs_original_on = ("cpu",)
+
+
+_LLAMAS, _MISTRALS, _QWEN3S = Kind(), Kind(windowed=True), Kind(windowed=True, normed=True)
+# By the names that layers are marked with.
+_ATTENTIONS = {"RotaryAttention": _LLAMAS, "WindowedRotaryAttention": _MISTRALS, "NormedRotaryAttention": _QWEN3S}
+_ATTENTION_FORWARDS = (RotaryAttention.forward, WindowedRotaryAttention.forward, NormedRotaryAttention.forward)
 
 
 class DecoderLayer(nn.Module):
@@ -283,9 +307,11 @@ def computes_each_token(layer: nn.Module, norm: nn.Module) -> bool:
     norms = parts.get("input_layernorm"), parts.get("post_attention_layernorm"), norm
     if attention is None or attention.training or mlp is None or not all(map(_is_norm, norms)):
         return False
+    kind = _ATTENTIONS.get(marked_as(type(attention)))
+    if kind is None or (kind.normed and not all(map(_is_norm, map(attention._modules.get, ("q_norm", "k_norm"))))):
+        return False
     return (
-        marked_as(type(attention)) in _ATTENTIONS
-        and runs(attention, *_ATTENTION_FORWARDS)
+        runs(attention, *_ATTENTION_FORWARDS)
         and has_plain_parts(attention)
         and _gated(mlp) is not None
         and linears(mlp, "gate_proj", "up_proj", "down_proj") is not None
@@ -315,10 +341,15 @@ def _added(
 
     Where there is an op that adds a product, for an attention of ours that nobody listens to.
     """
-    windowed = _ATTENTIONS.get(marked_as(type(module)))
-    if windowed is None or not runs(module, *_ATTENTION_FORWARDS):
+    kind = _ATTENTIONS.get(marked_as(type(module)))
+    if kind is None or not runs(module, *_ATTENTION_FORWARDS):
         return None
-    return added(module, normed, residual, tables, mask, cache, options, windowed)
+    return added(module, normed, residual, tables, mask, cache, options, kind)
+
+
+def keys_and_values_of(attention: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Those of x, (batch, heads, tokens, head_dim) each, for the attention of a layer that `computes_each_token`."""
+    return keys_and_values(attention, x, tables, _ATTENTIONS[str(marked_as(type(attention)))].normed)
 
 
 def _norm_and_input(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
