@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from kernelprojects import load_compiled
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, Phi3Config
+from transformers import DynamicCache, LlamaConfig, Phi3Config, Qwen3Config
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -19,6 +20,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,8 +38,9 @@ def decoder(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LlamaMLP, "kernel_layer_name", "GatedMLP", raising=False)
-    monkeypatch.setattr(LlamaRMSNorm, "kernel_layer_name", "RMSNorm", raising=False)
+    for mlp, norm in ((LlamaMLP, LlamaRMSNorm), (Qwen3MLP, Qwen3RMSNorm)):
+        monkeypatch.setattr(mlp, "kernel_layer_name", "GatedMLP", raising=False)
+        monkeypatch.setattr(norm, "kernel_layer_name", "RMSNorm", raising=False)
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -47,9 +50,9 @@ def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 class Layer(nn.Module):
     """A decoder layer with its positions."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: Any, kind: type = LlamaDecoderLayer) -> None:
         super().__init__()
-        self.layer, self.rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
+        self.layer, self.rotary = kind(config, 0), LlamaRotaryEmbedding(config)
 
     def forward(self, x: Tensor) -> Tensor:
         tables = self.rotary(x, torch.arange(x.shape[1], device=x.device)[None])
@@ -190,6 +193,7 @@ class Attention(nn.Module):
 @pytest.fixture
 def named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaAttention, "kernel_layer_name", "RotaryAttention", raising=False)
+    monkeypatch.setattr(Qwen3Attention, "kernel_layer_name", "NormedRotaryAttention", raising=False)
 
 
 @pytest.fixture
@@ -259,6 +263,34 @@ def test_a_decoder_layer_of_many_rows_has_sums_in_its_products(
     assert ops == ["rotary_projections", "add_product", "add_product"] * here
     if here and dtype is torch.bfloat16:
         assert adds(original, x) - adds(kernelized, x) == 4  # with those that turn q and k
+
+
+@pytest.mark.parametrize("heads", [16, 8])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_decoder_layer_with_norms_of_q_and_k_has_sums_in_its_products(
+    decoder: ModuleType, dtype: torch.dtype, heads: int, ops: list[str]
+) -> None:
+    """Whose heads are together as wide as the model, and not."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=2048, intermediate_size=4096, num_attention_heads=heads, num_key_value_heads=4, head_dim=128
+    )
+    config._attn_implementation = "sdpa"
+    original = Layer(config, Qwen3DecoderLayer).to("cuda", dtype)
+    for name, parameter in original.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name), std=2048**-0.5)
+    kernelized = copy.deepcopy(original)
+    kernelized.layer.forward = decoder.layers.DecoderLayer.forward.__get__(kernelized.layer)
+    x = values(2, 2048, 2048, dtype=dtype)
+    exact = step(copy.deepcopy(original).double(), x.double())
+    eager = step(original, x)
+    assert_as_near(step(kernelized, x), eager, exact)
+    here = on_hopper(decoder, dtype)
+    assert ops == ["add_product"] * (2 * here)
+    ops.clear()
+    with torch.no_grad():
+        assert_as_near({"result": kernelized(x)}, eager, {"result": exact["result"]})
+    assert ops == ["add_product"] * (2 * here)
 
 
 def test_with_a_cache_it_gives_what_the_classs_forward_gives(decoder: ModuleType, ops: list[str]) -> None:

@@ -833,6 +833,11 @@ def test_a_decoder_layer_adds_the_product_of_an_attention_with_norms_to_the_resi
     decoder: ModuleType, ops: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where its heads are wider than the model, too. The norms are called, with each head by itself."""
+    seen: list[tuple[int, ...]] = []
+
+    def listen(_: nn.Module, args: tuple[Tensor], __: Tensor) -> None:
+        seen.append(tuple(args[0].shape))
+
     for case in (NORMED, NORMED._replace(heads=8)):
         original, kernelized = layers(decoder, case)
         x = values(2, TOKENS, HIDDEN)
@@ -842,12 +847,11 @@ def test_a_decoder_layer_adds_the_product_of_an_attention_with_norms_to_the_resi
             torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-4)
         assert ops == ["add_product"] * 4
         ops.clear()
-        seen: list[tuple[int, ...]] = []
         for name in ("q_norm", "k_norm"):
-            part = kernelized.layer.self_attn.get_submodule(name)
-            part.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
+            kernelized.layer.self_attn.get_submodule(name).register_forward_hook(listen)
         kernelized(x)
         assert seen == [(2, TOKENS, case.heads, 8), (2, TOKENS, 1, 8)]
+        seen.clear()
         ops.clear()
     monkeypatch.setattr(decoder.hopper, "takes_add", lambda *_: False)
     monkeypatch.setattr(decoder.attention, "_normed", lambda *_: pytest.fail("nothing to gain: the class's forward"))
