@@ -190,9 +190,7 @@ def has_plain_parts(module: nn.Module) -> bool:
     return interfaces.get_interface(module.config._attn_implementation, None) is sdpa_attention_forward
 
 
-def keys_and_values(
-    module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], normed: bool
-) -> tuple[Tensor, Tensor]:
+def keys_and_values(module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], normed: bool) -> tuple[Tensor, Tensor]:
     """Those of x, (batch, heads, tokens, head_dim) each, as the forward of the class makes them, for what `has_plain_parts`."""
     heads = (*x.shape[:-1], -1, module.head_dim)
     k, v = module.k_proj(x).view(heads), module.v_proj(x).view(heads).transpose(1, 2)
