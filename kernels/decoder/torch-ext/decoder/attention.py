@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from kernelhub import get_kernel_dep
 
 from . import hopper
-from .plain import Projections, attention_linears, runs, takes_projections, without_autocast
+from .plain import PLAIN, Projections, attention_linears, runs, takes_projections, without_autocast
 from .sums import add_product_
 
 rotary = get_kernel_dep("kernelhub/rotary")
@@ -78,8 +78,10 @@ def added(
     projections = attention_linears(module)
     if projections is None or projections.o is None or projections.o_bias is not None:
         return None
-    # What the op will be asked to take has this shape, and no memory yet.
-    adds = hopper.takes_add(x[..., :1].expand(*x.shape[:-1], projections.o.shape[1]), projections.o, residual)
+    wide = projections.o.shape[1]
+    # What the op will be asked to take: of x's shape where the heads are as wide as the model, else of this one.
+    like = x if x.shape[-1] == wide or type(x) not in PLAIN else x.detach()[..., :1].expand(*x.shape[:-1], wide)
+    adds = hopper.takes_add(like, projections.o, residual)
     made = _projected(module, x, tables, projections, kind.normed, wanted=adds)
     if made is None:
         return None
@@ -306,7 +308,7 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Every operation here is differentiable, for gradients of gradients, which compiled programs have none of.
+        # Every operation here is differentiable, for gradients of gradients.
         x, q_weight, k_weight, v_weight, cos, sin = ctx.saved_tensors
         _, for_x, *needs = ctx.needs_input_grad
         shape = q_grad.shape[:-1]

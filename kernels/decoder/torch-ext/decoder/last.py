@@ -31,8 +31,8 @@ def last_token(
 ) -> Any:
     """What the forward of a causal decoder gives, its `last_hidden_state` that of the last token: (batch, 1, hidden).
 
-    The cache is as after that forward. Where the last layer is not one as `DecoderLayer` and `RotaryAttention` have it, or
-    somebody listens to a part of it or to the norm after it, that state is of all tokens. None, and nothing was computed or
+    The cache is as after that forward. Where the last layer is not one as `DecoderLayer` and the attentions have it,
+    with norms that are known, or somebody listens to a part of it or to the norm after it, that state is of all tokens. None, and nothing was computed or
     changed, where it cannot be had like this: with gradients, in training, for one token, where a mask is needed, with a cache
     that has tokens, is no `DynamicCache` or comes with `use_cache=False`, and where more than the last hidden state is asked for.
 

@@ -243,7 +243,7 @@ class DecoderLayer(nn.Module):
 
     Reads `post_attention_layernorm` (an RMS norm as Llama has it) and the projections of a gated `mlp`, and calls
     `input_layernorm`, `self_attn` and any other `mlp`. Where an op adds a product to the residual, it reads the projections
-    of a `self_attn` marked as `RotaryAttention`, too, and that op is the add.
+    of a `self_attn` that is one of the attentions above, too, and that op is the add.
     """
 
     can_torch_compile = True

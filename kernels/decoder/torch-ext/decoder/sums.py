@@ -15,8 +15,8 @@ __all__ = ["add_product_"]
 
 
 def add_product_(total: Tensor, x: Tensor, weight: Tensor) -> None:
-    """`total += x @ weight`: (rows, columns), (rows, depth) and (depth, columns). With gradients where it is not compiled."""
-    if is_dynamo_compiling():
+    """`total += x @ weight`: (rows, columns), (rows, depth) and (depth, columns). It has gradients, as `addmm_` has."""
+    if is_dynamo_compiling() and not torch.is_grad_enabled():
         _op(total, x, weight)
     else:
         total.addmm_(x, weight)
@@ -35,7 +35,8 @@ if not hasattr(ops, "add_product_"):
     _namespace, _, _name = add_op_namespace_prefix("add_product_").partition("::")
     _library = torch.library.Library(_namespace, "FRAGMENT")
     _library.define(f"{_name}(Tensor(a!) total, Tensor x, Tensor weight) -> ()")
-    _library.impl(_name, _add, "CompositeExplicitAutograd")
+    for _key in ("CompositeExplicitAutograd", "Batched", "FuncTorchBatched"):  # batches of gradients: as PyTorch's own
+        _library.impl(_name, _add, _key)
     torch.library.register_fake(f"{_namespace}::{_name}", _nothing_new, lib=_library)
 
 _op = ops.add_product_.default
