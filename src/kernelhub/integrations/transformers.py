@@ -171,7 +171,9 @@ def default_mapping() -> KernelMapping:
 def _mapping(left: Mapping[str, frozenset[str]]) -> KernelMapping:
     """Each is registered for whatever nothing else serves; those of `left` for what is not compiled."""
     return {
-        layer: {device: _uncompiled(repository) if layer in left.get(device, ()) else repository for device in DEVICES}
+        layer: {
+            device: _uncompiled(repository) if layer in left.get(device, ()) else repository for device in DEVICES
+        }
         for kernel, layers in (
             ("norm", NORM_LAYERS),
             ("activation", ACTIVATION_LAYERS),
