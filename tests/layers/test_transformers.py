@@ -269,20 +269,16 @@ def test_what_inductor_computes_faster_is_left_to_it_where_the_mode_is_of_torch_
                 assert all(re.match(r"no kernel for (RMSNorm|RotaryEmbedding) on cuda serves", one) for one in reasons)
 
 
-def test_a_decoder_layer_whose_parts_are_ops_has_its_norms_left_to_inductor() -> None:
-    """Else torch 2.11 takes forever to compile some layers and a loss: each op's arguments are in a message, with all before them."""
-    rotary, layers = (
-        {name for family in FAMILIES if family.layer in of for name in family.names.split()}
-        for of in (tuple(ATTENTIONS), ("DecoderLayer",))
-    )
-    norms = {name: family.layer for family in FAMILIES if "Norm" in family.layer for name in family.names.split()}
-    found = set()
-    for path in SOURCES.glob("models/*/modeling_*.py"):
-        for block in re.finditer(r"^class (\w+)\(.*?(?=^\S|\Z)", path.read_text(), re.M | re.S):
-            if block[1] in layers and rotary & set(re.findall(r"self\.self_attn = (\w+)", block[0])):
-                found |= {norms[name] for name in re.findall(r"self\.\w+norm = (\w+)\(", block[0])}
-    assert found == {"RMSNorm", "RMSNormZeroCentered"}
-    assert found < integration.LEFT_TO_INDUCTOR["cuda"]
+def test_what_is_left_to_inductor_in_training_only_is_not_left_in_inference() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    model = transformers.GemmaModel(transformers.GemmaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    mark(model)
+    with use_kernel_mapping(default_mapping(), inherit_mapping=False):
+        for mode, action in ((Mode.INFERENCE, "try"), (Mode.TRAINING, "keep")):
+            rows = plan_kernels(model, mode=mode | Mode.TORCH_COMPILE, device="cuda").rows
+            assert {row.action for row in rows if row.layer_name == "RMSNormZeroCentered"} == {action}
+            rows = plan_kernels(model, mode=mode, device="cuda").rows
+            assert {row.action for row in rows} == {"try"}
 
 
 def reported(model: nn.Module, mode: Mode) -> KernelReport:
@@ -295,7 +291,7 @@ def reported(model: nn.Module, mode: Mode) -> KernelReport:
 def test_the_report_says_what_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = Mode.INFERENCE | Mode.TORCH_COMPILE
     assert reported(llama(), compiled).notes == ()
-    monkeypatch.setattr(integration, "LEFT_TO_INDUCTOR", {"cpu": frozenset({"RMSNorm"})})
+    monkeypatch.setattr(integration, "LEFT_TO_INDUCTOR", {"cpu": {"RMSNorm": (Mode.INFERENCE, Mode.TRAINING)}})
     report = reported(llama(), compiled)
     assert {row.layer_name for row in report.rows if row.outcome == "original"} == {"RMSNorm", "RotaryAttention"}
     (said,) = report.notes
@@ -311,7 +307,7 @@ def test_a_kernel_of_the_users_counts_for_what_is_left_to_inductor_too(monkeypat
     """For one mode, it goes before this package's, which are for whatever nothing else serves; compiled or not."""
     theirs = LayerRepository("kernelhub/norm", layer_name="RMSNormCastLast", version=1)
     for mode in (Mode.INFERENCE, Mode.TRAINING, Mode.INFERENCE | Mode.TORCH_COMPILE):
-        for left in ({}, {"cpu": frozenset({"RMSNorm"})}):
+        for left in ({}, {"cpu": {"RMSNorm": (Mode.INFERENCE, Mode.TRAINING)}}):
             monkeypatch.setattr(integration, "LEFT_TO_INDUCTOR", left)
             with use_kernel_mapping({"RMSNorm": {"cpu": {mode: theirs}}}, inherit_mapping=False):
                 report = reported(llama().train(Mode.TRAINING in mode), mode)

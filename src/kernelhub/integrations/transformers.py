@@ -71,20 +71,20 @@ LOSS_LAYERS = ("ForCausalLMLoss",)
 
 _FORMULAS = frozenset(family.layer for family in FAMILIES)
 
-# By device, the layers that keep their forward under torch.compile: those that inductor computes as fast or faster together
-# with what stands around them. On an H200 it adds and norms in one pass, also before the sum (benchmarks/NOTES.md, "Compiled").
-# With a norm between them, layers that are ops else do not make one chain of ops, of which torch 2.11 writes messages without end.
-LEFT_TO_INDUCTOR: Mapping[str, frozenset[str]] = {
-    "cuda": frozenset(
-        {
-            "LayerNorm",
-            "RMSNorm",
-            "RMSNormZeroCentered",
-            # Which it fuses, too: kernels of 2 to 3 us in a compiled Llama's profile. Not timed beside ours.
-            "RotaryEmbedding",
-            "RotaryEmbeddingByLayerType",
-        }
-    )
+# By device, the layers that keep their forward under torch.compile, and in which of the two modes: those that inductor
+# computes faster together with what stands around them. On an H200 it adds and norms in one pass, also before the sum, which
+# loses less than the kernels save only for the zero-centred norm in inference (benchmarks/NOTES.md, "Compiled"). A layer can be
+# left in both modes or in training: a kernel for training serves inference, too.
+ALWAYS = (Mode.INFERENCE, Mode.TRAINING)
+LEFT_TO_INDUCTOR: Mapping[str, Mapping[str, tuple[Mode, ...]]] = {
+    "cuda": {
+        "LayerNorm": ALWAYS,
+        "RMSNorm": ALWAYS,
+        "RMSNormZeroCentered": (Mode.TRAINING,),
+        # Which it fuses, too: kernels of 2 to 3 us in a compiled Llama's profile. Not timed beside ours.
+        "RotaryEmbedding": ALWAYS,
+        "RotaryEmbeddingByLayerType": ALWAYS,
+    }
 }
 
 
@@ -163,16 +163,19 @@ def mark(model: nn.Module) -> Marks:
 def default_mapping() -> KernelMapping:
     """The kernels that come with this package, for every layer that they have and every device that they run on.
 
-    Under torch.compile those of `LEFT_TO_INDUCTOR` are not for the devices named there: the layers keep their forward.
+    Under torch.compile those of `LEFT_TO_INDUCTOR` are not for the modes named there: the layers keep their forward.
     """
     return _mapping(LEFT_TO_INDUCTOR)
 
 
-def _mapping(left: Mapping[str, frozenset[str]]) -> KernelMapping:
-    """Each is registered for whatever nothing else serves; those of `left` for what is not compiled."""
+def _mapping(left: Mapping[str, Mapping[str, tuple[Mode, ...]]]) -> KernelMapping:
+    """Each is registered for whatever nothing else serves; those of `left` for the modes that are not left."""
     return {
         layer: {
-            device: _uncompiled(repository) if layer in left.get(device, ()) else repository for device in DEVICES
+            device: _for_modes(
+                LayerRepository(f"kernelhub/{kernel}", layer_name=layer, version=1), left.get(device, {}).get(layer, ())
+            )
+            for device in DEVICES
         }
         for kernel, layers in (
             ("norm", NORM_LAYERS),
@@ -182,12 +185,14 @@ def _mapping(left: Mapping[str, frozenset[str]]) -> KernelMapping:
             ("loss", LOSS_LAYERS),
         )
         for layer in layers
-        for repository in (LayerRepository(f"kernelhub/{kernel}", layer_name=layer, version=1),)
     }
 
 
-def _uncompiled(repository: LayerRepository) -> dict[Mode, LayerRepository]:
-    return dict.fromkeys((Mode.INFERENCE, Mode.TRAINING), repository)
+def _for_modes(repository: LayerRepository, left: tuple[Mode, ...]) -> LayerRepository | dict[Mode, LayerRepository]:
+    if not left:
+        return repository
+    compiled = (mode | Mode.TORCH_COMPILE for mode in ALWAYS if mode not in left)
+    return dict.fromkeys((*ALWAYS, *compiled), repository)
 
 
 def kernelize_pretrained(
