@@ -167,6 +167,31 @@ class RMSNormGatedMLPLayout(nn.Module):
             raise TypeError(f"the activation is {self.product}; expected one of {', '.join(PRODUCTS)}")
 
 
+def _attention_of(kind: Kind) -> Any:
+    """The forward of an attention's layer."""
+
+    def forward(
+        self: nn.Module,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, kind)
+
+    forward.runs_original_on = ("cpu",)
+    return forward
+
+
+# By the names that layers are marked with.
+_ATTENTIONS = {
+    "RotaryAttention": Kind(),
+    "WindowedRotaryAttention": Kind(windowed=True),
+    "NormedRotaryAttention": Kind(windowed=True, normed=True),
+}
+
+
 class RotaryAttention(nn.Module):
     """As Llama has it: `o_proj` of the attention of q and k, turned, and v.
 
@@ -177,18 +202,7 @@ class RotaryAttention(nn.Module):
 
     can_torch_compile = True
     has_backward = True
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, _LLAMAS)
-
-    forward.runs_original_on = ("cpu",)
+    forward = _attention_of(_ATTENTIONS["RotaryAttention"])
 
 
 class WindowedRotaryAttention(nn.Module):
@@ -196,18 +210,7 @@ class WindowedRotaryAttention(nn.Module):
 
     can_torch_compile = True
     has_backward = True
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, _MISTRALS)
-
-    forward.runs_original_on = ("cpu",)
+    forward = _attention_of(_ATTENTIONS["WindowedRotaryAttention"])
 
 
 class NormedRotaryAttention(nn.Module):
@@ -218,23 +221,9 @@ class NormedRotaryAttention(nn.Module):
 
     can_torch_compile = True
     has_backward = True
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        return attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, _QWEN3S)
-
-    forward.runs_original_on = ("cpu",)
+    forward = _attention_of(_ATTENTIONS["NormedRotaryAttention"])
 
 
-_LLAMAS, _MISTRALS, _QWEN3S = Kind(), Kind(windowed=True), Kind(windowed=True, normed=True)
-# By the names that layers are marked with.
-_ATTENTIONS = {"RotaryAttention": _LLAMAS, "WindowedRotaryAttention": _MISTRALS, "NormedRotaryAttention": _QWEN3S}
 _ATTENTION_FORWARDS = (RotaryAttention.forward, WindowedRotaryAttention.forward, NormedRotaryAttention.forward)
 
 
