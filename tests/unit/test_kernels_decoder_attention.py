@@ -860,6 +860,15 @@ def test_a_decoder_layer_adds_the_product_of_an_attention_with_norms_to_the_resi
         assert seen == [(2, TOKENS, case.heads, 8), (2, TOKENS, 1, 8)]
         seen.clear()
         ops.clear()
+    for needed in ("q_norm.weight", "k_norm.weight"):  # alone
+        original, kernelized = layers(decoder, NORMED)
+        grads = []
+        for module in (original, kernelized):
+            module.requires_grad_(False)
+            weight = module.layer.self_attn.get_parameter(needed).requires_grad_()
+            grads += torch.autograd.grad(module(x).square().sum(), weight)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    ops.clear()
     monkeypatch.setattr(decoder.hopper, "takes_add", lambda *_: False)
     monkeypatch.setattr(decoder.attention, "_normed", lambda *_: pytest.fail("nothing to gain: the class's forward"))
     with torch.no_grad():

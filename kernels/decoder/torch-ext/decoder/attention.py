@@ -18,12 +18,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 from kernelhub import get_kernel_dep
 
 from . import hopper
-from .plain import PLAIN, Projections, attention_linears, runs, takes_projections, without_autocast
+from .plain import PLAIN, Projections, attention_linears, marked_as, runs, takes_projections, without_autocast
 from .sums import add_product_
 
 rotary = get_kernel_dep("kernelhub/rotary")
 
-__all__ = ["Kind", "add_product", "added", "attention", "has_plain_parts", "keys_and_values", "rotary"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "add_product",
+    "added",
+    "attention",
+    "has_plain_parts",
+    "keys_and_values",
+    "kind_of",
+    "rotary",
+]
 
 # What the forwards call that are of this formula, by the names that their modules have for it.
 _FUNCTION, _ATTENTIONS, _EAGER = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
@@ -37,6 +47,19 @@ class Kind(NamedTuple):
 
     windowed: bool = False
     normed: bool = False
+
+
+# By the names that layers are marked with.
+KINDS = {
+    "RotaryAttention": Kind(),
+    "WindowedRotaryAttention": Kind(windowed=True),
+    "NormedRotaryAttention": Kind(windowed=True, normed=True),
+}
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """Of an attention by its mark; None of any other."""
+    return KINDS.get(marked_as(type(module)))
 
 
 # The module
@@ -113,10 +136,9 @@ def _projected(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """q and k turned, and v, (batch, tokens, heads * head_dim) each; None where the class's forward is to make them.
 
-    `normed`: q and k by the module's norms before they are turned.
-
     That is where the tensors are none that `takes_projections` knows, where the rotary embedding is not Llama's or
-    somebody's kernel stands in for it, and, unless they are `wanted`, where there is nothing to gain.
+    somebody's kernel stands in for it, and, unless they are `wanted`, where there is nothing to gain. `normed`: the module
+    has norms of q and k, which are called before they are turned.
     """
     cos, sin = tables
     head_dim = module.head_dim
@@ -192,11 +214,12 @@ def has_plain_parts(module: nn.Module) -> bool:
     return interfaces.get_interface(module.config._attn_implementation, None) is sdpa_attention_forward
 
 
-def keys_and_values(module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], normed: bool) -> tuple[Tensor, Tensor]:
+def keys_and_values(module: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Those of x, (batch, heads, tokens, head_dim) each, as the forward of the class makes them, for what `has_plain_parts`."""
     heads = (*x.shape[:-1], -1, module.head_dim)
     k, v = module.k_proj(x).view(heads), module.v_proj(x).view(heads).transpose(1, 2)
-    k = (module.k_norm(k) if normed else k).transpose(1, 2)
+    kind = kind_of(module)
+    k = (module.k_norm(k) if kind is not None and kind.normed else k).transpose(1, 2)
     turn: Any = type(module).forward.__globals__[_FUNCTION]
     _, k = turn(k[:, :1], k, *tables)  # it turns two, and there are no queries: one head, the least that it takes
     return k, v

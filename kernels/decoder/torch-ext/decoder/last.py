@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import computes_each_token, keys_and_values_of
+from .attention import keys_and_values
+from .layers import computes_each_token
 from .model import CausalDecoder, begin, is_plain, is_short, through
 from .plain import PLAIN
 
@@ -74,7 +75,7 @@ def last_token(
     if not alone:
         hidden = through((last,), hidden, positions, tables, cache, caches, kwargs)
         return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=cache)
-    keys, values = keys_and_values_of(last.self_attn, last.input_layernorm(hidden), tables)
+    keys, values = keys_and_values(last.self_attn, last.input_layernorm(hidden), tables)
     if cache is not None:
         keys, values = cache.update(keys, values, last.self_attn.layer_idx)
     cos, sin = tables

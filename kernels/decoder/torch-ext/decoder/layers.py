@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import compiled, hopper
-from .attention import Kind, added, attention, has_plain_parts, keys_and_values
+from .attention import KINDS, Kind, added, attention, has_plain_parts, kind_of
 from .functions import (
     FORMS,
     FORMULAS,
@@ -184,14 +184,6 @@ def _attention_of(kind: Kind) -> Any:
     return forward
 
 
-# By the names that layers are marked with.
-_ATTENTIONS = {
-    "RotaryAttention": Kind(),
-    "WindowedRotaryAttention": Kind(windowed=True),
-    "NormedRotaryAttention": Kind(windowed=True, normed=True),
-}
-
-
 class RotaryAttention(nn.Module):
     """As Llama has it: `o_proj` of the attention of q and k, turned, and v.
 
@@ -202,7 +194,7 @@ class RotaryAttention(nn.Module):
 
     can_torch_compile = True
     has_backward = True
-    forward = _attention_of(_ATTENTIONS["RotaryAttention"])
+    forward = _attention_of(KINDS["RotaryAttention"])
 
 
 class WindowedRotaryAttention(nn.Module):
@@ -210,7 +202,7 @@ class WindowedRotaryAttention(nn.Module):
 
     can_torch_compile = True
     has_backward = True
-    forward = _attention_of(_ATTENTIONS["WindowedRotaryAttention"])
+    forward = _attention_of(KINDS["WindowedRotaryAttention"])
 
 
 class NormedRotaryAttention(nn.Module):
@@ -221,7 +213,7 @@ class NormedRotaryAttention(nn.Module):
 
     can_torch_compile = True
     has_backward = True
-    forward = _attention_of(_ATTENTIONS["NormedRotaryAttention"])
+    forward = _attention_of(KINDS["NormedRotaryAttention"])
 
 
 _ATTENTION_FORWARDS = (RotaryAttention.forward, WindowedRotaryAttention.forward, NormedRotaryAttention.forward)
@@ -296,7 +288,7 @@ def computes_each_token(layer: nn.Module, norm: nn.Module) -> bool:
     norms = parts.get("input_layernorm"), parts.get("post_attention_layernorm"), norm
     if attention is None or attention.training or mlp is None or not all(map(_is_norm, norms)):
         return False
-    kind = _ATTENTIONS.get(marked_as(type(attention)))
+    kind = kind_of(attention)
     if kind is None or (kind.normed and not all(map(_is_norm, map(attention._modules.get, ("q_norm", "k_norm"))))):
         return False
     return (
@@ -330,15 +322,10 @@ def _added(
 
     Where there is an op that adds a product, for an attention of ours that nobody listens to.
     """
-    kind = _ATTENTIONS.get(marked_as(type(module)))
+    kind = kind_of(module)
     if kind is None or not runs(module, *_ATTENTION_FORWARDS):
         return None
     return added(module, normed, residual, tables, mask, cache, options, kind)
-
-
-def keys_and_values_of(attention: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Those of x, (batch, heads, tokens, head_dim) each, for the attention of a layer that `computes_each_token`."""
-    return keys_and_values(attention, x, tables, _ATTENTIONS[str(marked_as(type(attention)))].normed)
 
 
 def _norm_and_input(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
