@@ -164,6 +164,14 @@ DECODER = [
     # More steps than are at hand
     "early bfloat16 300 328 2 add 264",
     "any float16 130 584 4 gated 264 0 0",
+    # Both products of an MLP in one launch: one pair of blocks, and several that wait for each other; with and without a and b;
+    # more tiles of either kind than pairs, and fewer; few steps of either kind
+    "late bfloat16 1 8 2 mlp 8 0 0 8",
+    "any bfloat16 513 72 2 mlp 136 2 1 264",
+    "any bfloat16 513 72 4 mlp 264 0 0 264",
+    "late bfloat16 300 1304 4 mlp 136 0 1 520",
+    "early float16 600 328 6 mlp 264 2 1 8",
+    "any bfloat16 1100 8 4 mlp 136 0 0 8",
     # As many steps as what follows has parts: 16, 24 with a and b, 10, 16 and 28 with heads of 64, 128 and 256
     "any float16 300 1096 2 add 264",
     "late bfloat16 140 1672 2 gated 136 0 1",
@@ -248,6 +256,7 @@ def test_norm(programs: Programs, case: str) -> None:
     ("kernel", "source", "cases"),
     [
         ("decoder", "add", ["any bfloat16 129 328 2 add 264"]),
+        ("decoder", "mlp", ["any bfloat16 129 72 2 mlp 136 0 1 264"]),
         ("decoder", "projections", ["any bfloat16 129 72 2 projections 1 60 128"]),
         ("decoder", "gradients", ["any bfloat16 129 328 2 gradients 264 0 1"]),
         (
@@ -270,7 +279,7 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
     ("kernel", "source", "old", "new", "case", "said"),
     [
         pytest.param(
-            "decoder", "add", "int stage = 0, parity = 1;", "int stage = 0, parity = 0;",
+            "decoder", "add", "Stage stage{0, 1};\n    copy_tiles(work, tiles,", "Stage stage{0, 0};\n    copy_tiles(work, tiles,",
             "any bfloat16 1 8 2 add 8", "deadlock: ", id="a barrier's parity",
         ),
         pytest.param(
@@ -279,13 +288,25 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
             "late bfloat16 1 8 2 add 264", "the largest error", id="no wait before what is written is overwritten",
         ),
         pytest.param(
-            "decoder", "add", "            row = (BLOCKS * at.row + work.block) * ROWS + out.group",
-            "            row = (BLOCKS * at.row + work.block) * ROWS + 1 + out.group",
+            "decoder", "add", "          row = (BLOCKS * at.row + work.block) * ROWS + out.group",
+            "          row = (BLOCKS * at.row + work.block) * ROWS + 1 + out.group",
             "any bfloat16 8 8 2 add 8", "the largest error", id="a tile's row",
         ),
         pytest.param(
-            "decoder", "gradients", "barrier_wait(barrier, slab % 2);", "",
+            "decoder", "gradients", "warp_wait(barrier, slab % 2);", "",
             "late bfloat16 1 8 2 gradients 8 0 1", "more arrivals in a phase", id="no wait for what is copied",
+        ),
+        pytest.param(
+            "decoder", "mlp", "wait_until_written(written + row, gated.across);", "",
+            "late bfloat16 300 8 4 mlp 136 0 0 264", "the largest error", id="no wait for what others write",
+        ),
+        pytest.param(
+            "decoder", "mlp", "    wait();\n    asm volatile(\"bar.sync", "    asm volatile(\"bar.sync",
+            "late bfloat16 300 8 4 mlp 136 0 0 264", "the largest error", id="told before it is written",
+        ),
+        pytest.param(
+            "decoder", "mlp", "          tell_written(written + BLOCKS", "          (written + BLOCKS",
+            "any bfloat16 1 8 2 mlp 8 0 0 8", "deadlock: ", id="nobody is told",
         ),
         pytest.param(
             "decoder", "gradients", "uint64_t(DEPTH * 128 >> 4) << 16", "uint64_t(DEPTH * 64 >> 4) << 16",

@@ -3,6 +3,7 @@
 //   add COLUMNS
 //   gated COLUMNS FUNCTION KEEP
 //   gradients COLUMNS FUNCTION AGAIN
+//   mlp COLUMNS FUNCTION KEEP OUT_COLUMNS
 //   projections HEADS PERIOD HEAD_DIM   k and v have half of the heads, k has no bias
 
 #include "launch.h"
@@ -77,6 +78,37 @@ int gated(const Call& call, Worst& worst, int64_t columns, int function, bool ke
         call.see(worst, got_a[at], p, 2);
         call.see(worst, got_b[at], q, 2);
       }
+    }
+  }
+  return error;
+}
+
+// By the bits that its parts have, which the two above compare with float64.
+int mlp(const Call& call, Worst& worst, int64_t columns, int function, bool keep, int64_t out_columns) {
+  const Matrix &x = call.x, gate = normal(columns, x.columns(), call.dtype, 2), up = normal(columns, x.columns(), call.dtype, 3),
+               down = normal(out_columns, columns, call.dtype, 4), residual = normal(x.rows(), out_columns, call.dtype, 5);
+  std::vector<double> got[2][3];
+  int error = 0;
+  for (int together = 0; together < 2 && error == 0; ++together) {
+    Matrix inner(x.rows(), columns, call.dtype), a(x.rows(), columns, call.dtype), b(x.rows(), columns, call.dtype),
+        y(x.rows(), out_columns, call.dtype);
+    std::vector<int, model::Shared<int>> written((x.rows() + 255) / 256 * 2, -1);
+    const GatedArgs first{x.data(), gate.data(), up.data(), inner.data(), keep ? a.data() : nullptr, keep ? b.data() : nullptr,
+                          x.rows(), columns,     x.columns(), function};
+    const AddArgs last{inner.data(), down.data(), residual.data(), y.data(), x.rows(), out_columns, columns};
+    if (together) {
+      error = added_mlp(first, last, written.data(), call.dtype, call.device);
+    } else {
+      error = gated_product(first, call.dtype, call.device);
+      error = error == 0 ? add_product(last, call.dtype, call.device) : error;
+    }
+    got[together][0] = y.read();
+    got[together][1] = a.read();
+    got[together][2] = b.read();
+  }
+  for (int of = 0; error == 0 && of < (keep ? 3 : 1); ++of) {
+    for (size_t i = 0; i < got[0][of].size(); ++i) {
+      worst.see(got[1][of][i] == got[0][of][i] ? 0.0 : 2.0, 0.0, 1.0);
     }
   }
   return error;
@@ -178,6 +210,7 @@ int main(int count, char** arguments) {
   Worst worst;
   const int error = op == "add" ? add(call, worst, argument(7))
       : op == "gated"           ? gated(call, worst, argument(7), static_cast<int>(argument(8)), argument(9) != 0)
+      : op == "mlp"             ? mlp(call, worst, argument(7), static_cast<int>(argument(8)), argument(9) != 0, argument(10))
       : op == "gradients"       ? gradients(call, worst, argument(7), static_cast<int>(argument(8)), argument(9) != 0)
                                 : projections(call, worst, argument(7), argument(8), static_cast<int>(argument(9)));
   if (error != 0) {

@@ -1,5 +1,8 @@
 #include "model.h"
 
+#include <csignal>
+#include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -50,7 +53,10 @@ constexpr int FOUR_WARPS = 128;
 std::atomic<int> active; // threads that do not wait, and copies under way
 std::atomic<int> under_way; // copies
 std::atomic<int> ended; // threads
+std::atomic<int> elsewhere; // threads that wait for other clusters
 int started;
+
+bool among_others; // this process is one of those of a launch
 
 std::vector<std::atomic<const char*>> waits_for; // each thread, if it waits
 
@@ -73,7 +79,7 @@ void tell_engine();
 // One less is active.
 void rest() {
   const int left = active.fetch_sub(1, std::memory_order_relaxed) - 1;
-  if (left == 0 && ended.load(std::memory_order_relaxed) < started) {
+  if (left == 0 && ended.load(std::memory_order_relaxed) < started && elsewhere.load(std::memory_order_relaxed) == 0) {
     nothing_happens();
   }
   if (copies == LATE && left == under_way.load(std::memory_order_relaxed)) {
@@ -435,7 +441,95 @@ void in_cluster_of(int size) {
   }
 }
 
-void run(const Grid& grid, int cluster, const void* kernel, const std::function<void()>& thread) {
+namespace {
+
+void run_cluster(const Grid& grid, unsigned first, int cluster, const std::function<void()>& thread) {
+  const unsigned threads = grid.threads.x * grid.threads.y;
+  memset(memory, 0xff, sizeof memory); // NaN
+  memset(__start_block_shared, 0xff, static_cast<size_t>(&__stop_block_shared[0] - &__start_block_shared[0]));
+  for (int block = 0; block < cluster; ++block) {
+    blocks[block] = std::make_unique<Block>();
+    blocks[block]->warps = std::vector<Warp>((threads + 31) / 32);
+    blocks[block]->warps.back().lanes = (threads - 1) % 32 + 1;
+    blocks[block]->threads = static_cast<int>(threads);
+  }
+  whole_cluster = std::make_unique<Barrier>();
+  waits_for = std::vector<std::atomic<const char*>>(started);
+  active = started;
+  under_way = 0;
+  ended = 0;
+  engine_ends = false;
+  std::vector<std::thread> engines, all;
+  for (unsigned seed = 0; seed < (copies == ANY ? 3 : copies == LATE ? 1 : 0); ++seed) {
+    engines.emplace_back(run_engine, 8 * first + seed);
+  }
+  for (int of_cluster = 0; of_cluster < started; ++of_cluster) {
+    all.emplace_back([&, of_cluster] {
+      Thread mine;
+      number = of_cluster;
+      mine.block = of_cluster / threads;
+      mine.number = of_cluster % static_cast<int>(threads);
+      me = &mine;
+      const unsigned block = first + mine.block;
+      threadIdx = {mine.number % grid.threads.x, mine.number / grid.threads.x, 0};
+      blockIdx = {block % grid.blocks.x, block / grid.blocks.x, 0};
+      blockDim = grid.threads;
+      gridDim = grid.blocks;
+      thread();
+      check_end();
+      blocks[mine.block]->threads.fetch_sub(1, std::memory_order_relaxed);
+      ended.fetch_add(1, std::memory_order_relaxed);
+      rest();
+    });
+  }
+  for (auto& one : all) {
+    one.join();
+  }
+  if (under_way > 0) {
+    fail("the blocks end before %d copies", under_way.load());
+  }
+  {
+    const std::lock_guard<std::mutex> held(queue_lock);
+    engine_ends = true;
+    queue_changed.notify_all();
+  }
+  for (auto& one : engines) {
+    one.join();
+  }
+}
+
+// Each in a process of its own. One that fails has said why.
+void run_together(const Grid& grid, int cluster, const std::function<void()>& thread) {
+  std::vector<pid_t> processes;
+  fflush(nullptr);
+  for (unsigned first = 0; first < grid.blocks.x * grid.blocks.y; first += cluster) {
+    const pid_t process = fork();
+    if (process == 0) {
+      among_others = true;
+      run_cluster(grid, first, cluster, thread);
+      fflush(nullptr);
+      _exit(0);
+    }
+    if (process < 0) {
+      fail("no process for a cluster");
+    }
+    processes.push_back(process);
+  }
+  for (size_t left = processes.size(); left > 0; --left) {
+    int status = 0;
+    wait(&status);
+    if (status != 0) {
+      for (const pid_t process : processes) {
+        kill(process, SIGKILL);
+      }
+      _exit(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
+    }
+  }
+}
+
+} // namespace
+
+void run(const Grid& grid, int cluster, bool together, const void* kernel, const std::function<void()>& thread) {
   const unsigned threads = grid.threads.x * grid.threads.y, most = allowed.count(kernel) ? allowed[kernel] : 48 << 10;
   if (threads == 0 || threads > 1024 || grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.y > 65535 ||
       grid.blocks.x % cluster != 0 || grid.threads.z != 1 || grid.blocks.z != 1) {
@@ -450,60 +544,24 @@ void run(const Grid& grid, int cluster, const void* kernel, const std::function<
   }
   shared_bytes = grid.shared;
   started = static_cast<int>(threads) * cluster;
+  if (together && grid.blocks.x * grid.blocks.y > static_cast<unsigned>(cluster)) {
+    run_together(grid, cluster, thread);
+    return;
+  }
   for (unsigned first = 0; first < grid.blocks.x * grid.blocks.y; first += cluster) {
-    memset(memory, 0xff, sizeof memory); // NaN
-    memset(__start_block_shared, 0xff, static_cast<size_t>(variables));
-    for (int block = 0; block < cluster; ++block) {
-      blocks[block] = std::make_unique<Block>();
-      blocks[block]->warps = std::vector<Warp>((threads + 31) / 32);
-      blocks[block]->warps.back().lanes = (threads - 1) % 32 + 1;
-      blocks[block]->threads = static_cast<int>(threads);
-    }
-    whole_cluster = std::make_unique<Barrier>();
-    waits_for = std::vector<std::atomic<const char*>>(started);
-    active = started;
-    under_way = 0;
-    ended = 0;
-    engine_ends = false;
-    std::vector<std::thread> engines, all;
-    for (unsigned seed = 0; seed < (copies == ANY ? 3 : copies == LATE ? 1 : 0); ++seed) {
-      engines.emplace_back(run_engine, 8 * first + seed);
-    }
-    for (int of_cluster = 0; of_cluster < started; ++of_cluster) {
-      all.emplace_back([&, of_cluster] {
-        Thread mine;
-        number = of_cluster;
-        mine.block = of_cluster / threads;
-        mine.number = of_cluster % static_cast<int>(threads);
-        me = &mine;
-        const unsigned block = first + mine.block;
-        threadIdx = {mine.number % grid.threads.x, mine.number / grid.threads.x, 0};
-        blockIdx = {block % grid.blocks.x, block / grid.blocks.x, 0};
-        blockDim = grid.threads;
-        gridDim = grid.blocks;
-        thread();
-        check_end();
-        blocks[mine.block]->threads.fetch_sub(1, std::memory_order_relaxed);
-        ended.fetch_add(1, std::memory_order_relaxed);
-        rest();
-      });
-    }
-    for (auto& one : all) {
-      one.join();
-    }
-    if (under_way > 0) {
-      fail("the blocks end before %d copies", under_way.load());
-    }
-    {
-      const std::lock_guard<std::mutex> held(queue_lock);
-      engine_ends = true;
-      queue_changed.notify_all();
-    }
-    for (auto& one : engines) {
-      one.join();
-    }
+    run_cluster(grid, first, cluster, thread);
   }
 }
+
+void* map_shared(size_t bytes) {
+  void* const at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (at == MAP_FAILED) {
+    fail("no memory");
+  }
+  return at;
+}
+
+void unmap_shared(void* at, size_t bytes) { munmap(at, bytes); }
 
 // --- Shared memory
 
@@ -592,10 +650,30 @@ void barrier_arrive(uint32_t barrier) { mbarrier_at(barrier).add(1, 0); }
 
 void barrier_expect(uint32_t barrier, int bytes) { mbarrier_at(barrier).add(1, bytes); }
 
-void barrier_wait(uint32_t barrier, int parity) {
+int barrier_wait(uint32_t barrier, int parity) {
   Mbarrier& at = mbarrier_at(barrier);
   std::unique_lock<std::mutex> held(at.lock);
   at.wait(held, "an mbarrier's phase", [&] { return (at.phase & 1) != static_cast<unsigned>(parity); });
+  return 1;
+}
+
+void count(int* at) { __atomic_fetch_add(at, 1, __ATOMIC_RELEASE); }
+
+void wait_for_count(const int* at, int times) {
+  waits_for[number].store("a count", std::memory_order_relaxed);
+  elsewhere.fetch_add(1, std::memory_order_relaxed);
+  rest();
+  // Of one process, nothing will come any more when nothing has happened for so long and nobody is at work.
+  for (int idle = 0; __atomic_load_n(at, __ATOMIC_ACQUIRE) < times;) {
+    usleep(100);
+    idle = active.load(std::memory_order_relaxed) == 0 ? idle + 1 : 0;
+    if (idle > 20000 && !among_others) {
+      nothing_happens();
+    }
+  }
+  active.fetch_add(1, std::memory_order_relaxed);
+  elsewhere.fetch_sub(1, std::memory_order_relaxed);
+  waits_for[number].store(nullptr, std::memory_order_relaxed);
 }
 
 // --- Copies

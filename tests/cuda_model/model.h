@@ -8,7 +8,9 @@
 // - mbarriers, with arrivals, bytes and phases: too many of either end the process;
 // - products by the tensor cores (wgmma): their operands are read, and their results there, only when the thread waits for
 //   them; until then the registers have what they had;
-// - threads that all wait for each other: the process says where they do, and ends.
+// - threads that all wait for each other: the process says where they do, and ends;
+// - blocks that wait for others of a launch that has them all at work: each cluster is a process, and what lies in global
+//   memory is `Shared` by them.
 //
 // Not modelled, so that no test with it shows:
 // - fences between what threads write and what the copy engine and the tensor cores read (fence.proxy.async, wgmma.fence,
@@ -18,7 +20,7 @@
 // - what the instructions of a warp ask of it (`.aligned`), registers, occupancy, banks, and time; setmaxnreg, programmatic
 //   dependent launch;
 // - the last bits of approximate functions (__expf, __fdividef, rsqrtf, ex2, rcp), whose exact ones are taken;
-// - blocks at the same time: clusters run one after the other.
+// - blocks at the same time, of other launches: clusters run one after the other.
 
 #pragma once
 
@@ -68,7 +70,7 @@ struct Grid {
   dim3 blocks, threads;
   size_t shared;
 };
-void run(const Grid& grid, int cluster, const void* kernel, const std::function<void()>& thread);
+void run(const Grid& grid, int cluster, bool together, const void* kernel, const std::function<void()>& thread);
 
 // Blocks of a cluster, as the kernel's __cluster_dims__ has it; translate.py has kernels ask for it.
 extern int cluster;
@@ -77,11 +79,35 @@ void in_cluster_of(int blocks);
 // kernel<<<blocks, threads, shared, stream>>>(arguments...)
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, dim3 blocks, dim3 threads, size_t shared, cudaStream_t, const Arguments&... arguments) {
-  run({blocks, threads, shared}, cluster, reinterpret_cast<const void*>(kernel), [&] { kernel(arguments...); });
+  run({blocks, threads, shared}, cluster, false, reinterpret_cast<const void*>(kernel), [&] { kernel(arguments...); });
 }
-template <typename Arguments>
-cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Arguments), const Arguments& arguments) {
-  launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream, arguments);
+template <typename... Arguments>
+cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Arguments...), const Arguments&... arguments) {
+  bool together = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    together = together || (config->attrs[i].id == cudaLaunchAttributeCooperative && config->attrs[i].val.cooperative != 0);
+  }
+  run({config->gridDim, config->blockDim, config->dynamicSmemBytes}, cluster, together, reinterpret_cast<const void*>(kernel),
+      [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
+
+// What is global memory to all blocks of such a launch: of it a process has no copy of its own.
+void* map_shared(size_t bytes);
+void unmap_shared(void* at, size_t bytes);
+template <typename T>
+struct Shared {
+  using value_type = T;
+  Shared() = default;
+  template <typename Other>
+  Shared(const Shared<Other>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(map_shared(n * sizeof(T))); }
+  void deallocate(T* at, size_t n) { unmap_shared(at, n * sizeof(T)); }
+  bool operator==(const Shared&) const { return true; }
+  bool operator!=(const Shared&) const { return false; }
+};
+inline cudaError_t set_memory(void* at, int value, size_t bytes, cudaStream_t) {
+  memset(at, value, bytes);
   return cudaSuccess;
 }
 
@@ -125,7 +151,11 @@ bool any(bool value);
 void barrier_init(uint32_t barrier, int count);
 void barrier_arrive(uint32_t barrier);
 void barrier_expect(uint32_t barrier, int bytes); // arrives, too
-void barrier_wait(uint32_t barrier, int parity);
+int barrier_wait(uint32_t barrier, int parity);
+
+// In global memory, by blocks of one launch.
+void count(int* at);
+void wait_for_count(const int* at, int times);
 
 // --- Copies. A thread's own, of 16 bytes into shared memory, which its waits bring to an end.
 
@@ -169,6 +199,12 @@ inline uint32_t bits_of(float value) {
   memcpy(&bits, &value, 4);
   return bits;
 }
+inline float float_of_half(uint32_t bits) {
+  const uint16_t low = static_cast<uint16_t>(bits);
+  __half value;
+  memcpy(&value, &low, 2);
+  return __half2float(value);
+}
 inline float exchange(float value, int offset) { return float_of(exchange(bits_of(value), offset)); }
 inline float product(float a, float b) { // rounded, and part of no fused sum
   volatile float value = a * b;
@@ -191,6 +227,8 @@ using std::min;
 
 #define __shfl_xor_sync(mask, value, offset) model::exchange(value, offset)
 #define __any_sync(mask, value) model::any(value)
+#define __all_sync(mask, value) (!model::any(!(value)))
+#define __syncwarp() model::any(true)
 #define __syncthreads() model::block_barrier()
 #define __cvta_generic_to_shared(at) model::shared_address(at)
 #define __trap() model::fail("__trap")
@@ -202,6 +240,7 @@ using std::min;
 #define __expf std::exp
 #define rsqrtf model::inverse_root
 #define cudaLaunchKernelEx model::launch
+#define cudaMemsetAsync model::set_memory
 #define cudaFuncSetAttribute model::allow_shared
 #define cudaGetLastError() cudaSuccess
 #define cudaGetDriverEntryPoint model::entry_point

@@ -25,6 +25,10 @@ STATEMENTS = {
     "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @done bra READY; bra AGAIN; READY: }": (
         "model::barrier_wait(%0, %1);"
     ),
+    "{ .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done; }": (
+        "%0 = model::barrier_wait(%1, %2);"
+    ),
+    "mbarrier.arrive.shared::cta.b64 _, [%0];": "model::barrier_arrive(%0);",
     "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }": (
         "model::barrier_arrive(model::address_in(%0, %1));"
     ),
@@ -33,6 +37,9 @@ STATEMENTS = {
     "ld.shared.b32 %0, [%1];": "%0 = model::read_shared(%1);",
     "ld.global.nc.b32 %0, [%1];": "%0 = *(%1);",
     "fence.proxy.async.shared::cta;": "",
+    "fence.proxy.async.global; red.release.gpu.global.add.s32 [%0], 1;": "model::count(%0);",
+    "{ .reg .pred done; .reg .b32 found; AGAIN: ld.acquire.gpu.global.b32 found, [%0]; setp.ge.s32 done, found, %1;"
+    " @done bra READY; nanosleep.u32 100; bra AGAIN; READY: fence.proxy.async.global; }": "model::wait_for_count(%0, %1);",
     # A thread's copies
     "cp.async.ca.shared.global [%0], [%1], 16;": "model::copy_16(%0, %1);",
     "cp.async.cg.shared.global [%0], [%1], 16;": "model::copy_16(%0, %1);",
@@ -62,6 +69,9 @@ STATEMENTS = {
     "rcp.approx.ftz.f32 %0, %1;": "%0 = model::flushed(1.0f / (%1));",
     # What only the compiler sees
     "": "",
+    "{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }": (
+        "%0 = model::float_of_half(%2), %1 = model::float_of_half((%2) >> 16);"
+    ),
     "shl.b32 %0, %2, 16; and.b32 %1, %2, 0xffff0000;": "%0 = (%2) << 16, %1 = (%2) & 0xffff0000u;",
 }
 

@@ -71,7 +71,7 @@ class Matrix {
   int64_t rows_, columns_;
   Dtype dtype_;
   int64_t size_;
-  std::vector<char> bytes_;
+  std::vector<char, model::Shared<char>> bytes_;
 };
 
 inline Matrix normal(int64_t rows, int64_t columns, Dtype dtype, unsigned seed) {

@@ -165,6 +165,10 @@ def decoder(ops: Any, dtype: torch.dtype) -> None:
             ops.gated_product_parts(x, gate, up, function)
         residual = numbers(rows, columns, dtype=dtype)
         ops.add_product(x, gate, residual)
+        down, added = numbers(depth, columns, dtype=dtype), numbers(rows, depth, dtype=dtype)
+        for function in (0, 2):
+            ops.added_mlp(x, gate, up, down, added, function)
+            ops.added_mlp_parts(x, gate, up, down, added, function)
         turned, factor = numbers(depth, columns, dtype=dtype), numbers(rows, columns, dtype=dtype, seed=1)
         for function in (0, 2):
             for again in (True, False):

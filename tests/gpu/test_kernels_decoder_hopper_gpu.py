@@ -439,6 +439,73 @@ def test_sums_of_any_strides_and_places(decoder: ModuleType) -> None:
     assert decoder.hopper.add_product(x[:0], weight, residual[:0]).shape == (0, 264)
 
 
+# Rows, depth, features, columns: fewer tiles than pairs of blocks, tails of each, few steps of either kind, and tiles of the second
+# kind that wait for others'.
+MLPS = (
+    (256, 64, 128, 64),
+    (257, 2048, 136, 72),
+    (1000, 200, 344, 520),
+    (300, 576, 8, 8),
+    (5000, 640, 2304, 640),
+    (8192, 512, 1024, 512),
+    (9000, 64, 72, 2048),
+    (1, 8, 8, 8),
+)
+
+
+def mlp_operands(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    rows, depth, features, columns = sizes
+    down, residual = (torch.randn(n, m, device="cuda").to(dtype) for n, m in ((columns, features), (rows, columns)))
+    return *operands(rows, depth, features, dtype), down, residual
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", [0, 2])
+@pytest.mark.parametrize("sizes", MLPS, ids=str)
+def test_an_mlp_in_one_launch_has_the_bits_of_its_parts(
+    decoder: ModuleType, sizes: tuple[int, int, int, int], function: int, dtype: torch.dtype
+) -> None:
+    x, gate, up, down, residual = mlp_operands(sizes, dtype)
+    ops = decoder.hopper.ops
+    inner, a, b = ops.gated_product_parts(x, gate, up, function)
+    expected = ops.add_product(inner, down, residual)
+    for _ in range(3):
+        poison()
+        assert torch.equal(ops.added_mlp(x, gate, up, down, residual, function), expected)
+        poison()
+        parts = ops.added_mlp_parts(x, gate, up, down, residual, function)
+        assert all(torch.equal(*pair) for pair in zip(parts, (expected, a, b), strict=True))
+
+
+def test_mlps_of_two_streams_do_not_wait_for_each_other_forever(decoder: ModuleType) -> None:
+    """Each waits for blocks of its own; where some of both were at work, neither would end."""
+    of = mlp_operands((8192, 512, 1024, 512), torch.bfloat16)
+    op = decoder.hopper.ops.added_mlp
+    expected = op(*of, 0)
+    torch.cuda.synchronize()
+    streams, made = [torch.cuda.Stream() for _ in range(3)], []
+    for _ in range(30):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                made.append(op(*of, 0))
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, expected) for one in made)
+
+
+def test_mlps_of_any_strides_and_places(decoder: ModuleType) -> None:
+    x, gate, up, down, residual = mlp_operands((512, 128, 256, 264), torch.bfloat16)
+    op = decoder.hopper.ops.added_mlp
+    expected = op(x, gate, up, down, residual, 0)
+    apart = [
+        torch.zeros(*of.shape[:-1], of.shape[-1] + 3, device="cuda").bfloat16()[:, 3:].copy_(of)
+        for of in (x, gate, up, down)
+    ]
+    assert torch.equal(op(*apart, residual.t().contiguous().t(), 0), expected)
+    shaped = op(x.view(2, 4, 64, 128), gate, up, down, residual.view(2, 4, 64, 264), 0)
+    assert torch.equal(shaped.view(512, 264), expected)
+    assert op(x[:0], gate, up, down, residual[:0], 0).shape == (0, 264)
+
+
 # Rows, depth, columns, as those of sums; and more steps than what follows a tile has parts.
 GRADIENTS = (
     (256, 2048, 256),
@@ -567,6 +634,21 @@ def test_operands_that_do_not_fit_are_said(decoder: ModuleType) -> None:
     ):
         with pytest.raises(RuntimeError, match="add_product"):
             op(*wrong)
+    x, gate, up, down, residual = mlp_operands((256, 64, 128, 72), torch.bfloat16)
+    for op in (decoder.hopper.ops.added_mlp, decoder.hopper.ops.added_mlp_parts):
+        for wrong in (
+            (x.float(), gate.float(), up.float(), down.float(), residual.float(), 0),
+            (x, gate, up[:64], down, residual, 0),
+            (x, gate, up, down[:, :64], residual, 0),
+            (x, gate, up, down[:70], residual[:, :70], 0),
+            (x, gate, up, down.half(), residual, 0),
+            (x, gate, up, down, residual[:, :64], 0),
+            (x, gate, up, down, residual[:255], 0),
+            (x, gate, up, down, residual.cpu(), 0),
+            (x, gate, up, down, residual, 1),
+        ):
+            with pytest.raises(RuntimeError, match="added_mlp"):
+                op(*wrong)
     op, (grad, weight, a, b) = decoder.hopper.ops.gated_gradients, factors(256, 64, 128, torch.bfloat16)
     for wrong in (
         (grad.float(), weight.float(), a.float(), b.float(), 0),
@@ -594,10 +676,12 @@ def calls(decoder: ModuleType) -> list[tuple[Tensor, Callable[[], tuple[Tensor, 
     assert decoder.hopper.takes_add(x, weight, residual)
     parts = factors(256 * 6 * decoder.hopper._pairs(0), 2048, 512, torch.bfloat16)
     assert decoder.hopper.takes_gradients(*parts, "SiLU")
+    mlp = mlp_operands((8192, 512, 1024, 512), torch.bfloat16)
     return [
         (of.x, lambda: decoder.hopper.rotary_projections(*of)),
         (residual, lambda: (decoder.hopper.add_product(x, weight, residual),)),
         (parts[0], lambda: decoder.hopper.gated_gradients(*parts, "SiLU", True)),
+        (mlp[0], lambda: decoder.hopper.ops.added_mlp_parts(*mlp, 0)),
     ]
 
 
@@ -634,10 +718,12 @@ def test_they_run_on_the_tensors_device(decoder: ModuleType) -> None:
     of = attention(decoder, (1, 300, 128, 4, 2, 64), torch.bfloat16)
     x, weight, _ = operands(300, 128, 256, torch.bfloat16)
     parts = factors(300, 128, 256, torch.bfloat16)
+    mlp = mlp_operands((300, 128, 256, 128), torch.bfloat16)
     expected = (
         *decoder.hopper.rotary_projections(*of),
         decoder.hopper.add_product(x, weight, of.x[0] @ weight.t()),
         *decoder.hopper.gated_gradients(*parts, "SiLU", True),
+        decoder.hopper.ops.added_mlp(*mlp, 0),
     )
     moved = [None if part is None else part.to("cuda:1") for part in of.projections]
     projections = decoder.plain.Projections(*moved)
@@ -646,13 +732,14 @@ def test_they_run_on_the_tensors_device(decoder: ModuleType) -> None:
         *decoder.hopper.rotary_projections(there[0], projections, *there[1:3], 64),
         decoder.hopper.add_product(*there[3:], there[0][0] @ there[4].t()),
         *decoder.hopper.gated_gradients(*(part.to("cuda:1") for part in parts), "SiLU", True),
+        decoder.hopper.ops.added_mlp(*(part.to("cuda:1") for part in mlp), 0),
     )
     for one, other in zip(got, expected, strict=True):
         assert one.device == torch.device("cuda:1")
         torch.testing.assert_close(one.to("cuda:0"), other, atol=1e-2, rtol=1e-2)
 
 
-def test_what_is_taken(decoder: ModuleType) -> None:
+def test_what_is_taken(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     hopper = decoder.hopper
     of = attention(decoder, (4, 2048, 512, 16, 4, 64), torch.bfloat16)
     assert hopper.takes_projections(*of)
@@ -696,7 +783,24 @@ def test_what_is_taken(decoder: ModuleType) -> None:
         (grad.cpu(), weight, a, b, "SiLU"),
     ):
         assert not hopper.takes_gradients(*wrong)
+    monkeypatch.setattr(hopper, "_pairs", lambda _: 66)  # as an H200 has
+    x, gate, up, down, residual = mlp_operands((8192, 2048, 8192, 2048), torch.bfloat16)
+    weights = weights_of(decoder, gate, up)._replace(down=down)
+    assert hopper.takes_added_mlp(x, weights, residual, "SiLU")
+    assert hopper.takes_added_mlp(x.view(2, -1, 2048), weights, residual.view(2, -1, 2048), "SiLU")
+    for wrong in (
+        (x[:4096], weights, residual[:4096], "SiLU"),
+        (x, weights._replace(down_bias=down[:, 0].contiguous()), residual, "SiLU"),
+        (x, weights._replace(down=down[:2044]), residual[:, :2044], "SiLU"),
+        (x, weights, residual[:1], "SiLU"),
+        (x, weights, residual.half(), "SiLU"),
+        (x, weights, residual.cpu(), "SiLU"),
+        (x, weights, residual, "GELUActivation"),
+    ):
+        assert not hopper.takes_added_mlp(*wrong)
+    monkeypatch.undo()
     x, weight, _ = operands(8192, 512, 1024, torch.bfloat16)
+    residual = torch.randn(8192, 1024, device="cuda").bfloat16()
     with torch.autocast("cuda", torch.float16):
         assert not hopper.takes_add(x, weight, residual)
         assert not hopper.takes_projections(*of)
@@ -766,12 +870,19 @@ def test_a_decoder_layer_of_many_rows_has_them_all(decoder: ModuleType, monkeypa
     assert distance(got, expected.double()) <= 0.01
     found = ["rotary_projections", "add_product", "gated_product", "add_product"]
     assert [name for name in seen.names if name in {*found, "addmm", "addmm_", "mm"}] == found
+    monkeypatch.setattr(decoder.hopper, "_saves", lambda *_: True)
+    with torch.no_grad(), Seen() as seen:
+        assert torch.equal(layer(x, position_embeddings=positions(2048)), got)
+    found = ["rotary_projections", "add_product", "added_mlp"]
+    assert [name for name in seen.names if name in {*found, "gated_product", "addmm", "addmm_", "mm"}] == found
 
 
+@pytest.mark.parametrize("one", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_compiled_decoder_layer_has_them_all(
-    decoder: ModuleType, monkeypatch: pytest.MonkeyPatch, training: bool
+    decoder: ModuleType, monkeypatch: pytest.MonkeyPatch, training: bool, one: bool
 ) -> None:
+    monkeypatch.setattr(decoder.hopper, "_saves", lambda *_: one)
     original, layer = (module.train(training) for module in layers(decoder, monkeypatch))
     targets = Targets()
     torch._dynamo.reset()
@@ -789,6 +900,6 @@ def test_a_compiled_decoder_layer_has_them_all(
                 )
                 for one, other in zip(found, wanted, strict=True):
                     assert distance(one, other.double()) <= 0.02
-    first = "gated_product_parts" if training else "gated_product"
+    first = ("added_mlp" if one else "gated_product") + "_parts" * training
     assert {first, "rotary_projections", "add_product"} <= targets.names
     assert targets.graphs == 1

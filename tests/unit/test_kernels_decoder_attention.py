@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernelprojects import load_compiled
 from test_kernels_decoder import DTYPES, HOOKS, Named, assert_as_near, joined, kept, sums_of_a_compiled, values
 from torch import Tensor, nn
@@ -834,6 +836,66 @@ def test_a_decoder_layer_adds_the_attentions_product_to_the_residual(
         before = x.clone()
         kernelized(x)
         assert torch.equal(x, before)
+
+
+def test_a_decoder_layer_has_its_mlp_added_in_one_op(
+    decoder: ModuleType, ops: list[str], calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradients and without; the op that keeps what a backward needs only with them."""
+
+    def parts(x: Tensor, weights: Any, residual: Tensor, product: str) -> tuple[Tensor, Tensor, Tensor]:
+        assert not torch.is_grad_enabled()
+        assert product == "SiLUActivation"
+        gate, up = F.linear(x, weights.gate), F.linear(x, weights.up)
+        return residual + F.linear(F.silu(gate) * up, weights.down), gate, up
+
+    def added_mlp(*of: Any) -> Tensor:
+        ops.append("added_mlp")
+        return parts(*of)[0]
+
+    def added_mlp_parts(*of: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ops.append("added_mlp_parts")
+        return parts(*of)
+
+    monkeypatch.setattr(decoder.hopper, "takes_added_mlp", lambda x, weights, *_: weights.down_bias is None)
+    monkeypatch.setattr(decoder.hopper, "added_mlp", added_mlp)
+    monkeypatch.setattr(decoder.hopper, "added_mlp_parts", added_mlp_parts)
+    original, kernelized = layers(decoder)
+    x = values(2, TOKENS, HIDDEN)
+    assert_close(step(kernelized, x), step(original, x))
+    assert ops == ["rotary_projections", "add_product", "added_mlp_parts"]
+    ops.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-5)
+    assert ops == ["rotary_projections", "add_product", "added_mlp"]
+
+
+@given(
+    down=st.integers(1, 64), depth=st.integers(1, 64), features=st.integers(1, 40), across=st.integers(1, 24),
+    pairs=st.integers(0, 80),
+)  # fmt: skip
+@settings(max_examples=300)
+def test_one_launch_for_an_mlp_is_asked_for_where_its_tiles_in_turn_are_made_sooner(
+    decoder: ModuleType, down: int, depth: int, features: int, across: int, pairs: int
+) -> None:
+    """Against each pair's steps, counted; of the rows a last tile has one, of the features a whole number of tiles."""
+    asked = decoder.hopper._saves(256 * down - 255, 64 * depth, 128 * features, 256 * across, pairs)
+    if pairs == 0:
+        assert not asked
+        return
+
+    def longest(*steps: int) -> int:
+        """Of all pairs, where each in turn takes a tile of so many steps."""
+        return max(sum(steps[pair::pairs]) for pair in range(pairs))
+
+    first, last = [depth] * (down * features), [2 * features] * (down * across)
+    apart, together = longest(*first) + longest(*last), longest(*first, *last)
+    if asked:
+        assert down >= 16
+        assert len(last) >= 2 * pairs
+        assert together <= 0.99 * apart
+    elif down >= 16 and len(last) >= 2 * pairs:
+        assert together >= 0.99 * apart
 
 
 def test_a_decoder_layer_adds_the_product_of_an_attention_with_norms_to_the_residual(

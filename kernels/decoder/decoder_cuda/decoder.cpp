@@ -72,6 +72,29 @@ void check_capability(const Device& device) {
   STD_TORCH_CHECK(device.overlaps, "expected a GPU of compute capability 9.0");
 }
 
+// Of operands that fit; what `args` points to is kept here as long as it is asked for.
+class Gated {
+ public:
+  Gated(const Tensor& x, const Tensor& gate, const Tensor& up, int64_t function, const Tensor& y, const Tensor* a, const Tensor* b)
+      : operands_{in_order(x), in_order(gate), in_order(up)} {
+    args.x = operands_[0].data_ptr();
+    args.gate = operands_[1].data_ptr();
+    args.up = operands_[2].data_ptr();
+    args.y = y.data_ptr();
+    args.a = a == nullptr ? nullptr : a->data_ptr();
+    args.b = b == nullptr ? nullptr : b->data_ptr();
+    args.columns = gate.size(0);
+    args.depth = gate.size(1);
+    args.rows = x.numel() / args.depth;
+    args.function = static_cast<int>(function);
+  }
+
+  GatedArgs args{};
+
+ private:
+  Tensor operands_[3];
+};
+
 void run(
     const Tensor& x, const Tensor& gate, const Tensor& up, int64_t function, const Tensor& y, const Tensor* a,
     const Tensor* b) {
@@ -80,19 +103,36 @@ void run(
   }
   const OnDevice device(x);
   check_capability(device);
-  const Tensor operands[] = {in_order(x), in_order(gate), in_order(up)};
-  GatedArgs args{};
-  args.x = operands[0].data_ptr();
-  args.gate = operands[1].data_ptr();
-  args.up = operands[2].data_ptr();
-  args.y = y.data_ptr();
-  args.a = a == nullptr ? nullptr : a->data_ptr();
-  args.b = b == nullptr ? nullptr : b->data_ptr();
-  args.columns = gate.size(0);
-  args.depth = gate.size(1);
-  args.rows = x.numel() / args.depth;
-  args.function = static_cast<int>(function);
-  check_launch(gated_product(args, dtype_of(x, "gated_product"), device));
+  const Gated gated(x, gate, up, function, y, a, b);
+  check_launch(gated_product(gated.args, dtype_of(x, "gated_product"), device));
+}
+
+// y = residual + (f(x @ gate.T) * (x @ up.T)) @ down.T
+Tensor run_added(
+    const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const Tensor& residual, int64_t function,
+    const Tensor* a, const Tensor* b) {
+  const char* const name = "added_mlp";
+  const Tensor inner = new_tensor(x, gate.size(0));
+  AddArgs added{};
+  added.depth = gate.size(0);
+  added.columns = check_weight(name, "last weight", down, inner, 8);
+  check_beside(name, "residual", residual, x, added.columns);
+  const Tensor y = new_tensor(x, added.columns);
+  if (y.numel() == 0) {
+    return y;
+  }
+  const OnDevice device(x);
+  check_capability(device);
+  const Gated gated(x, gate, up, function, inner, a, b);
+  const Tensor dense[] = {in_order(down), in_order(residual)};
+  added.x = inner.data_ptr();
+  added.weight = dense[0].data_ptr();
+  added.residual = dense[1].data_ptr();
+  added.y = y.data_ptr();
+  added.rows = gated.args.rows;
+  const Tensor written = new_row((added.rows + 255) / 256 * 2, ScalarType::Int, x);
+  check_launch(added_mlp(gated.args, added, static_cast<int*>(written.data_ptr()), dtype_of(x, name), device));
+  return y;
 }
 
 } // namespace
@@ -109,6 +149,19 @@ std::tuple<Tensor, Tensor, Tensor> gated_product_parts(
   const Tensor y = new_tensor(x, columns), a = new_tensor(x, columns), b = new_tensor(x, columns);
   run(x, gate, up, function, y, &a, &b);
   return {y, a, b};
+}
+
+Tensor added_mlp(
+    const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const Tensor& residual, int64_t function) {
+  check("added_mlp", x, gate, up, function);
+  return run_added(x, gate, up, down, residual, function, nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> added_mlp_parts(
+    const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const Tensor& residual, int64_t function) {
+  const int64_t columns = check("added_mlp_parts", x, gate, up, function);
+  const Tensor a = new_tensor(x, columns), b = new_tensor(x, columns);
+  return {run_added(x, gate, up, down, residual, function, &a, &b), a, b};
 }
 
 std::tuple<Tensor, Tensor, Tensor> rotary_projections(

@@ -30,6 +30,15 @@ std::tuple<Tensor, Tensor, Tensor> rotary_projections(
 // residual + x @ weight.T, rounded once. x: (..., depth), weight: (columns, depth), residual: (..., columns).
 Tensor add_product(const Tensor& x, const Tensor& weight, const Tensor& residual);
 
+// residual + (f(x @ gate.T) * (x @ up.T)) @ down.T, in one launch. x: (..., depth), gate, up: (columns, depth), down:
+// (out_columns, columns), residual: (..., out_columns).
+Tensor added_mlp(
+    const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const Tensor& residual, int64_t function);
+
+// The same with x @ gate.T and x @ up.T.
+std::tuple<Tensor, Tensor, Tensor> added_mlp_parts(
+    const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const Tensor& residual, int64_t function);
+
 // With g = grad @ weight, the gradient of f(gate) * up: those of gate and up, and where `result` f(gate) * up, else an empty
 // tensor. grad: (..., depth), weight: (depth, columns), gate, up: (..., columns) -> (..., columns) each.
 std::tuple<Tensor, Tensor, Tensor> gated_gradients(

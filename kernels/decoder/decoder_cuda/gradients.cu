@@ -24,9 +24,10 @@ constexpr int PARTS = 6; // of a slab: copied, waited for, and computed in four
 template <typename T, int FUNCTION, bool AGAIN>
 __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)
 gradient_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes sizes) {
-  const Work work = begin_work(sizes);
+  const Work work = begin_work();
+  const Tiles tiles(sizes, work.pair);
   if (threadIdx.x < GROUP) {
-    copy_tiles(work, maps.grad, [&](uint32_t to, int depth, int column, uint32_t barrier) {
+    copy_all_tiles(work, tiles, maps.grad, [&](uint32_t to, int depth, int column, uint32_t barrier) {
       const int first = column * COLUMNS + work.block * (COLUMNS / BLOCKS);
       load_shared_tile(to, maps.weight, first, depth, barrier);
       load_shared_tile(to + WEIGHT_BYTES / 2, maps.weight, first + 64, depth, barrier);
@@ -75,7 +76,7 @@ gradient_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes 
         if (part % PARTS == 0) {
           copy_slab(slab);
         } else if (part % PARTS == 2) {
-          barrier_wait(barrier, slab % 2); // an even number of phases to a tile
+          warp_wait(barrier, slab % 2); // an even number of phases to a tile
         }
         switch (part) {
 #define PART(n) \
@@ -114,7 +115,8 @@ gradient_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes 
       column = at.column * COLUMNS;
       part = 0;
     };
-    multiply_tiles<T, true>(work, out.group, out.thread, d, do_part, finish);
+    Stage stage{0, 0};
+    multiply_tiles<T, true>(work, tiles, stage, out.group, out.thread, d, do_part, finish);
     while (part < ALL) {
       do_one();
     }

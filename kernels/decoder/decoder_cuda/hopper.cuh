@@ -62,10 +62,36 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
+// The same by all threads of a warp, which go on together. Beside the products no other wait will do: after a loop of each thread's
+// own the compiler takes all that is counted along for the threads' own, too, and a step takes longer.
+__device__ __forceinline__ void warp_wait(uint32_t barrier, int parity) {
+  int done;
+  do {
+    asm volatile(
+        "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.b32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!__all_sync(~0u, done));
+}
+
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int block) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(block)
+      : "memory");
+}
+
+// What a thread had the copy engine write, and waited for, is there for other blocks' engines to copy, once they know of it.
+__device__ __forceinline__ void tell_written(int* count) {
+  asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
+}
+
+__device__ __forceinline__ void wait_until_written(const int* count, int times) {
+  asm volatile(
+      "{\n.reg .pred done;\n.reg .b32 found;\nAGAIN:\nld.acquire.gpu.global.b32 found, [%0];\nsetp.ge.s32 done, found, %1;\n"
+      "@done bra READY;\nnanosleep.u32 100;\nbra AGAIN;\nREADY:\nfence.proxy.async.global;\n}" ::"l"(count),
+      "r"(times)
       : "memory");
 }
 
@@ -156,7 +182,9 @@ __device__ __forceinline__ float2 unpack(uint32_t two) {
     asm volatile("shl.b32 %0, %2, 16;\nand.b32 %1, %2, 0xffff0000;" : "=r"(a), "=r"(b) : "r"(two));
     return {__uint_as_float(a), __uint_as_float(b)};
   } else {
-    return __half22float2(reinterpret_cast<const __half2&>(two));
+    float2 wide;
+    asm volatile("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}" : "=f"(wide.x), "=f"(wide.y) : "r"(two));
+    return wide;
   }
 }
 
@@ -166,13 +194,13 @@ __device__ __forceinline__ Place place(int tile, int down, int across) {
   return {first + inside % tall, inside / tall};
 }
 
-// What a thread knows of its kernel: the tiles of its pair of blocks, and where things lie in shared memory.
+// What a thread knows of its pair of blocks, and where things lie in shared memory.
 struct Work {
   uint32_t block, tiles_at, out_at, full, empty, read; // the last three barriers: of each stage, and one for each group
-  int pair, pairs, tiles, steps, down, across;
+  int pair, pairs;
 };
 
-__device__ __forceinline__ Work begin_work(const Sizes& sizes) {
+__device__ __forceinline__ Work begin_work() {
   extern __shared__ char memory[];
   Work work;
   work.tiles_at = (static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
@@ -183,10 +211,6 @@ __device__ __forceinline__ Work begin_work(const Sizes& sizes) {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(work.block));
   work.pair = blockIdx.x / BLOCKS;
   work.pairs = gridDim.x / BLOCKS;
-  work.down = sizes.down;
-  work.across = sizes.across;
-  work.tiles = sizes.down * sizes.across;
-  work.steps = (sizes.depth + DEPTH - 1) / DEPTH;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(work.full + 8 * stage, 1);
@@ -201,33 +225,59 @@ __device__ __forceinline__ Work begin_work(const Sizes& sizes) {
   return work;
 }
 
+// The tiles of a product that a pair of blocks makes: each `pairs`-th, from its first on.
+struct Tiles {
+  int first, count, steps, down, across;
+
+  __device__ __forceinline__ Tiles(const Sizes& sizes, int first)
+      : first(first), count(sizes.down * sizes.across), steps((sizes.depth + DEPTH - 1) / DEPTH), down(sizes.down), across(sizes.across) {}
+};
+
 // Neither block ends while the other may still write to its shared memory.
 __device__ __forceinline__ void end_work() {
   asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
 
-// The first group's work. `load_weights(to, depth, column, barrier)` has this block's half of a tile's weights copied, from
-// that depth on, the column counted in tiles.
+// The stage that is next, and which phase of its barriers is waited for.
+struct Stage {
+  int number, parity;
+
+  __device__ __forceinline__ void advance() {
+    if (++number == STAGES) {
+      number = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Of the first group a thread's work. `load_weights(to, depth, column, barrier)` has this block's half of a tile's weights
+// copied, from that depth on, the column counted in tiles; `begin(row)` is called ahead of a tile, the row counted in blocks'.
+template <typename Begin, typename LoadWeights>
+__device__ __forceinline__ void copy_tiles(
+    const Work& work, const Tiles& tiles, Stage& stage, const CUtensorMap& x, Begin begin, LoadWeights load_weights) {
+  for (int tile = tiles.first; tile < tiles.count; tile += work.pairs) {
+    const Place at = place(tile, tiles.down, tiles.across);
+    const int row = BLOCKS * at.row + work.block;
+    begin(row);
+    for (int step = 0; step < tiles.steps; ++step) {
+      const uint32_t barrier = work.full + 8 * stage.number, to = work.tiles_at + stage.number * STAGE_BYTES;
+      barrier_wait(work.empty + 8 * stage.number, stage.parity);
+      barrier_expect(barrier, STAGE_BYTES);
+      load_tile(to, x, step * DEPTH, row * ROWS, barrier);
+      load_weights(to + X_BYTES + work.block * WEIGHT_BYTES, step * DEPTH, at.column, barrier);
+      stage.advance();
+    }
+  }
+}
+
+// The same, of a kernel that makes one product.
 template <typename LoadWeights>
-__device__ __forceinline__ void copy_tiles(const Work& work, const CUtensorMap& x, LoadWeights load_weights) {
+__device__ __forceinline__ void copy_all_tiles(
+    const Work& work, const Tiles& tiles, const CUtensorMap& x, LoadWeights load_weights) {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
   if (threadIdx.x == 0) {
-    int stage = 0, parity = 1;
-    for (int tile = work.pair; tile < work.tiles; tile += work.pairs) {
-      const Place at = place(tile, work.down, work.across);
-      const int row = (BLOCKS * at.row + work.block) * ROWS;
-      for (int step = 0; step < work.steps; ++step) {
-        const uint32_t barrier = work.full + 8 * stage, to = work.tiles_at + stage * STAGE_BYTES;
-        barrier_wait(work.empty + 8 * stage, parity);
-        barrier_expect(barrier, STAGE_BYTES);
-        load_tile(to, x, step * DEPTH, row, barrier);
-        load_weights(to + X_BYTES + work.block * WEIGHT_BYTES, step * DEPTH, at.column, barrier);
-        if (++stage == STAGES) {
-          stage = 0;
-          parity ^= 1;
-        }
-      }
-    }
+    Stage stage{0, 1};
+    copy_tiles(work, tiles, stage, x, [](int) {}, load_weights);
   }
 }
 
@@ -237,17 +287,16 @@ __device__ __forceinline__ void copy_tiles(const Work& work, const CUtensorMap& 
 // called when d is the product.
 template <typename T, bool TURNED = false, typename DoPart, typename Finish>
 __device__ __forceinline__ void multiply_tiles(
-    const Work& work, int group, int thread, float (&d)[128], DoPart do_part, Finish finish) {
-  int stage = 0, parity = 0;
+    const Work& work, const Tiles& tiles, Stage& stage, int group, int thread, float (&d)[128], DoPart do_part, Finish finish) {
   const auto release = [&] { // the stage before this one, in both blocks
     if (thread < BLOCKS) {
-      barrier_arrive(work.empty + 8 * (stage ? stage - 1 : STAGES - 1), thread);
+      barrier_arrive(work.empty + 8 * (stage.number ? stage.number - 1 : STAGES - 1), thread);
     }
   };
-  for (int tile = work.pair; tile < work.tiles; tile += work.pairs) {
-    for (int step = 0; step < work.steps; ++step) {
-      barrier_wait(work.full + 8 * stage, parity);
-      const uint32_t from = work.tiles_at + stage * STAGE_BYTES;
+  for (int tile = tiles.first; tile < tiles.count; tile += work.pairs) {
+    for (int step = 0; step < tiles.steps; ++step) {
+      barrier_wait(work.full + 8 * stage.number, stage.parity);
+      const uint32_t from = work.tiles_at + stage.number * STAGE_BYTES;
       const uint64_t rows = descriptor(from + group * (X_BYTES / GROUPS)), columns = TURNED ? turned_descriptor(from + X_BYTES) : descriptor(from + X_BYTES);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -260,10 +309,7 @@ __device__ __forceinline__ void multiply_tiles(
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         release();
       }
-      if (++stage == STAGES) {
-        stage = 0;
-        parity ^= 1;
-      }
+      stage.advance();
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
@@ -271,7 +317,14 @@ __device__ __forceinline__ void multiply_tiles(
       asm volatile("" : "+f"(d[i])::"memory");
     }
     release();
-    finish(place(tile, work.down, work.across));
+    finish(place(tile, tiles.down, tiles.across));
+  }
+}
+
+// By all threads of another warp, as often as each group tells something.
+__device__ __forceinline__ void hear() {
+  for (int group = 0; group < GROUPS; ++group) {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + GROUPS + group), "n"(GROUP + 32) : "memory");
   }
 }
 
@@ -344,6 +397,12 @@ struct Out {
     }
   }
 
+  // When all is written, and the warp is there that is told so, by `hear`.
+  __device__ __forceinline__ void tell() const {
+    wait();
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + GROUPS + group), "n"(GROUP + 32) : "memory");
+  }
+
   // When all is written.
   __device__ __forceinline__ void wait() const {
     if (thread == 0) {
@@ -368,6 +427,8 @@ cudaError_t find_encode(Encode& encode) {
   encode = reinterpret_cast<Encode>(found);
   return error == cudaSuccess && (status != cudaDriverEntryPointSuccess || found == nullptr) ? cudaErrorNotSupported : error;
 }
+
+inline int pairs_of(const Device& device) { return std::max(device.multiprocessors / BLOCKS, 1); }
 
 inline int tiles_of(int64_t n, int size) { return static_cast<int>((n + size - 1) / size); }
 
@@ -415,16 +476,25 @@ class Describe {
   Dtype dtype_;
 };
 
-// Not launched before what came before is done (programmatic dependent launch): that changed nothing.
-template <typename... Arguments>
+// Not launched before what came before is done (programmatic dependent launch): that changed nothing. TOGETHER: all blocks are
+// at work at the same time, or none, which is an error.
+template <bool TOGETHER = false, typename... Arguments>
 cudaError_t start_tiles(void (*kernel)(Arguments...), const Device& device, const Arguments&... arguments) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
   if (error != cudaSuccess) {
     return error;
   }
-  const int blocks = std::max(device.multiprocessors / BLOCKS, 1) * BLOCKS;
-  kernel<<<blocks, THREADS, SHARED, static_cast<cudaStream_t>(device.stream)>>>(arguments...);
-  return cudaGetLastError();
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(pairs_of(device) * BLOCKS);
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = SHARED;
+  config.stream = static_cast<cudaStream_t>(device.stream);
+  config.attrs = &together;
+  config.numAttrs = TOGETHER;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 } // namespace

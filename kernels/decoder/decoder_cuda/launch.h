@@ -78,4 +78,7 @@ int rotary_projections(const ProjectionsArgs& args, Dtype dtype, const Device& d
 int gated_gradients(const GradientsArgs& args, Dtype dtype, const Device& device);
 int add_product(const AddArgs& args, Dtype dtype, const Device& device);
 
+// Both, one's y being the other's x, with the bits that they have by themselves. `written`: 2 numbers for each 256 rows.
+int added_mlp(const GatedArgs& gated, const AddArgs& added, int* written, Dtype dtype, const Device& device);
+
 } // namespace kernelhub

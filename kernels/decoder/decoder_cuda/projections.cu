@@ -51,14 +51,15 @@ __device__ __forceinline__ uint32_t turned(uint32_t x, uint32_t cos, uint32_t ot
 template <typename T, int HEAD>
 __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)
 rotary_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes sizes, const __grid_constant__ Operands operands) {
-  const Work work = begin_work(sizes);
+  const Work work = begin_work();
+  const Tiles tiles(sizes, work.pair);
   // Whose a tile's columns are, and which tile of those it is.
   const auto find = [&](int column, int& of) {
     of = column < operands.ends[0] ? 0 : column < operands.ends[1] ? 1 : 2;
     return of == 0 ? column : column - operands.ends[of - 1];
   };
   if (threadIdx.x < GROUP) {
-    copy_tiles(work, maps.x, [&](uint32_t to, int depth, int column, uint32_t barrier) {
+    copy_all_tiles(work, tiles, maps.x, [&](uint32_t to, int depth, int column, uint32_t barrier) {
       int of;
       const int tile = find(column, of);
       load_shared_tile(to, maps.weights[of], depth, tile * COLUMNS + work.block * (COLUMNS / BLOCKS), barrier);
@@ -127,7 +128,7 @@ rotary_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes si
       } else if (part < WRITTEN) {
         out.write_part(part - TURNS, kept, maps.results[of], tile * COLUMNS, row);
       } else if (part == ALL - 1) { // a part later, when what was written has been copied
-        const Place at = place(next, work.down, work.across);
+        const Place at = place(next, tiles.down, tiles.across);
         if (at.column < operands.ends[1]) {
           out.begin();
           copy_tables(first_row(at), 0);
@@ -165,7 +166,8 @@ rotary_tiles(const __grid_constant__ Maps maps, const __grid_constant__ Sizes si
       next += work.pairs;
       part = of == 2 ? TURNS : 0;
     };
-    multiply_tiles<T>(work, out.group, out.thread, d, do_part, finish);
+    Stage stage{0, 0};
+    multiply_tiles<T>(work, tiles, stage, out.group, out.thread, d, do_part, finish);
     while (part < WRITTEN) {
       do_one();
     }

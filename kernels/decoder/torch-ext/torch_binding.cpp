@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "gated_gradients(Tensor grad, Tensor weight, Tensor gate, Tensor up, int function, bool result) "
       "-> (Tensor, Tensor, Tensor)");
   ops.def("add_product(Tensor x, Tensor weight, Tensor residual) -> Tensor");
+  ops.def("added_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor residual, int function) -> Tensor");
+  ops.def(
+      "added_mlp_parts(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor residual, int function) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
@@ -24,6 +28,8 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("rotary_projections", TORCH_BOX(&kernelhub::rotary_projections));
   ops.impl("gated_gradients", TORCH_BOX(&kernelhub::gated_gradients));
   ops.impl("add_product", TORCH_BOX(&kernelhub::add_product));
+  ops.impl("added_mlp", TORCH_BOX(&kernelhub::added_mlp));
+  ops.impl("added_mlp_parts", TORCH_BOX(&kernelhub::added_mlp_parts));
 }
 #endif
 

@@ -91,6 +91,8 @@ def add_gated_mlp(
     known, same = takes(x, weights), residual.dtype is x.dtype
     if known and torch.is_grad_enabled():  # then no op by itself: it has no gradient
         return gated_mlp(x, weights, product, residual) if same else residual + gated_mlp(x, weights, product)
+    if known and same and hopper.takes_added_mlp(x, weights, residual, product):
+        return hopper.added_mlp(x, weights, residual, product)
     inner = _inner(x, weights, product)
     if known and same and weights.down_bias is None and hopper.takes_add(inner, weights.down, residual):
         return hopper.add_product(inner, weights.down, residual)

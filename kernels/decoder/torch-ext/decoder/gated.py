@@ -93,16 +93,22 @@ class _GatedMLP(torch.autograd.Function):
         multiply = PRODUCTS[product]
         rows = x.reshape(-1, x.shape[-1])
         weights = Weights(gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias)
-        if up_weight is not None and hopper.takes(rows, weights, product):
+        inner = made = None
+        if up_weight is not None and residual is not None and hopper.takes_added_mlp(x, weights, residual, product):
+            made, gate, up = hopper.added_mlp_parts(x, weights, residual, product)
+            gate, up = gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1])
+        elif up_weight is not None and hopper.takes(rows, weights, product):
             inner, gate, up = hopper.gated_product_parts(rows, weights, product)
         else:
             gate = F.linear(rows, gate_weight, gate_bias)
             up = None if up_weight is None else F.linear(rows, up_weight, up_bias)
             inner = multiply(gate) if up is None else multiply(gate, up)
-        inner = inner.view(*x.shape[:-1], inner.shape[-1])
         kept = x if ctx.needs_input_grad[3] or ctx.needs_input_grad[5] else None  # frozen weights need none
         ctx.save_for_backward(kept, gate, up, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias)
         ctx.product, ctx.shape = product, x.shape
+        if made is not None:
+            return made
+        inner = inner.view(*x.shape[:-1], inner.shape[-1])
         if residual is None:
             return F.linear(inner, down_weight, down_bias)
         return _add_product(inner, down_weight, down_bias, residual)

@@ -1,9 +1,10 @@
 """The ops for GPUs of compute capability 9.0: products, and what becomes of them, in one pass over memory.
 
 `gated_product` is both first products of a gated MLP and theirs, `rotary_projections` an attention's q, k and v with q and k
-turned, `add_product` a product added to a residual, `gated_gradients` a gated product's gradients in the product before them. The
-results are the same bits as of the parts apart, up to the order in which products are summed; but `add_product` rounds once where
-two operations round twice, and `gated_gradients` has the activation's derivative by a formula of its own. None has gradients.
+turned, `add_product` a product added to a residual, `added_mlp` a whole gated MLP added to one, `gated_gradients` a gated
+product's gradients in the product before them. The results are the same bits as of the parts apart, up to the order in which
+products are summed; but `add_product` and `added_mlp` round once where two operations round twice, and `gated_gradients` has the
+activation's derivative by a formula of its own. None has gradients.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from .plain import PLAIN, Projections, Weights
 __all__ = [
     "HERE",
     "add_product",
+    "added_mlp",
+    "added_mlp_parts",
     "gated_gradients",
     "gated_product",
     "gated_product_parts",
@@ -29,6 +32,7 @@ __all__ = [
     "rotary_projections",
     "takes",
     "takes_add",
+    "takes_added_mlp",
     "takes_gradients",
     "takes_projections",
 ]
@@ -36,6 +40,7 @@ __all__ = [
 HERE = hasattr(ops, "gated_product")
 _HERE_PROJECTIONS = hasattr(ops, "rotary_projections")
 _HERE_ADD = hasattr(ops, "add_product")
+_HERE_MLP = hasattr(ops, "added_mlp")
 _HERE_GRADIENTS = hasattr(ops, "gated_gradients")
 
 # As in decoder_cuda/launch.h, by the names of the classes that transformers has.
@@ -45,6 +50,8 @@ _HEAD_DIMS = frozenset((64, 128, 256))
 # Two blocks work on 256 rows together, by 256 columns of a result, so that fewer would leave tensor cores idle.
 _FEWEST_ROWS = 256
 _TILE = 256
+_STEP = 64
+_TALL = 8  # tiles below each other that are made before the next columns', as in hopper.cuh
 # For gradients: steps of 64 in which all that becomes of the tile before is done meanwhile, and rounds of tiles, since
 # what becomes of the last ones is done behind them.
 _FEWEST_DEPTH = 2048
@@ -151,6 +158,37 @@ def add_product(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     return ops.add_product(x, weight, residual)
 
 
+def takes_added_mlp(x: Tensor, weights: Weights, residual: Tensor, product: str) -> bool:
+    """Whether the op takes x, (..., hidden), and the residual, of the result's shape, and is faster than its two parts.
+
+    It is where pairs of multiprocessors make all tiles in turn in less time than those of the first products and then those of
+    the last. In us on an H200, bfloat16, it and the two: 1,210 and 1,240 in a row, 1,028 and 1,044 after a pause (8192 rows of
+    2048, 8192 between them).
+    """
+    if not (_HERE_MLP and takes(x, weights, product)) or weights.down_bias is not None:
+        return False
+    hidden, features = weights.down.shape
+    return (
+        hidden % 8 == 0
+        and features % 8 == 0
+        and residual.shape == (*x.shape[:-1], hidden)
+        and residual.dtype is x.dtype
+        and type(residual) in PLAIN
+        and residual.is_cuda
+        and _saves(x.numel() // x.shape[-1], x.shape[-1], features, hidden, _pairs(x.get_device()))
+    )
+
+
+def added_mlp(x: Tensor, weights: Weights, residual: Tensor, product: str) -> Tensor:
+    """`residual + down(f(gate(x)) * up(x))`, with the bits of `gated_product` and `add_product`. No gradients."""
+    return ops.added_mlp(x, *_both(weights), weights.down, residual, _FUNCTIONS[product])
+
+
+def added_mlp_parts(x: Tensor, weights: Weights, residual: Tensor, product: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, `gate(x)` and `up(x)`. No gradients."""
+    return ops.added_mlp_parts(x, *_both(weights), weights.down, residual, _FUNCTIONS[product])
+
+
 def takes_gradients(grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor | None, product: str) -> bool:
     """Whether the op takes the gradient of a gated MLP's result, (rows, hidden), and its factors, (rows, features)."""
     if not (_HERE_GRADIENTS and grad.is_cuda and grad.dtype in _DTYPES) or up is None or product not in _FUNCTIONS:
@@ -207,6 +245,26 @@ def _fills(rows: int, columns: list[int], device: int, one: int, several: int, f
     return 100 * rows * sum(columns) >= (several if rounds > 1 else one) * rounds * pairs * _TILE * _TILE
 
 
+def _saves(rows: int, depth: int, features: int, columns: int, pairs: int) -> bool:
+    """Whether a gated MLP's tiles in turn take fewer steps than those of its first products and then those of its last.
+
+    Of the last one there are rounds of tiles enough that a pair waits for nobody: at first those of rows that are long done.
+    """
+
+    def up(n: int, by: int) -> int:
+        return (n + by - 1) // by
+
+    down = up(rows, _TILE)
+    first, first_steps = down * up(2 * features, _TILE), up(depth, _STEP)
+    last, last_steps = down * up(columns, _TILE), up(features, _STEP)
+    if pairs == 0 or down < 2 * _TALL or last < 2 * pairs:
+        return False
+    more, more_of_last = first % pairs, last % pairs
+    both = up(first, pairs) * first_steps + up(last, pairs) * last_steps
+    # Pairs that have one more of the first's tiles are the last ones to have one more of the others, if any has both.
+    return more > 0 and more_of_last > 0 and more + more_of_last <= pairs and min(first_steps, last_steps) * 100 >= both
+
+
 def _capable(device: int) -> bool:
     return _pairs(device) != 0
 
@@ -257,6 +315,16 @@ def _register_shapes() -> None:
         ) -> tuple[Tensor, Tensor, Tensor]:
             made = gate.new_empty(gate.shape) if wanted else gate.new_empty((0,))
             return gate.new_empty(gate.shape), gate.new_empty(gate.shape), made
+
+    if _HERE_MLP:
+
+        @torch.library.register_fake(add_op_namespace_prefix("added_mlp"))
+        def _(x: Tensor, _gate: Tensor, _up: Tensor, down: Tensor, *_: Any) -> Tensor:
+            return result(x, down)
+
+        @torch.library.register_fake(add_op_namespace_prefix("added_mlp_parts"))
+        def _(x: Tensor, gate: Tensor, _up: Tensor, down: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+            return result(x, down), result(x, gate), result(x, gate)
 
     if _HERE_ADD:
 
