@@ -55,10 +55,7 @@ def gated_mlp(x: Tensor, weights: Weights, product: str, residual: Tensor | None
 
     `product` is the name of the class of f. For what `plain.takes`, and where gradients are asked for.
     """
-    # Not asked in the function, where torch 2.11's compiler does not know the answer.
-    if residual is not None and weights.up is not None and hopper.takes_added_mlp(x, weights, residual, product):
-        return _GatedMLP.apply(product, x, residual, *weights, True)
-    return _GatedMLP.apply(product, x, residual, *weights, False)
+    return _GatedMLP.apply(product, x, residual, *weights)
 
 
 def _add_product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -92,13 +89,12 @@ class _GatedMLP(torch.autograd.Function):
         up_bias: Tensor | None,
         down_weight: Tensor,
         down_bias: Tensor | None,
-        as_one: bool,
     ) -> Tensor:
         multiply = PRODUCTS[product]
         rows = x.reshape(-1, x.shape[-1])
         weights = Weights(gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias)
         inner = made = None
-        if as_one:
+        if up_weight is not None and residual is not None and hopper.takes_added_mlp(x, weights, residual, product):
             made, gate, up = hopper.added_mlp_parts(x, weights, residual, product)
             gate, up = gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1])
         elif up_weight is not None and hopper.takes(rows, weights, product):
@@ -128,13 +124,11 @@ class _GatedMLP(torch.autograd.Function):
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Every product of the backward, each operand let go of as soon as nothing needs it."""
     x, gate, up, gate_weight, _, up_weight, _, down_weight, _ = ctx.saved_tensors
-    _, for_x, for_residual, for_gate, for_gate_bias, for_up, for_up_bias, for_down, for_down_bias, _ = (
-        ctx.needs_input_grad
-    )
+    _, for_x, for_residual, for_gate, for_gate_bias, for_up, for_up_bias, for_down, for_down_bias = ctx.needs_input_grad
     backward = _GRADIENTS[PRODUCTS[ctx.product]].backward
     rows = grad.reshape(-1, grad.shape[-1])
     x_grad = gate_grad = up_grad = inner = None
-    found: list[Tensor | None] = [None] * 10
+    found: list[Tensor | None] = [None] * 9
     found[2] = grad if for_residual else None
     found[8] = rows.sum(0) if for_down_bias else None
     if for_x or for_gate or for_gate_bias or for_up or for_up_bias:
@@ -182,8 +176,8 @@ def _gradients_with_a_graph(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
         gate, up = gate.chunk(2, -1) if up_weight is None else (gate, F.linear(x, up_weight, up_bias))
         inner = _GRADIENTS[PRODUCTS[ctx.product]].function(gate) * up
         made = F.linear(inner, down_weight, down_bias)
-        needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[3:9])
+        needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[3:])
         leaves = [of for of, needed in zip(alone, needs, strict=True) if needed]
         found = iter(torch.autograd.grad(made, leaves, grad, create_graph=True))
     x_grad, *others = (next(found) if needed else None for needed in needs)
-    return None, x_grad, grad if ctx.needs_input_grad[2] else None, *others, None
+    return None, x_grad, grad if ctx.needs_input_grad[2] else None, *others
