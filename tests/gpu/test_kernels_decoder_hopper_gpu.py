@@ -877,12 +877,12 @@ def test_a_decoder_layer_of_many_rows_has_them_all(decoder: ModuleType, monkeypa
     assert [name for name in seen.names if name in {*found, "gated_product", "addmm", "addmm_", "mm"}] == found
 
 
-@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("as_one", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_compiled_decoder_layer_has_them_all(
-    decoder: ModuleType, monkeypatch: pytest.MonkeyPatch, training: bool, one: bool
+    decoder: ModuleType, monkeypatch: pytest.MonkeyPatch, training: bool, as_one: bool
 ) -> None:
-    monkeypatch.setattr(decoder.hopper, "_saves", lambda *_: one)
+    monkeypatch.setattr(decoder.hopper, "_saves", lambda *_: as_one)
     original, layer = (module.train(training) for module in layers(decoder, monkeypatch))
     targets = Targets()
     torch._dynamo.reset()
@@ -900,6 +900,6 @@ def test_a_compiled_decoder_layer_has_them_all(
                 )
                 for one, other in zip(found, wanted, strict=True):
                     assert distance(one, other.double()) <= 0.02
-    first = ("added_mlp" if one else "gated_product") + "_parts" * training
+    first = ("added_mlp" if as_one else "gated_product") + "_parts" * training
     assert {first, "rotary_projections", "add_product"} <= targets.names
     assert targets.graphs == 1

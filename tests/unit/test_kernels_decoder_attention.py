@@ -898,6 +898,25 @@ def test_one_launch_for_an_mlp_is_asked_for_where_its_tiles_in_turn_are_made_soo
         assert together >= 0.99 * apart
 
 
+def test_of_any_number_of_rows_compiled_programs_ask_it_once(decoder: ModuleType) -> None:
+    """A program for each answer, however many reasons one has."""
+    graphs: list[Any] = []
+    torch._dynamo.reset()
+
+    def asks(x: Tensor) -> Tensor:
+        return x + 1 if decoder.hopper._saves(x.shape[0], 512, 1024, 512, 5) else x
+
+    compiled = torch.compile(asks, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    found = set()
+    for rows in range(2, 12_000, 171):
+        x = torch.zeros(rows, 1)
+        answer = decoder.hopper._saves(rows, 512, 1024, 512, 5)
+        assert torch.equal(compiled(x), x + bool(answer))
+        found.add(bool(answer))
+    assert found == {False, True}
+    assert len(graphs) == 2
+
+
 def test_a_decoder_layer_adds_the_product_of_an_attention_with_norms_to_the_residual(
     decoder: ModuleType, ops: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

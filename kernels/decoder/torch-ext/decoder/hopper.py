@@ -254,15 +254,23 @@ def _saves(rows: int, depth: int, features: int, columns: int, pairs: int) -> bo
     def up(n: int, by: int) -> int:
         return (n + by - 1) // by
 
+    if pairs == 0:
+        return False
     down = up(rows, _TILE)
     first, first_steps = down * up(2 * features, _TILE), up(depth, _STEP)
     last, last_steps = down * up(columns, _TILE), up(features, _STEP)
-    if pairs == 0 or down < 2 * _TALL or last < 2 * pairs:
-        return False
-    more, more_of_last = first % pairs, last % pairs
     both = up(first, pairs) * first_steps + up(last, pairs) * last_steps
-    # Pairs that have one more of the first's tiles are the last ones to have one more of the others, if any has both.
-    return more > 0 and more_of_last > 0 and more + more_of_last <= pairs and min(first_steps, last_steps) * 100 >= both
+    more, more_of_last = first % pairs, last % pairs
+    # Pairs that have one more of the first's tiles are the last ones to have one more of the others, if any has both. One truth,
+    # not several in a row: where the number of rows is left open, each would have a compiled program made anew.
+    return (
+        (down >= 2 * _TALL)
+        & (last >= 2 * pairs)
+        & (more > 0)
+        & (more_of_last > 0)
+        & (more + more_of_last <= pairs)
+        & (min(first_steps, last_steps) * 100 >= both)
+    )
 
 
 def _capable(device: int) -> bool:
