@@ -172,6 +172,8 @@ DECODER = [
     "late bfloat16 300 1304 4 mlp 136 0 1 520",
     "early float16 600 328 6 mlp 264 2 1 8",
     "any bfloat16 1100 8 4 mlp 136 0 0 8",
+    # More blocks than can be at work at a time: one product after the other
+    "any bfloat16 300 72 10 mlp 136 0 1 264",
     # As many steps as what follows has parts: 16, 24 with a and b, 10, 16 and 28 with heads of 64, 128 and 256
     "any float16 300 1096 2 add 264",
     "late bfloat16 140 1672 2 gated 136 0 1",
@@ -307,6 +309,10 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
         pytest.param(
             "decoder", "mlp", "          tell_written(written + BLOCKS", "          (written + BLOCKS",
             "any bfloat16 1 8 2 mlp 8 0 0 8", "deadlock: ", id="nobody is told",
+        ),
+        pytest.param(
+            "decoder", "mlp", "started != cudaErrorCooperativeLaunchTooLarge", "true",
+            "any bfloat16 300 72 10 mlp 136 0 1 264", "the launch returned error", id="a launch that is too large",
         ),
         pytest.param(
             "decoder", "gradients", "uint64_t(DEPTH * 128 >> 4) << 16", "uint64_t(DEPTH * 64 >> 4) << 16",

@@ -72,6 +72,9 @@ struct Grid {
 };
 void run(const Grid& grid, int cluster, bool together, const void* kernel, const std::function<void()>& thread);
 
+// Blocks that are at work at the same time, where a launch asks for that.
+constexpr unsigned MOST_TOGETHER = 8;
+
 // Blocks of a cluster, as the kernel's __cluster_dims__ has it; translate.py has kernels ask for it.
 extern int cluster;
 void in_cluster_of(int blocks);
@@ -86,6 +89,9 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Arguments...
   bool together = false;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     together = together || (config->attrs[i].id == cudaLaunchAttributeCooperative && config->attrs[i].val.cooperative != 0);
+  }
+  if (together && config->gridDim.x > MOST_TOGETHER) {
+    return cudaErrorCooperativeLaunchTooLarge;
   }
   run({config->gridDim, config->blockDim, config->dynamicSmemBytes}, cluster, together, reinterpret_cast<const void*>(kernel),
       [&] { kernel(arguments...); });
