@@ -165,13 +165,19 @@ DECODER = [
     "early bfloat16 300 328 2 add 264",
     "any float16 130 584 4 gated 264 0 0",
     # Both products of an MLP in one launch: one pair of blocks, and several that wait for each other; with and without a and b;
-    # more tiles of either kind than pairs, and fewer; few steps of either kind
+    # more tiles of either kind than pairs, and fewer; few steps of either kind, and more than what follows a tile has parts (19,
+    # 27 with a and b)
     "late bfloat16 1 8 2 mlp 8 0 0 8",
     "any bfloat16 513 72 2 mlp 136 2 1 264",
     "any bfloat16 513 72 4 mlp 264 0 0 264",
     "late bfloat16 300 1304 4 mlp 136 0 1 520",
     "early float16 600 328 6 mlp 264 2 1 8",
     "any bfloat16 1100 8 4 mlp 136 0 0 8",
+    "any bfloat16 1 8 8 mlp 8 0 0 8",
+    "late bfloat16 1 8 8 mlp 8 0 0 1032",
+    "any bfloat16 1 8 8 mlp 520 0 0 8",
+    "late bfloat16 300 1304 4 mlp 264 0 0 264",
+    "any bfloat16 300 1800 4 mlp 264 2 1 264",
     # More blocks than can be at work at a time: one product after the other
     "any bfloat16 300 72 10 mlp 136 0 1 264",
     # As many steps as what follows has parts: 16, 24 with a and b, 10, 16 and 28 with heads of 64, 128 and 256
@@ -309,6 +315,23 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
         pytest.param(
             "decoder", "mlp", "          tell_written(written + BLOCKS", "          (written + BLOCKS",
             "any bfloat16 1 8 2 mlp 8 0 0 8", "deadlock: ", id="nobody is told",
+        ),
+        pytest.param(
+            "decoder", "mlp", "    wait();\n    asm volatile(\"bar.sync",
+            '    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");\n    asm volatile("bar.sync',
+            "late bfloat16 300 8 4 mlp 136 0 0 264", "the largest error", id="told when it is read, not written",
+        ),
+        pytest.param(
+            "decoder", "mlp", "tell_written(written + BLOCKS * place(tile, gated.down, gated.across).row + work.block);", ";",
+            "any bfloat16 300 8 4 mlp 136 0 0 264", "deadlock: ", id="no pair is told",
+        ),
+        pytest.param(
+            "decoder", "mlp", "(work.pair + work.pairs - gated.count % work.pairs) % work.pairs", "work.pair",
+            "any bfloat16 600 8 4 mlp 264 0 0 8", "steps of a pair", id="who has the first of the others",
+        ),
+        pytest.param(
+            "decoder", "mlp", "  cudaGetLastError(); // this", "  // this",
+            "any bfloat16 300 72 10 mlp 136 0 1 264", "is left for whoever asks next", id="an error that is left",
         ),
         pytest.param(
             "decoder", "mlp", "started != cudaErrorCooperativeLaunchTooLarge", "true",

@@ -83,6 +83,15 @@ int gated(const Call& call, Worst& worst, int64_t columns, int function, bool ke
   return error;
 }
 
+// Of all pairs of blocks the most steps, where each in turn takes a tile: so many of so many steps, and then so many others.
+int most_steps(int pairs, int first, int first_steps, int last, int last_steps) {
+  std::vector<int> of(pairs);
+  for (int tile = 0; tile < first + last; ++tile) {
+    of[tile % pairs] += tile < first ? first_steps : last_steps;
+  }
+  return *std::max_element(of.begin(), of.end());
+}
+
 // By the bits that its parts have, which the two above compare with float64.
 int mlp(const Call& call, Worst& worst, int64_t columns, int function, bool keep, int64_t out_columns) {
   const Matrix &x = call.x, gate = normal(columns, x.columns(), call.dtype, 2), up = normal(columns, x.columns(), call.dtype, 3),
@@ -98,6 +107,13 @@ int mlp(const Call& call, Worst& worst, int64_t columns, int function, bool keep
     const AddArgs last{inner.data(), down.data(), residual.data(), y.data(), x.rows(), out_columns, columns};
     if (together) {
       error = added_mlp(first, last, written.data(), call.dtype, call.device);
+      const auto up = [](int64_t n, int64_t by) { return static_cast<int>((n + by - 1) / by); };
+      const int down = up(x.rows(), 256), pairs = call.device.multiprocessors / 2;
+      const int expected =
+          most_steps(pairs, down * up(2 * columns, 256), up(x.columns(), 64), down * up(out_columns, 256), up(columns, 64));
+      if (pairs * 2 <= static_cast<int>(model::MOST_TOGETHER) && model::most_steps() != expected) {
+        model::fail("%d steps of a pair of blocks; expected at most %d", model::most_steps(), expected);
+      }
     } else {
       error = gated_product(first, call.dtype, call.device);
       error = error == 0 ? add_product(last, call.dtype, call.device) : error;
@@ -215,6 +231,9 @@ int main(int count, char** arguments) {
                                 : projections(call, worst, argument(7), argument(8), static_cast<int>(argument(9)));
   if (error != 0) {
     model::fail("the launch returned error %d", error);
+  }
+  if (model::last_error != cudaSuccess) {
+    model::fail("error %d is left for whoever asks next", model::last_error);
   }
   return worst.report(op.c_str());
 }

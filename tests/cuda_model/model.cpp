@@ -2,9 +2,11 @@
 
 #include <csignal>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstdarg>
@@ -37,6 +39,7 @@ void AnnotateIgnoreWritesEnd(const char* file, int line) __attribute__((weak));
 namespace model {
 
 int cluster = 1;
+cudaError_t last_error = cudaSuccess;
 Copies copies = ANY;
 
 namespace {
@@ -56,7 +59,18 @@ std::atomic<int> ended; // threads
 std::atomic<int> elsewhere; // threads that wait for other clusters
 int started;
 
-bool among_others; // this process is one of those of a launch
+// What the processes of a launch know of each other; a launch of one cluster has one.
+struct Together {
+  static constexpr int MOST = 64;
+  std::atomic<int> idle[MOST]; // whether nothing happens in a process any more, but by others
+  std::atomic<int> most_steps;
+};
+Together& together() {
+  static Together* const one = new (map_shared(sizeof(Together))) Together{};
+  return *one;
+}
+int process, processes = 1; // this one's number, and how many there are
+std::atomic<int> steps; // of the products of one thread of a cluster
 
 std::vector<std::atomic<const char*>> waits_for; // each thread, if it waits
 
@@ -198,7 +212,7 @@ struct Product {
   bool adds, bf16, turned;
 };
 struct Stores : Gate {
-  int left = 0;
+  int left = 0, unread = 0;
 };
 
 // What a thread has under way, the last group not committed.
@@ -459,6 +473,7 @@ void run_cluster(const Grid& grid, unsigned first, int cluster, const std::funct
   under_way = 0;
   ended = 0;
   engine_ends = false;
+  steps = 0;
   std::vector<std::thread> engines, all;
   for (unsigned seed = 0; seed < (copies == ANY ? 3 : copies == LATE ? 1 : 0); ++seed) {
     engines.emplace_back(run_engine, 8 * first + seed);
@@ -496,40 +511,54 @@ void run_cluster(const Grid& grid, unsigned first, int cluster, const std::funct
   for (auto& one : engines) {
     one.join();
   }
+  for (int most = together().most_steps; most < steps && !together().most_steps.compare_exchange_weak(most, steps);) {
+  }
 }
 
 // Each in a process of its own. One that fails has said why.
 void run_together(const Grid& grid, int cluster, const std::function<void()>& thread) {
-  std::vector<pid_t> processes;
+  const pid_t parent = getpid();
+  std::vector<pid_t> started;
+  processes = static_cast<int>(grid.blocks.x * grid.blocks.y) / cluster;
+  if (processes > Together::MOST) {
+    fail("%d clusters at the same time", processes);
+  }
   fflush(nullptr);
-  for (unsigned first = 0; first < grid.blocks.x * grid.blocks.y; first += cluster) {
-    const pid_t process = fork();
-    if (process == 0) {
-      among_others = true;
-      run_cluster(grid, first, cluster, thread);
+  for (process = 0; process < processes; ++process) {
+    together().idle[process] = 0;
+    const pid_t one = fork();
+    if (one == 0) {
+      prctl(PR_SET_PDEATHSIG, SIGKILL);
+      if (getppid() != parent) {
+        _exit(1);
+      }
+      run_cluster(grid, static_cast<unsigned>(process * cluster), cluster, thread);
+      together().idle[process] = 1;
       fflush(nullptr);
       _exit(0);
     }
-    if (process < 0) {
+    if (one < 0) {
       fail("no process for a cluster");
     }
-    processes.push_back(process);
+    started.push_back(one);
   }
-  for (size_t left = processes.size(); left > 0; --left) {
+  process = 0;
+  for (size_t left = started.size(); left > 0; --left) {
     int status = 0;
     wait(&status);
     if (status != 0) {
-      for (const pid_t process : processes) {
-        kill(process, SIGKILL);
+      for (const pid_t one : started) {
+        kill(one, SIGKILL);
       }
       _exit(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
     }
   }
+  processes = 1;
 }
 
 } // namespace
 
-void run(const Grid& grid, int cluster, bool together, const void* kernel, const std::function<void()>& thread) {
+void run(const Grid& grid, int cluster, bool at_once, const void* kernel, const std::function<void()>& thread) {
   const unsigned threads = grid.threads.x * grid.threads.y, most = allowed.count(kernel) ? allowed[kernel] : 48 << 10;
   if (threads == 0 || threads > 1024 || grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.y > 65535 ||
       grid.blocks.x % cluster != 0 || grid.threads.z != 1 || grid.blocks.z != 1) {
@@ -544,7 +573,8 @@ void run(const Grid& grid, int cluster, bool together, const void* kernel, const
   }
   shared_bytes = grid.shared;
   started = static_cast<int>(threads) * cluster;
-  if (together && grid.blocks.x * grid.blocks.y > static_cast<unsigned>(cluster)) {
+  together().most_steps = 0;
+  if (at_once && grid.blocks.x * grid.blocks.y > static_cast<unsigned>(cluster)) {
     run_together(grid, cluster, thread);
     return;
   }
@@ -660,17 +690,25 @@ int barrier_wait(uint32_t barrier, int parity) {
 void count(int* at) { __atomic_fetch_add(at, 1, __ATOMIC_RELEASE); }
 
 void wait_for_count(const int* at, int times) {
+  constexpr int LONG = 20000; // 2 s
   waits_for[number].store("a count", std::memory_order_relaxed);
   elsewhere.fetch_add(1, std::memory_order_relaxed);
   rest();
-  // Of one process, nothing will come any more when nothing has happened for so long and nobody is at work.
-  for (int idle = 0; __atomic_load_n(at, __ATOMIC_ACQUIRE) < times;) {
+  // Nothing comes any more when for so long nobody is at work in any process.
+  for (int idle = 0, all_idle = 0; __atomic_load_n(at, __ATOMIC_ACQUIRE) < times;) {
     usleep(100);
     idle = active.load(std::memory_order_relaxed) == 0 ? idle + 1 : 0;
-    if (idle > 20000 && !among_others) {
+    together().idle[process] = idle > LONG;
+    bool all = true;
+    for (int other = 0; other < processes; ++other) {
+      all = all && together().idle[other] != 0;
+    }
+    all_idle = all ? all_idle + 1 : 0;
+    if (all_idle > LONG) {
       nothing_happens();
     }
   }
+  together().idle[process] = 0;
   active.fetch_add(1, std::memory_order_relaxed);
   elsewhere.fetch_sub(1, std::memory_order_relaxed);
   waits_for[number].store(nullptr, std::memory_order_relaxed);
@@ -735,21 +773,41 @@ void store_tile(const CUtensorMap* to, int x, int y, uint32_t from) {
   {
     const std::lock_guard<std::mutex> held(stores->lock);
     ++stores->left;
+    ++stores->unread;
   }
   have_copied([=] {
-    each_part(map, tile, x, y, [](const char* in_tile, char* in_tensor) {
+    const auto parts = std::make_shared<std::vector<std::pair<char*, std::array<char, 16>>>>();
+    each_part(map, tile, x, y, [&](const char* in_tile, char* in_tensor) {
       if (in_tensor != nullptr) {
-        memcpy(in_tensor, in_tile, 16);
+        parts->emplace_back(in_tensor, std::array<char, 16>{});
+        memcpy(parts->back().second.data(), in_tile, 16);
+      }
+    });
+    have_copied([=] {
+      for (const auto& [at, bytes] : *parts) {
+        memcpy(at, bytes.data(), 16);
+      }
+      const std::lock_guard<std::mutex> held(stores->lock);
+      if (--stores->left == 0) {
+        stores->wake();
       }
     });
     const std::lock_guard<std::mutex> held(stores->lock);
-    if (--stores->left == 0) {
+    if (--stores->unread == 0) {
       stores->wake();
     }
   });
 }
 
 void commit_stores() { me->stores.push_back(std::make_shared<Stores>()); }
+
+void wait_for_stores_read(int groups) {
+  for (int i = 0; i < static_cast<int>(me->stores.size()) - 1 - groups; ++i) {
+    const std::shared_ptr<Stores> one = me->stores[i];
+    std::unique_lock<std::mutex> held(one->lock);
+    one->wait(held, "what it writes from shared memory to be read", [&] { return one->unread == 0; });
+  }
+}
 
 void wait_for_stores(int groups) {
   while (static_cast<int>(me->stores.size()) - 1 > groups) {
@@ -775,7 +833,14 @@ void multiply(const char* type, const char* turned, float (&d)[128], uint64_t ro
   me->products.back().push_back({&d, rows, columns, adds != 0, std::string(type) == "bf16", turns});
 }
 
-void commit_products() { me->products.emplace_back(); }
+void commit_products() {
+  me->products.emplace_back();
+  if (me->block == 0 && me->number == FOUR_WARPS) {
+    ++steps;
+  }
+}
+
+int most_steps() { return together().most_steps; }
 
 void wait_for_products(int groups) {
   const Unwatched unwatched;

@@ -70,7 +70,15 @@ struct Grid {
   dim3 blocks, threads;
   size_t shared;
 };
-void run(const Grid& grid, int cluster, bool together, const void* kernel, const std::function<void()>& thread);
+void run(const Grid& grid, int cluster, bool at_once, const void* kernel, const std::function<void()>& thread);
+
+// The last launch's error, until it is asked for.
+extern cudaError_t last_error;
+inline cudaError_t take_last_error() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
 
 // Blocks that are at work at the same time, where a launch asks for that.
 constexpr unsigned MOST_TOGETHER = 8;
@@ -91,12 +99,15 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Arguments...
     together = together || (config->attrs[i].id == cudaLaunchAttributeCooperative && config->attrs[i].val.cooperative != 0);
   }
   if (together && config->gridDim.x > MOST_TOGETHER) {
-    return cudaErrorCooperativeLaunchTooLarge;
+    return last_error = cudaErrorCooperativeLaunchTooLarge;
   }
   run({config->gridDim, config->blockDim, config->dynamicSmemBytes}, cluster, together, reinterpret_cast<const void*>(kernel),
       [&] { kernel(arguments...); });
   return cudaSuccess;
 }
+
+// Of the last launch the steps of products (wgmma.commit_group) of the cluster that had the most, in a block's fifth warp.
+int most_steps();
 
 // What is global memory to all blocks of such a launch: of it a process has no copy of its own.
 void* map_shared(size_t bytes);
@@ -179,6 +190,7 @@ void load_tile(uint32_t to, const CUtensorMap* from, int x, int y, uint32_t barr
 void store_tile(const CUtensorMap* to, int x, int y, uint32_t from);
 void commit_stores();
 void wait_for_stores(int groups);
+void wait_for_stores_read(int groups);
 
 // When the engine copies: as soon as it is told to; when every thread waits and nothing else can happen, in any order; or at
 // any time, in any order, beside the threads. What a kernel overwrites too soon shows with the first two, what threads and the
@@ -248,6 +260,6 @@ using std::min;
 #define cudaLaunchKernelEx model::launch
 #define cudaMemsetAsync model::set_memory
 #define cudaFuncSetAttribute model::allow_shared
-#define cudaGetLastError() cudaSuccess
+#define cudaGetLastError model::take_last_error
 #define cudaGetDriverEntryPoint model::entry_point
 #define cudaGetDriverEntryPointByVersion model::entry_point

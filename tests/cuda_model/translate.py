@@ -28,7 +28,6 @@ STATEMENTS = {
     "{ .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.b32 %0, 1, 0, done; }": (
         "%0 = model::barrier_wait(%1, %2);"
     ),
-    "mbarrier.arrive.shared::cta.b64 _, [%0];": "model::barrier_arrive(%0);",
     "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }": (
         "model::barrier_arrive(model::address_in(%0, %1));"
     ),
@@ -54,7 +53,7 @@ STATEMENTS = {
     " [%0], [%1, {%2, %3}], [%4], %5;": "model::load_tile(%0, %1, %2, %3, %4, %5);",
     "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];": "model::store_tile(%0, %1, %2, %3);",
     "cp.async.bulk.commit_group;": "model::commit_stores();",
-    "cp.async.bulk.wait_group.read <n>;": "model::wait_for_stores(<n>);",
+    "cp.async.bulk.wait_group.read <n>;": "model::wait_for_stores_read(<n>);",
     "cp.async.bulk.wait_group <n>;": "model::wait_for_stores(<n>);",
     # The tensor cores; TYPE and TURN are parameters of the macro around it
     "{ .reg .pred adds; setp.ne.b32 adds, %130, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.TYPE.TYPE"
