@@ -158,7 +158,14 @@ def loss(ops: Any, dtype: torch.dtype) -> None:
 def decoder(ops: Any, dtype: torch.dtype) -> None:
     if dtype is torch.float32 or not hasattr(ops, "gated_product"):  # other GPUs have the noarch variant
         return
-    for rows, depth, columns in ((0, 64, 128), (1, 8, 8), (257, 200, 136), (600, 2048, 1000), (5000, 72, 384)):
+    for rows, depth, columns in (
+        (0, 64, 128),
+        (1, 8, 8),
+        (257, 200, 136),
+        (600, 2048, 1000),
+        (5000, 72, 384),
+        (2000, 1800, 1024),
+    ):
         x, gate, up = (numbers(n, depth, dtype=dtype, seed=n) for n in (rows, columns, columns))
         for function in (0, 2):
             ops.gated_product(x, gate, up, function)

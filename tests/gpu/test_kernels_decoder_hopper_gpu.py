@@ -449,6 +449,7 @@ MLPS = (
     (5000, 640, 2304, 640),
     (8192, 512, 1024, 512),
     (9000, 64, 72, 2048),
+    (4352, 1800, 1024, 512),
     (1, 8, 8, 8),
 )
 
@@ -504,6 +505,8 @@ def test_mlps_of_any_strides_and_places(decoder: ModuleType) -> None:
     shaped = op(x.view(2, 4, 64, 128), gate, up, down, residual.view(2, 4, 64, 264), 0)
     assert torch.equal(shaped.view(512, 264), expected)
     assert op(x[:0], gate, up, down, residual[:0], 0).shape == (0, 264)
+    packed = decoder.plain.Weights(torch.cat((gate, up)), None, None, None, down, None)
+    assert torch.equal(decoder.hopper.added_mlp(x, packed, residual, "SiLU"), expected)
 
 
 # Rows, depth, columns, as those of sums; and more steps than what follows a tile has parts.
@@ -794,6 +797,7 @@ def test_what_is_taken(decoder: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
         (x, weights._replace(down=down[:2044]), residual[:, :2044], "SiLU"),
         (x, weights, residual[:1], "SiLU"),
         (x, weights, residual.half(), "SiLU"),
+        (x, weights, residual.as_subclass(type("Own", (Tensor,), {})), "SiLU"),
         (x, weights, residual.cpu(), "SiLU"),
         (x, weights, residual, "GELUActivation"),
     ):

@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -868,6 +868,37 @@ def test_a_decoder_layer_has_its_mlp_added_in_one_op(
     with torch.no_grad():
         torch.testing.assert_close(kernelized(x), original(x), rtol=1e-4, atol=1e-5)
     assert ops == ["rotary_projections", "add_product", "added_mlp"]
+
+
+def test_an_mlp_of_one_weight_for_gate_and_up_is_added_in_one_op_without_gradients(
+    decoder: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With them its product's gradient is of both in one."""
+    gate, down, x, residual = (
+        values(128, 16, seed=1),
+        values(24, 64, seed=2),
+        values(5, 16, seed=3),
+        values(5, 24, seed=4),
+    )
+    found: list[tuple[Tensor, ...]] = []
+
+    def added_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, residual: Tensor, function: int) -> Tensor:
+        found.append((gate, up))
+        return residual + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+    monkeypatch.setattr(decoder.hopper, "takes_added_mlp", lambda *_: True)
+    monkeypatch.setattr(decoder.hopper, "ops", SimpleNamespace(added_mlp=added_mlp))
+    weights = decoder.plain.Weights(gate, None, None, None, down, None)
+    first, second = F.linear(x, gate).chunk(2, -1)
+    expected = residual + F.linear(F.silu(first) * second, down)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.functions.add_gated_mlp(x, residual, weights), expected)
+    assert [torch.equal(*pair) for pair in zip(found[0], gate.chunk(2), strict=True)] == [True, True]
+    leaves = [of.clone().requires_grad_() for of in (x, residual, gate, down)]
+    made = decoder.functions.add_gated_mlp(*leaves[:2], weights._replace(gate=leaves[2], down=leaves[3]))
+    torch.testing.assert_close(made, expected)
+    assert [of.shape for of in torch.autograd.grad(made.sum(), leaves)] == [of.shape for of in leaves]
+    assert len(found) == 1
 
 
 @given(

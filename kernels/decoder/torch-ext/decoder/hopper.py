@@ -144,10 +144,7 @@ def takes_add(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
         and features % 8 == 0
         and hidden % 8 == 0
         and 0 < _FEWEST_ROWS * features <= x.numel() <= _MOST_ROWS * features
-        and residual.shape == (*x.shape[:-1], hidden)
-        and residual.dtype is x.dtype
-        and type(residual) in PLAIN
-        and residual.is_cuda
+        and _fits(residual, x, hidden)
         and _fills(x.numel() // features, [hidden], x.get_device(), one=90, several=90)
         and plain.takes(x, Weights(weight, None, None, None, weight, None))
     )
@@ -170,11 +167,7 @@ def takes_added_mlp(x: Tensor, weights: Weights, residual: Tensor, product: str)
     hidden, features = weights.down.shape
     return (
         hidden % 8 == 0
-        and features % 8 == 0
-        and residual.shape == (*x.shape[:-1], hidden)
-        and residual.dtype is x.dtype
-        and type(residual) in PLAIN
-        and residual.is_cuda
+        and _fits(residual, x, hidden)
         and _saves(x.numel() // x.shape[-1], x.shape[-1], features, hidden, _pairs(x.get_device()))
     )
 
@@ -229,6 +222,16 @@ def _exporting() -> bool:
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
+def _fits(residual: Tensor, x: Tensor, hidden: int) -> bool:
+    """Whether it is a plain tensor of as many rows as x, of `hidden` elements, and of its dtype."""
+    return (
+        residual.shape == (*x.shape[:-1], hidden)
+        and residual.dtype is x.dtype
+        and type(residual) in PLAIN
+        and residual.is_cuda
+    )
+
+
 def _fills(rows: int, columns: list[int], device: int, one: int, several: int, fewest: int = 1) -> bool:
     """Whether products of those rows by each of the columns fill a GPU that the ops are for.
 
@@ -248,7 +251,7 @@ def _fills(rows: int, columns: list[int], device: int, one: int, several: int, f
 def _saves(rows: int, depth: int, features: int, columns: int, pairs: int) -> bool:
     """Whether a gated MLP's tiles in turn take fewer steps than those of its first products and then those of its last.
 
-    Of the last one there are rounds of tiles enough that a pair waits for nobody: at first those of rows that are long done.
+    Of the last one there are rounds of tiles enough that pairs hardly wait for each other: at first those of rows that are long done.
     """
 
     def up(n: int, by: int) -> int:
