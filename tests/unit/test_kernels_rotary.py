@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import inspect
 import itertools
 import sys
 from collections.abc import Callable
@@ -152,8 +153,11 @@ OTHERS = {
 
 
 def _marked(module: ModuleType) -> nn.Module:
-    """The module's function, kernel-aware, as transformers' decorator makes it where a `kernels` package is installed."""
-    return use_kernel_forward_from_hub("rotary_pos_emb")(module.apply_rotary_pos_emb)
+    """The module's function, kernel-aware, as transformers' decorator makes it where a `kernels` package is installed.
+
+    It may be so already, by the tests of another file, if they ran in this process.
+    """
+    return use_kernel_forward_from_hub("rotary_pos_emb")(inspect.unwrap(module.apply_rotary_pos_emb))
 
 
 @pytest.fixture(scope="session")
