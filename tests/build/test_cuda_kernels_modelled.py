@@ -349,8 +349,11 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
 )  # fmt: skip
 def test_mistakes_show(programs: Programs, kernel: str, source: str, old: str, new: str, case: str, said: str) -> None:
     check(programs.program(kernel), case)
-    done = run(programs.planted(kernel, old, new, source), case)
-    assert done.returncode != 0
+    program = programs.planted(kernel, old, new, source)
+    # Clusters of one launch are processes, and in what order these come the host decides.
+    runs = (run(program, case) for _ in range(5))
+    done = next((done for done in runs if done.returncode != 0), None)
+    assert done is not None, "the mistake does not show"
     assert said in done.stderr
 
 

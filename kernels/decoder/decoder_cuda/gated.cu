@@ -27,17 +27,6 @@ gated_tiles(const __grid_constant__ GatedMaps maps, const __grid_constant__ Size
 #endif
 }
 
-template <typename T, int FUNCTION>
-cudaError_t start(const GatedMaps& maps, const Sizes& sizes, bool keep, const Device& device) {
-  return keep ? start_tiles(gated_tiles<T, FUNCTION, true>, device, maps, sizes)
-              : start_tiles(gated_tiles<T, FUNCTION, false>, device, maps, sizes);
-}
-
-template <typename T>
-cudaError_t start(const GatedMaps& maps, const Sizes& sizes, bool keep, int function, const Device& device) {
-  return function == SILU ? start<T, SILU>(maps, sizes, keep, device) : start<T, GELU_TANH>(maps, sizes, keep, device);
-}
-
 } // namespace
 
 int gated_product(const GatedArgs& args, Dtype dtype, const Device& device) {
@@ -48,9 +37,9 @@ int gated_product(const GatedArgs& args, Dtype dtype, const Device& device) {
     return describe.error;
   }
   const Sizes sizes = gated_sizes(args);
-  const bool keep = args.a != nullptr;
-  return dtype == BFLOAT16 ? start<__nv_bfloat16>(maps, sizes, keep, args.function, device)
-                           : start<__half>(maps, sizes, keep, args.function, device);
+  return with_types(dtype, args.function, args.a != nullptr, [&](auto type, auto function, auto keep) {
+    return start_tiles(gated_tiles<decltype(type), decltype(function)::value, decltype(keep)::value>, device, maps, sizes);
+  });
 }
 
 } // namespace kernelhub

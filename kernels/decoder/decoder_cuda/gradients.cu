@@ -134,17 +134,6 @@ __global__ void gradient_tiles(const __grid_constant__ Maps maps, const __grid_c
 
 #endif
 
-template <typename T, int FUNCTION>
-cudaError_t start(const Maps& maps, const Sizes& sizes, bool again, const Device& device) {
-  return again ? start_tiles(gradient_tiles<T, FUNCTION, true>, device, maps, sizes)
-               : start_tiles(gradient_tiles<T, FUNCTION, false>, device, maps, sizes);
-}
-
-template <typename T>
-cudaError_t start(const Maps& maps, const Sizes& sizes, bool again, int function, const Device& device) {
-  return function == SILU ? start<T, SILU>(maps, sizes, again, device) : start<T, GELU_TANH>(maps, sizes, again, device);
-}
-
 } // namespace
 
 int gated_gradients(const GradientsArgs& args, Dtype dtype, const Device& device) {
@@ -164,8 +153,9 @@ int gated_gradients(const GradientsArgs& args, Dtype dtype, const Device& device
     return describe.error;
   }
   const Sizes sizes{tiles_of(args.rows, BLOCKS * ROWS), tiles_of(args.columns, COLUMNS), static_cast<int>(args.depth)};
-  return dtype == BFLOAT16 ? start<__nv_bfloat16>(maps, sizes, again, args.function, device)
-                           : start<__half>(maps, sizes, again, args.function, device);
+  return with_types(dtype, args.function, again, [&](auto type, auto function, auto also) {
+    return start_tiles(gradient_tiles<decltype(type), decltype(function)::value, decltype(also)::value>, device, maps, sizes);
+  });
 }
 
 } // namespace kernelhub

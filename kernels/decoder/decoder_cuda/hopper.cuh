@@ -428,8 +428,6 @@ cudaError_t find_encode(Encode& encode) {
   return error == cudaSuccess && (status != cudaDriverEntryPointSuccess || found == nullptr) ? cudaErrorNotSupported : error;
 }
 
-inline int pairs_of(const Device& device) { return std::max(device.multiprocessors / BLOCKS, 1); }
-
 inline int tiles_of(int64_t n, int size) { return static_cast<int>((n + size - 1) / size); }
 
 // The tensors of a call as the copy engine is told of them; `error` is the first one's that could not be.
@@ -488,7 +486,7 @@ cudaError_t start_tiles(void (*kernel)(Arguments...), const Device& device, cons
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(pairs_of(device) * BLOCKS);
+  config.gridDim = dim3(std::max(device.multiprocessors / BLOCKS, 1) * BLOCKS);
   config.blockDim = dim3(THREADS);
   config.dynamicSmemBytes = SHARED;
   config.stream = static_cast<cudaStream_t>(device.stream);

@@ -61,18 +61,6 @@ mlp_tiles(const __grid_constant__ Maps maps, const __grid_constant__ BothSizes s
 #endif
 }
 
-template <typename T, int FUNCTION>
-cudaError_t start(const Maps& maps, const BothSizes& sizes, bool keep, int* written, const Device& device) {
-  return keep ? start_tiles<true>(mlp_tiles<T, FUNCTION, true>, device, maps, sizes, written)
-              : start_tiles<true>(mlp_tiles<T, FUNCTION, false>, device, maps, sizes, written);
-}
-
-template <typename T>
-cudaError_t start(const Maps& maps, const BothSizes& sizes, bool keep, int function, int* written, const Device& device) {
-  return function == SILU ? start<T, SILU>(maps, sizes, keep, written, device)
-                          : start<T, GELU_TANH>(maps, sizes, keep, written, device);
-}
-
 } // namespace
 
 int added_mlp(const GatedArgs& gated, const AddArgs& added, int* written, Dtype dtype, const Device& device) {
@@ -89,10 +77,10 @@ int added_mlp(const GatedArgs& gated, const AddArgs& added, int* written, Dtype 
   if (error != cudaSuccess) {
     return error;
   }
-  const bool keep = gated.a != nullptr;
-  const cudaError_t started = dtype == BFLOAT16
-      ? start<__nv_bfloat16>(maps, sizes, keep, gated.function, written, device)
-      : start<__half>(maps, sizes, keep, gated.function, written, device);
+  const cudaError_t started = with_types(dtype, gated.function, gated.a != nullptr, [&](auto type, auto function, auto keep) {
+    return start_tiles<true>(
+        mlp_tiles<decltype(type), decltype(function)::value, decltype(keep)::value>, device, maps, sizes, written);
+  });
   if (started != cudaErrorCooperativeLaunchTooLarge) {
     return started;
   }
