@@ -500,16 +500,16 @@ void run_cluster(const Grid& grid, unsigned first, int cluster, const std::funct
   for (auto& one : all) {
     one.join();
   }
-  if (under_way > 0) {
-    fail("the blocks end before %d copies", under_way.load());
-  }
   {
     const std::lock_guard<std::mutex> held(queue_lock);
     engine_ends = true;
     queue_changed.notify_all();
   }
-  for (auto& one : engines) {
+  for (auto& one : engines) { // each ends what it is at, of which threads may know before it has counted it
     one.join();
+  }
+  if (!queue.empty()) {
+    fail("the blocks end before %zu copies", queue.size());
   }
   for (int most = together().most_steps; most < steps && !together().most_steps.compare_exchange_weak(most, steps);) {
   }
