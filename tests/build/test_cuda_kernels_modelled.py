@@ -222,6 +222,15 @@ NORM = [
     "late bfloat16 5 4096 1 equal layer",
     "any bfloat16 5 8192 1 far layer",
     "any bfloat16 9 4096 1 normal rms",
+    # Longer rows: two and four parts to a thread
+    "any bfloat16 5 6144 1 normal rms",
+    "any bfloat16 9 12288 4 normal rms",
+    # More of them than four times the second cache holds are read twice: two, three and four parts to a thread
+    "any bfloat16 5 8192 1 normal rms",
+    "any float32 8 2304 1 equal rms",
+    "any bfloat16 5 12288 1 normal rms",
+    "any float32 5 6656 1 normal rms",
+    "any bfloat16 5 16384 1 normal rms",
     # Eight parts to a thread, and rows too long to be held
     "any bfloat16 2 20000 132 equal layer",
     "any bfloat16 2 20000 132 normal rms",

@@ -35,6 +35,13 @@ STATEMENTS = {
     "st.shared.b32 [%0], %1;": "model::write_shared(%0, %1);",
     "ld.shared.b32 %0, [%1];": "%0 = model::read_shared(%1);",
     "ld.global.nc.b32 %0, [%1];": "%0 = *(%1);",
+    **{
+        f"{{ .reg .b64 policy; createpolicy.fractional.L2::evict_{how}.b64 policy, 1.0;"
+        f" ld.global.L1::evict_{how}.L2::cache_hint.v4.b32 {{%0, %1, %2, %3}}, [%4], policy; }}": (
+            "%0 = (%4)->x, %1 = (%4)->y, %2 = (%4)->z, %3 = (%4)->w;"
+        )
+        for how in ("first", "last")
+    },
     "fence.proxy.async.shared::cta;": "",
     "fence.proxy.async.global; red.release.gpu.global.add.s32 [%0], 1;": "model::count(%0);",
     "{ .reg .pred done; .reg .b32 found; AGAIN: ld.acquire.gpu.global.b32 found, [%0]; setp.ge.s32 done, found, %1;"

@@ -80,6 +80,11 @@ def norm(ops: Any, dtype: torch.dtype) -> None:
     for width in (40, 96):
         for operands in laid((5, 6, width), dtype):
             every(*operands)
+    # More rows than four times the second cache holds, which are read twice
+    if dtype is torch.bfloat16:
+        row = numbers(1, 8192, dtype=dtype)
+        rows = 4 * torch.cuda.get_device_properties("cuda").L2_cache_size // (8192 * dtype.itemsize) + 1
+        ops.rms_norm(row.expand(rows, -1), row[0], 1e-6, 0)
     # Rows whose mean is far from zero, of which the layer norm has another sum: eight and eight. Where rows of one block differ,
     # racecheck reports what only `__syncthreads` separates, in any kernel whose warps waited unequally often at named barriers.
     far = torch.randn(600, 4096, generator=torch.Generator().manual_seed(5))
@@ -105,9 +110,9 @@ def activation(ops: Any, dtype: torch.dtype) -> None:
     for rows, width in (*SOME, (0, 64), (1, 1), (1, 14336), (70, 1001), (70, 14336)):
         x = numbers(rows, 2 * width, dtype=dtype, seed=3)
         every(*(numbers(rows, width, dtype=dtype, seed=seed) for seed in range(3)), x)
-    for width in (33, 96):
-        for operands in laid((5, 6, width), dtype):
-            every(*operands, numbers(6, 5, 2 * width, dtype=dtype).transpose(0, 1))
+    for a, b, width in ((5, 6, 33), (5, 6, 96), (50, 60, 512)):
+        for operands in laid((a, b, width), dtype):
+            every(*operands, numbers(b, a, 2 * width, dtype=dtype).transpose(0, 1))
 
 
 def rotary(ops: Any, dtype: torch.dtype) -> None:

@@ -40,7 +40,8 @@ LAYERS = {
     "ReLUSquared": activations.ReLUSquaredActivation(),
     "Tanh": nn.Tanh(),
 }
-SHAPES = ((1,), (7,), (3, 14336), (64, 1001), (5, 3, 136), (4097, 2048))
+# Few elements and many; tails; rows of halves whose parts fill a block's threads, all but some, and not half of them
+SHAPES = ((1,), (7,), (3, 14336), (64, 1001), (5, 3, 136), (4097, 2048), (900, 720), (3000, 320))
 
 
 @pytest.fixture(scope="session")
@@ -183,10 +184,11 @@ def views(x: Tensor) -> list[Tensor]:
     ]
 
 
+@pytest.mark.parametrize("shape", [(4, 6, 96), (40, 30, 1024)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_strides_and_empty_inputs(activation: ModuleType, dtype: torch.dtype) -> None:
+def test_any_strides_and_empty_inputs(activation: ModuleType, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     compiled = activation.compiled
-    for a, b in zip(views(randn(4, 6, 96, dtype=dtype)), views(randn(4, 6, 96, dtype=dtype, seed=1)), strict=True):
+    for a, b in zip(views(randn(*shape, dtype=dtype)), views(randn(*shape, dtype=dtype, seed=1)), strict=True):
         plain = [x.clone(memory_format=torch.contiguous_format) for x in (a, b)]
         for name, count in (("apply", 1), ("multiply", 2), ("halves", 1)):
             if name == "halves" and a.dim() == 0:
@@ -239,8 +241,9 @@ def test_tensors_of_more_than_2_31_elements(activation: ModuleType) -> None:
     a = torch.randn(count // 16, device="cuda").to(torch.bfloat16).repeat(17)[:count]
     out = activation.silu_and_mul(a, a)
     torch.testing.assert_close(out[-1000:], F.silu(a[-1000:]) * a[-1000:])
-    wide = a[: 1 << 31].view(-1, 2, 64)[:, 0]  # as rows that lie apart
-    torch.testing.assert_close(activation.silu_and_mul(wide, wide)[-3:], F.silu(wide[-3:]) * wide[-3:])
+    for width in (64, 1024):
+        wide = a[: 1 << 31].view(-1, 2, width)[:, 0]  # as rows that lie apart
+        torch.testing.assert_close(activation.silu_and_mul(wide, wide)[-3:], F.silu(wide[-3:]) * wide[-3:])
 
 
 def cases(activation: ModuleType | None) -> dict[str, tuple]:

@@ -43,7 +43,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # for registers (forwards above 8192 packs of 16 bytes, backwards above 2048), aligned and not.
 SHAPES = (
     (67, 7), (67, 65), (700, 128), (3000, 64), (67, 1000), (5, 4096), (901, 2048), (601, 4096), (600, 5120),
-    (600, 8192), (600, 16384), (9, 16384), (7, 16392), (5, 40004), (3, 70001), (3, 131072),
+    (600, 8192), (600, 10240), (600, 16384), (600, 20480), (9, 16384), (7, 16392), (5, 40004), (3, 70001), (3, 131072),
 )  # fmt: skip
 
 
@@ -114,6 +114,33 @@ def test_is_at_most_twice_as_far_from_float64_as_the_models_own_code(
             # A unit of rounding of the largest value is allowed, for where the original happens to be exact.
             unit = torch.finfo(dtype).eps * float(reference.detach().abs().max())
             assert error(got, reference) <= 2 * error(eager, reference) + unit, (rows, width, place)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [(torch.bfloat16, 8192), (torch.float16, 12288), (torch.float32, 6656), (torch.bfloat16, 16384)],
+    ids=str,
+)
+def test_rows_that_no_cache_holds_are_read_twice(norm: ModuleType, dtype: torch.dtype, width: int) -> None:
+    """Two, three and four packs to a thread; against the models' own code and float64, and rows that lie apart."""
+    rows = 4 * torch.cuda.get_device_properties("cuda").L2_cache_size // (width * dtype.itemsize) + 3
+    whole = inputs("RMSNorm", (rows, width + 64), dtype)[0]
+    x, apart = whole[:, :width].contiguous(), whole[:, :width]
+    for layer in RMS:
+        original, kernelized = pair(norm, layer, width, dtype)
+        with torch.no_grad():
+            poison()
+            got = kernelized(x)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                poison()
+                assert torch.equal(kernelized(apart), got)
+            assert any("rms_rows_twice" in event.name for event in profile.events())
+            for some in (slice(0, 50), slice(rows // 2, rows // 2 + 50), slice(rows - 50, rows)):
+                reference, eager = widened(layer, norm, original)(x[some].double()), original(x[some])
+                unit = torch.finfo(dtype).eps * float(reference.abs().max())
+                assert error(got[some], reference) <= 2 * error(eager, reference) + unit, (layer, some)
+            parts = torch.cat([kernelized(part) for part in x.chunk(5)])  # of each a cache holds enough
+            torch.testing.assert_close(got, parts, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -26,6 +26,7 @@ struct Device {
   int index;
   int multiprocessors;
   int shared; // bytes of shared memory that a block may have
+  int cache; // bytes of the second cache
   bool overlaps; // whether a launch may begin while the one before it ends (compute capability 9.0)
   void* stream;  // cudaStream_t
 };

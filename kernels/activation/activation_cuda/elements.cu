@@ -70,9 +70,14 @@ struct Loaded {
   Pack<T, V> grad, a, b;
 };
 
+// Where results lie, and in which pack of each row of y, or of gradients, they are written.
+struct Results {
+  void *y, *a_grad, *b_grad;
+};
+
 template <typename T, int V, Op OP, int FUNCTION>
 __device__ __forceinline__ void finish(
-    const ElementArgs& args, int64_t at, int64_t dense, const Loaded<T, V, OP>& loaded) {
+    const Results& to, int64_t at, int64_t dense, const Loaded<T, V, OP>& loaded) {
   float a[V], b[V], grad[V], y[V], other[V], again[V];
   unpack(loaded.a, a);
   if constexpr (OP == MULTIPLY || OP == MULTIPLY_BACKWARD) {
@@ -97,24 +102,38 @@ __device__ __forceinline__ void finish(
     }
   }
   if constexpr (OP == APPLY || OP == MULTIPLY) {
-    store<T, V>(args.y, at, y);
+    store<T, V>(to.y, at, y);
   } else {
-    store<T, V>(args.a_grad, at, y);
+    store<T, V>(to.a_grad, at, y);
   }
   if constexpr (OP == MULTIPLY_BACKWARD) {
-    store<T, V>(args.b_grad, at, other);
-    if (args.y != nullptr) {
-      store<T, V>(args.y, dense, again);
+    store<T, V>(to.b_grad, at, other);
+    if (to.y != nullptr) {
+      store<T, V>(to.y, dense, again);
     }
   }
 }
 
+template <typename T, int V, Op OP>
+__device__ __forceinline__ Loaded<T, V, OP> load_all(const char* grad, const char* a, const char* b, int64_t column) {
+  Loaded<T, V, OP> loaded;
+  loaded.a = load<T, V>(a, column);
+  if constexpr (OP == MULTIPLY || OP == MULTIPLY_BACKWARD) {
+    loaded.b = load<T, V>(b, column);
+  }
+  if constexpr (OP == APPLY_BACKWARD || OP == MULTIPLY_BACKWARD) {
+    loaded.grad = load<T, V>(grad, column);
+  }
+  return loaded;
+}
+
 constexpr int THREADS = 256;
 
-// EACH packs to a thread, THREADS apart, all loaded before the first is used.
+// EACH packs to a thread, THREADS apart, all loaded before the first is used; of rows of any length, and of any number.
 template <typename T, int V, Op OP, int EACH>
 __global__ void __launch_bounds__(THREADS) element_packs(const __grid_constant__ ElementArgs args) {
   wait_for_input();
+  const Results results{args.y, args.a_grad, args.b_grad};
   const int64_t columns = args.n / V, total = args.rows * columns, apart = args.to_stride / V;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (THREADS * EACH);
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * (THREADS * EACH) + threadIdx.x; first < total; first += stride) {
@@ -134,20 +153,16 @@ __global__ void __launch_bounds__(THREADS) element_packs(const __grid_constant__
           column = i - row * columns;
         }
         to[k] = row * apart + column;
-        loaded[k].a = load<T, V>(row_at(args.a, args.a_leading, row), column);
-        if constexpr (OP == MULTIPLY || OP == MULTIPLY_BACKWARD) {
-          loaded[k].b = load<T, V>(row_at(args.b, args.b_leading, row), column);
-        }
-        if constexpr (OP == APPLY_BACKWARD || OP == MULTIPLY_BACKWARD) {
-          loaded[k].grad = load<T, V>(row_at(args.grad, args.grad_leading, row), column);
-        }
+        loaded[k] = load_all<T, V, OP>(
+            row_at(args.grad, args.grad_leading, row), row_at(args.a, args.a_leading, row), row_at(args.b, args.b_leading, row),
+            column);
       }
     }
     const auto rest = [&](auto function) {
 #pragma unroll
       for (int k = 0; k < EACH; ++k) {
         if (first + k * THREADS < total) {
-          finish<T, V, OP, decltype(function)::value>(args, to[k], first + k * THREADS, loaded[k]);
+          finish<T, V, OP, decltype(function)::value>(results, to[k], first + k * THREADS, loaded[k]);
         }
       }
     };
@@ -167,6 +182,35 @@ __global__ void __launch_bounds__(THREADS) element_packs(const __grid_constant__
   }
 }
 
+// Rows that lie in the same distance of each other, by blocks that have each its part of one, a pack to a thread. There is
+// little to compute and little to wait for but memory, for which all threads that fit ask at once.
+struct InRows {
+  const char *a, *b, *grad;
+  Results to;
+  int64_t a_stride, b_stride, grad_stride; // bytes
+  int64_t to_stride;                       // packs
+  unsigned columns;                        // packs
+  unsigned across;                         // blocks to a row; 0 where there is one row
+};
+// Threads of a block at most, and blocks to a multiprocessor: of 32 registers, or 40 where three results are computed.
+template <Op OP>
+constexpr int MOST = OP == MULTIPLY ? 1024 : 128;
+template <Op OP>
+constexpr int BLOCKS = OP == MULTIPLY ? 2 : OP == MULTIPLY_BACKWARD ? 12 : 16;
+
+template <typename T, Op OP, int FUNCTION>
+__global__ void __launch_bounds__(MOST<OP>, BLOCKS<OP>) element_rows(const __grid_constant__ InRows of) {
+  constexpr int V = WIDE<T>;
+  wait_for_input();
+  const unsigned row = of.across == 0 ? 0 : blockIdx.x / of.across;
+  const unsigned column = (blockIdx.x - row * of.across) * blockDim.x + threadIdx.x;
+  if (column < of.columns) {
+    const Loaded<T, V, OP> loaded =
+        load_all<T, V, OP>(of.grad + row * of.grad_stride, of.a + row * of.a_stride, of.b + row * of.b_stride, column);
+    finish<T, V, OP, FUNCTION>(of.to, row * of.to_stride + column, static_cast<int64_t>(row) * of.columns + column, loaded);
+  }
+}
+
 template <typename T, int V, Op OP, int EACH>
 cudaError_t start(const ElementArgs& args, const Device& device) {
   constexpr int64_t most = 0x7fffffff;
@@ -180,7 +224,34 @@ cudaError_t run(const ElementArgs& args, bool wide, const Device& device) {
   if (args.rows * args.n <= THREADS * device.multiprocessors) { // an element to a thread: done soonest
     return start<T, 1, OP, 1>(args, device);
   }
-  return wide ? start<T, WIDE<T>, OP, 2>(args, device) : start<T, 1, OP, 4>(args, device);
+  if (!wide) {
+    return start<T, 1, OP, 4>(args, device);
+  }
+  const int64_t columns = args.n / WIDE<T>;
+  // What reads from two places and writes to one is faster by large blocks, if there is little to compute.
+  const int most = OP == MULTIPLY && args.rows == 1 && args.function != GELU ? MOST<OP> : 128;
+  const int64_t across = (columns + most - 1) / most;
+  const int threads = round_up(static_cast<int>((columns + across - 1) / across), 32);
+  const bool plain = args.a.others == 0 && args.b.others == 0 && args.grad.others == 0;
+  const bool idle = threads < 64 || 8 * columns < 7 * across * threads; // too few threads fit, or many have nothing to do
+  if (!plain || idle || columns > 0x7fffffff || args.rows > 0x7fffffff / across) {
+    return start<T, WIDE<T>, OP, 2>(args, device);
+  }
+  const InRows of{
+      args.a.data, args.b.data, args.grad.data, {args.y, args.a_grad, args.b_grad}, args.a.stride, args.b.stride,
+      args.grad.stride, args.to_stride / WIDE<T>, static_cast<unsigned>(columns),
+      args.rows == 1 ? 0 : static_cast<unsigned>(across)};
+  const dim3 grid(static_cast<unsigned>(args.rows * across)), block(static_cast<unsigned>(threads));
+  switch (args.function) {
+    case SILU:
+      return launch(element_rows<T, OP, SILU>, grid, block, 0, device, of);
+    case GELU:
+      return launch(element_rows<T, OP, GELU>, grid, block, 0, device, of);
+    case GELU_TANH:
+      return launch(element_rows<T, OP, GELU_TANH>, grid, block, 0, device, of);
+    default:
+      return launch(element_rows<T, OP, GELU_QUICK>, grid, block, 0, device, of);
+  }
 }
 
 } // namespace

@@ -283,7 +283,7 @@ cudaError_t run_rows(const LayerArgs& args, dim3 grid, dim3 block, const Device&
 template <typename T>
 cudaError_t run(const LayerArgs& args, bool wide, const Device& device) {
   constexpr int V = WIDE<T>;
-  constexpr Habit HABIT{4, 4, 4, 256};
+  constexpr Habit HABIT{4, 4, 256};
   return cover_rows(args.rows, args.n, V, wide, 8, HABIT, device, [&](int each, dim3 grid, dim3 block) {
     switch (each) {
       case 1:

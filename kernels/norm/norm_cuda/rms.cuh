@@ -159,6 +159,70 @@ __global__ void __launch_bounds__(MOST_THREADS<EACH, FULL>, EACH == 2 && FULL &&
   }
 }
 
+// Pack i, which the caches are told to keep, as it will be read again; or that may go.
+template <typename T, int V, bool KEEP>
+__device__ __forceinline__ Pack<T, V> load_and(const void* from, int64_t i) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const uint4* at = static_cast<const uint4*>(from) + i;
+  Pack<T, V> to;
+  if constexpr (KEEP) {
+    asm volatile(
+        "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_last.b64 policy, 1.0;\n"
+        "ld.global.L1::evict_last.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], policy;\n}"
+        : "=r"(to.words[0]), "=r"(to.words[1]), "=r"(to.words[2]), "=r"(to.words[3]) : "l"(at) : "memory");
+  } else {
+    asm volatile(
+        "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "ld.global.L1::evict_first.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], policy;\n}"
+        : "=r"(to.words[0]), "=r"(to.words[1]), "=r"(to.words[2]), "=r"(to.words[3]) : "l"(at) : "memory");
+  }
+  return to;
+#else
+  return load<T, V>(from, i);
+#endif
+}
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> load_and_keep(const void* from, int64_t i) { return load_and<T, V, true>(from, i); }
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> load_for_good(const void* from, int64_t i) { return load_and<T, V, false>(from, i); }
+
+// Many rows of EACH packs to a thread, which a block reads twice, from a cache the second time: in so few registers that a
+// multiprocessor has the threads of four blocks.
+template <typename T, int V, int EACH>
+__global__ void __launch_bounds__(512, EACH == 4 ? 3 : 4) rms_rows_twice(const __grid_constant__ RmsArgs args) {
+  __shared__ __align__(16) float shared[SHARED<1>];
+  wait_for_input();
+  const Team<1, 32, 512> team;
+  const int64_t row = blockIdx.x, start = row * (EACH * team.across);
+  const char* from = row_at(args.x, args.x_leading, row);
+  Pack<T, V> x[EACH];
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    x[k] = load_and_keep<T, V>(from, team.lane + k * team.across);
+  }
+  float squares[1] = {}, chains[2] = {};
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    float of[V];
+    unpack(x[k], of);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      chains[v % 2] += of[v] * of[v];
+    }
+  }
+  squares[0] = chains[0] + chains[1];
+  team.sum(squares, shared);
+  const float scale = rsqrtf(squares[0] * args.inverse + args.eps);
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int i = team.lane + k * team.across;
+    const Pack<T, V> weight = load_and_keep<T, V>(args.weight, i);
+    float of[V];
+    unpack(load_for_good<T, V>(from, i), of);
+    finish<T, V, PLAIN>(args, start + i, scale, of, weight, weight);
+  }
+}
+
 // Rows of any length and alignment, which are read twice.
 template <typename T, int V, Kind KIND>
 __global__ void __launch_bounds__(1024) rms_long_rows(const __grid_constant__ RmsArgs args) {
@@ -218,10 +282,39 @@ cudaError_t run_rows(const RmsArgs& args, dim3 grid, dim3 block, const Device& d
   return launch(rms_rows<T, V, EACH, KIND, false>, grid, block, 0, device, args);
 }
 
+// How many packs of a row a thread takes where the row is read twice; 0 where it is not. On H200 that makes 16384 x 8192 1.5 %
+// faster, and what comes before and after it no slower; of half as much, the caches that it leaves behind cost that 1 %.
+template <typename T>
+int each_twice(const RmsArgs& args, const Device& device) {
+  const int64_t parts = args.n / WIDE<T>, bytes = 16 * parts * args.rows;
+  if (!few(args.rows, device) && args.rows <= 0x7fffffff && bytes >= int64_t{4} * device.cache && parts > 512) {
+    for (const int each : {2, 3, 4}) {
+      if (parts % (32 * each) == 0 && parts <= 512 * each) {
+        return each;
+      }
+    }
+  }
+  return 0;
+}
+
 template <typename T, Kind KIND>
 cudaError_t run(const RmsArgs& args, bool wide, const Device& device) {
   constexpr int V = WIDE<T>;
-  constexpr Habit HABIT{KIND == PLAIN ? 2 : 4, 8, 4, 512};
+  if constexpr (KIND == PLAIN) {
+    const int each = wide ? each_twice<T>(args, device) : 0;
+    const dim3 grid(static_cast<unsigned>(args.rows)), block(static_cast<unsigned>(each > 0 ? args.n / V / each : 0));
+    switch (each) {
+      case 2:
+        return launch(rms_rows_twice<T, V, 2>, grid, block, 0, device, args);
+      case 3:
+        return launch(rms_rows_twice<T, V, 3>, grid, block, 0, device, args);
+      case 4:
+        return launch(rms_rows_twice<T, V, 4>, grid, block, 0, device, args);
+      default:
+        break;
+    }
+  }
+  constexpr Habit HABIT{KIND == PLAIN ? 2 : 4, 4, 512};
   return cover_rows(args.rows, args.n, V, wide, KIND == PLAIN ? 8 : 4, HABIT, device, [&](int each, dim3 grid, dim3 block) {
     switch (each) {
       case 1:

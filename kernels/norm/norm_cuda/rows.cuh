@@ -259,11 +259,14 @@ inline Cover cover(int64_t rows, int across, int least) {
           static_cast<unsigned>(together)};
 }
 
-// How many packs a thread takes where there are many rows: of rows of 256 to 512 packs, of those of 1024 and more, of others;
-// and the threads of a block, about.
+// How many packs a thread takes where there are many rows: of rows of 256 to 1024 packs, and of others; and the threads of a
+// block, about.
 struct Habit {
-  int middle, large, other, threads;
+  int middle, other, threads;
 };
+
+// Whether what counts is when the first is done, not that memory is kept busy.
+inline bool few(int64_t rows, const Device& device) { return rows <= 4 * device.multiprocessors; }
 
 // `start(each, grid, block)` for rows of n elements: how many packs of V each thread takes (1, 2, 4 or `most`), or 0 where
 // it walks along the row, because that is longer than so many or not aligned.
@@ -271,22 +274,19 @@ template <typename Start>
 cudaError_t cover_rows(
     int64_t rows, int64_t n, int V, bool wide, int most, const Habit& habit, const Device& device, const Start& start) {
   const int64_t parts = wide ? n / V : n;
-  const bool few = rows <= 4 * device.multiprocessors;
   int each = 0;
   if (wide && parts <= 512 * most && rows < 0x7fffffff) {
-    if (few) { // to be done soon
+    if (few(rows, device)) {
       each = parts <= 32 ? 1 : parts <= 2048 ? 2 : most;
-    } else { // to keep memory busy
-      each = parts % 256 == 0 && parts >= 1024 ? std::min(habit.large, most)
-          : parts % 64 == 0 && parts >= 256 && parts <= 512 ? habit.middle
-                                                             : habit.other;
+    } else {
+      each = parts % 64 == 0 && parts >= 256 && parts <= 1024 ? habit.middle : habit.other;
     }
     each = parts > (each <= 2 ? 1024 : 512) * each ? most : each;
   }
   const int across = each > 0       ? threads_for(static_cast<int>(parts), each)
                      : parts < 4096 ? threads_for(static_cast<int>(parts), 4)
                                     : 1024;
-  const Cover to = cover(rows, across, few ? 32 : across > 128 && each < 8 ? habit.threads : 256);
+  const Cover to = cover(rows, across, few(rows, device) ? 32 : across > 128 && each < 8 ? habit.threads : 256);
   return start(each, dim3(to.blocks), dim3(to.across, to.together));
 }
 
