@@ -27,7 +27,7 @@ test: .venv/installed .peers/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu:
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest -n $(GPU_JOBS) --dist worksteal -m gpu $$(grep -rl 'pytest\.mark\.gpu' tests --include='*.py')
+	PYTHONPATH=$(CURDIR)/src $(GPU_PYTHON) -m pytest -n $(GPU_JOBS) --dist worksteal -m gpu $$(grep -rl 'pytest\.mark\.gpu' tests --include='*.py')
 
 lint: .venv/installed
 	$(BIN)/ruff check src kernels tests benchmarks
@@ -54,10 +54,10 @@ bench: .venv/installed .peers/installed
 	$(BIN)/python benchmarks/proof.py
 
 bench-gpu:
-	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu_kernels.py --json benchmarks/results/gpu.json --plot benchmarks/results/gpu.png
+	PYTHONPATH=$(CURDIR)/src $(GPU_PYTHON) benchmarks/gpu_kernels.py --json benchmarks/results/gpu.json --plot benchmarks/results/gpu.png
 
 # The kernels are built once, and all of them seen to run, before they are watched; each tool then looks at no others.
-sanitize-gpu: export PYTHONPATH := src
+sanitize-gpu: export PYTHONPATH := $(CURDIR)/src
 sanitize-gpu: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
 sanitize-gpu:
 	$(GPU_PYTHON) tests/gpu/sanitize.py --cache .sanitize --covered
