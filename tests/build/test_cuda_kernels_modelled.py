@@ -16,7 +16,7 @@ from kernelhub.build.toolchain import Toolchain
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 MODEL = Path(__file__).parents[1] / "cuda_model"
-SOURCES = {"decoder": KERNELS / "decoder" / "decoder_cuda", "norm": KERNELS / "norm" / "norm_cuda"}
+SOURCES = {name: KERNELS / name / f"{name}_cuda" for name in ("activation", "decoder", "norm")}
 
 # A process that has not ended after that many seconds never will. Threads that wait for each other are not waited for: the
 # model sees that nothing can happen any more.
@@ -269,6 +269,40 @@ def test_norm(programs: Programs, case: str) -> None:
     check(programs.program("norm"), case)
 
 
+# Each: dtype, rows, elements of a row, multiprocessors, where the rows lie, the op, and the function; activation.cpp says more.
+ACTIVATION = [
+    # Few elements
+    "bfloat16 3 37 132 dense multiply 0",
+    "float32 1 9 132 dense apply_backward 2",
+    # Many: one row by blocks of 1024 threads, and of 128
+    "bfloat16 3 5608 1 dense multiply 0",
+    "float32 1 5000 1 dense multiply 2",
+    "bfloat16 1 5608 1 dense multiply 1",
+    "bfloat16 3 1024 1 dense apply 3",
+    "float32 3 1024 1 dense apply_backward 1",
+    "bfloat16 3 1000 1 dense multiply_backward 2",
+    "bfloat16 3 1000 1 dense multiply_backward_result 1",
+    # Rows by blocks of their own: of whole blocks, and of some
+    "bfloat16 3 2048 1 halves multiply 0",
+    "bfloat16 5 720 1 halves multiply 2",
+    "float32 4 1440 1 halves multiply_backward 3",
+    "bfloat16 3 1200 1 halves multiply_backward_result 0",
+    # Rows too short for that, and such as have two strides, by threads that ask where each pack lies
+    "bfloat16 40 40 1 halves multiply 1",
+    "float32 40 20 1 halves multiply_backward_result 2",
+    "bfloat16 6 1024 1 turned multiply_backward 0",
+    "bfloat16 9 1024 1 turned apply 2",
+    # Not aligned
+    "bfloat16 9 301 1 apart multiply 2",
+    "float32 9 301 1 apart multiply_backward_result 0",
+]
+
+
+@pytest.mark.parametrize("case", ACTIVATION)
+def test_activation(programs: Programs, case: str) -> None:
+    check(programs.program("activation"), case)
+
+
 @pytest.mark.parametrize(
     ("kernel", "source", "cases"),
     [
@@ -345,6 +379,22 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
         pytest.param(
             "decoder", "mlp", "started != cudaErrorCooperativeLaunchTooLarge", "true",
             "any bfloat16 300 72 10 mlp 136 0 1 264", "the launch returned error", id="a launch that is too large",
+        ),
+        pytest.param(
+            "norm", "rms", "unpack(load_for_good<T, V>(from, i), of);", "unpack(load_for_good<T, V>(from, i ^ 1), of);",
+            "any bfloat16 5 8192 1 normal rms", "the largest error", id="what is read again",
+        ),
+        pytest.param(
+            "activation", "elements", "blockIdx.x - row * of.across", "blockIdx.x",
+            "bfloat16 3 2048 1 halves multiply 0", "the largest error", id="a block's part of its row",
+        ),
+        pytest.param(
+            "activation", "elements", "if (column < of.columns) {", "{",
+            "bfloat16 5 720 1 halves multiply 2", "behind the last row", id="threads past a row's end",
+        ),
+        pytest.param(
+            "activation", "elements", "row * of.to_stride + column", "row * of.columns + column",
+            "float32 4 1440 1 halves multiply_backward 3", "the largest error", id="gradients of halves",
         ),
         pytest.param(
             "decoder", "gradients", "uint64_t(DEPTH * 128 >> 4) << 16", "uint64_t(DEPTH * 64 >> 4) << 16",
