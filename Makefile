@@ -4,7 +4,7 @@
 # make faults  hubs that misbehave and clients that are killed, all of them (a minute or two)
 # make fuzz    ten minutes of malformed input for each of four parsers
 # make test-gpu   the tests that need a GPU, GPU_JOBS of them at a time; GPU_PYTHON is a Python with torch for CUDA, transformers,
-#              pytest and pytest-xdist
+#              pytest, pytest-xdist and hatchling
 # make bench   the library beside its peer, and the CPU kernels beside PyTorch, each in one run
 # make bench-gpu   the CUDA kernels beside eager, torch.compile, Liger and quack, in one run on this machine's GPU; GPU_PYTHON
 #              is a Python with torch for CUDA, and liger-kernel==0.8.5
