@@ -186,7 +186,7 @@ int main(int count, char** arguments) {
   const Dtype dtype = type == "bfloat16" ? BFLOAT16 : type == "float16" ? FLOAT16 : FLOAT32;
   const int64_t rows = number(arguments[3]), n = number(arguments[4]), size = dtype == FLOAT32 ? 4 : 2;
   const int multiprocessors = static_cast<int>(number(arguments[5]));
-  const Device device{0, multiprocessors, 232448, multiprocessors << 14, true, nullptr};
+  const Device device{0, multiprocessors, 2048, 232448, multiprocessors << 14, true, nullptr};
   const bool is_backward = op.find("_backward") != std::string::npos;
   const std::string name = op.substr(0, op.find('_'));
   const Kind kind = name == "layer" ? LAYER : name == "add" ? ADD : name == "gated" ? GATED : PLAIN;

@@ -192,11 +192,12 @@ struct InRows {
   unsigned columns;                        // packs
   unsigned across;                         // blocks to a row; 0 where there is one row
 };
-// Threads of a block at most, and blocks to a multiprocessor: of 32 registers, or 40 where three results are computed.
+// Threads of a block at most, and blocks to a multiprocessor: all that it can have, or, where three results are computed, so many
+// that each has 40 registers.
 template <Op OP>
 constexpr int MOST = OP == MULTIPLY ? 1024 : 128;
 template <Op OP>
-constexpr int BLOCKS = OP == MULTIPLY ? 2 : OP == MULTIPLY_BACKWARD ? 12 : 16;
+constexpr int BLOCKS = OP == MULTIPLY_BACKWARD ? std::min(12, RESIDENT / MOST<OP>) : RESIDENT / MOST<OP>;
 
 template <typename T, Op OP, int FUNCTION>
 __global__ void __launch_bounds__(MOST<OP>, BLOCKS<OP>) element_rows(const __grid_constant__ InRows of) {
@@ -228,8 +229,10 @@ cudaError_t run(const ElementArgs& args, bool wide, const Device& device) {
     return start<T, 1, OP, 4>(args, device);
   }
   const int64_t columns = args.n / WIDE<T>;
-  // What reads from two places and writes to one is faster by large blocks, if there is little to compute.
-  const int most = OP == MULTIPLY && args.rows == 1 && args.function != GELU ? MOST<OP> : 128;
+  // What reads from two places and writes to one is faster by large blocks, if there is little to compute and they fill a
+  // multiprocessor.
+  const bool large = OP == MULTIPLY && args.rows == 1 && args.function != GELU && device.threads % MOST<OP> == 0;
+  const int most = large ? MOST<OP> : 128;
   const int64_t across = (columns + most - 1) / most;
   const int threads = round_up(static_cast<int>((columns + across - 1) / across), 32);
   const bool plain = args.a.others == 0 && args.b.others == 0 && args.grad.others == 0;

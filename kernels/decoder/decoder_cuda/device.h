@@ -25,6 +25,7 @@ struct Leading {
 struct Device {
   int index;
   int multiprocessors;
+  int threads; // that one has at a time
   int shared; // bytes of shared memory that a block may have
   int cache; // bytes of the second cache
   bool overlaps; // whether a launch may begin while the one before it ends (compute capability 9.0)

@@ -80,6 +80,7 @@ class OnDevice : public Device {
         int major = 0;
         Device& of = found[device];
         STD_CUDA_CHECK(cudaDeviceGetAttribute(&of.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+        STD_CUDA_CHECK(cudaDeviceGetAttribute(&of.threads, cudaDevAttrMaxThreadsPerMultiProcessor, device));
         STD_CUDA_CHECK(cudaDeviceGetAttribute(&of.cache, cudaDevAttrL2CacheSize, device));
         STD_CUDA_CHECK(cudaDeviceGetAttribute(&of.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
         STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));

@@ -187,9 +187,9 @@ template <typename T, int V>
 __device__ __forceinline__ Pack<T, V> load_for_good(const void* from, int64_t i) { return load_and<T, V, false>(from, i); }
 
 // Many rows of EACH packs to a thread, which a block reads twice, from a cache the second time: in so few registers that a
-// multiprocessor has the threads of four blocks.
+// multiprocessor has all threads that it can have, or, of four packs each, those of three blocks.
 template <typename T, int V, int EACH>
-__global__ void __launch_bounds__(512, EACH == 4 ? 3 : 4) rms_rows_twice(const __grid_constant__ RmsArgs args) {
+__global__ void __launch_bounds__(512, EACH == 4 ? std::min(3, RESIDENT / 512) : RESIDENT / 512) rms_rows_twice(const __grid_constant__ RmsArgs args) {
   __shared__ __align__(16) float shared[SHARED<1>];
   wait_for_input();
   const Team<1, 32, 512> team;
