@@ -7,6 +7,7 @@
 //   equal    of equal elements, far from zero
 //   huge     far from zero, their squares too large for float32
 //   apart    normal, each one element behind the one before: rows that are not aligned
+//   cached   normal, and the second cache holds all of them
 
 #include "launch.h"
 #include "values.h"
@@ -186,7 +187,8 @@ int main(int count, char** arguments) {
   const Dtype dtype = type == "bfloat16" ? BFLOAT16 : type == "float16" ? FLOAT16 : FLOAT32;
   const int64_t rows = number(arguments[3]), n = number(arguments[4]), size = dtype == FLOAT32 ? 4 : 2;
   const int multiprocessors = static_cast<int>(number(arguments[5]));
-  const Device device{0, multiprocessors, 2048, 232448, multiprocessors << 14, true, nullptr};
+  const int cache = filled == "cached" ? 1 << 30 : multiprocessors << 14;
+  const Device device{0, multiprocessors, 2048, 232448, cache, true, nullptr};
   const bool is_backward = op.find("_backward") != std::string::npos;
   const std::string name = op.substr(0, op.find('_'));
   const Kind kind = name == "layer" ? LAYER : name == "add" ? ADD : name == "gated" ? GATED : PLAIN;

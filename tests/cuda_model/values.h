@@ -85,7 +85,9 @@ class Worst {
  public:
   void see(double got, double expected, double allowed) {
     const double part = std::abs(got - expected) / allowed;
-    most_ = part <= most_ ? most_ : part; // NaN stays
+    if (!std::isnan(most_) && !(part <= most_)) { // NaN stays
+      most_ = part;
+    }
   }
 
   // The process's exit status.

@@ -140,7 +140,8 @@ def test_rows_that_no_cache_holds_are_read_twice(norm: ModuleType, dtype: torch.
                 unit = torch.finfo(dtype).eps * float(reference.abs().max())
                 assert error(got[some], reference) <= 2 * error(eager, reference) + unit, (layer, some)
             parts = torch.cat([kernelized(part) for part in x.chunk(5)])  # of each a cache holds enough
-            torch.testing.assert_close(got, parts, rtol=2 * torch.finfo(dtype).eps, atol=0)
+            limits = torch.finfo(dtype)
+            torch.testing.assert_close(got, parts, rtol=2 * limits.eps, atol=limits.smallest_normal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -70,11 +70,12 @@ struct Loaded {
   Pack<T, V> grad, a, b;
 };
 
-// Where results lie, and in which pack of each row of y, or of gradients, they are written.
+// Where results lie; null where they are not wanted.
 struct Results {
   void *y, *a_grad, *b_grad;
 };
 
+// Writes the results of one pack: as pack `at`, and, where f(a) * b is one beside gradients, that one as pack `dense`.
 template <typename T, int V, Op OP, int FUNCTION>
 __device__ __forceinline__ void finish(
     const Results& to, int64_t at, int64_t dense, const Loaded<T, V, OP>& loaded) {
@@ -195,7 +196,7 @@ struct InRows {
 // Threads of a block at most, and blocks to a multiprocessor: all that it can have, or, where three results are computed, so many
 // that each has 40 registers.
 template <Op OP>
-constexpr int MOST = OP == MULTIPLY ? 1024 : 128;
+constexpr int MOST = OP != MULTIPLY ? 128 : RESIDENT % 1024 == 0 ? 1024 : 512;
 template <Op OP>
 constexpr int BLOCKS = OP == MULTIPLY_BACKWARD ? std::min(12, RESIDENT / MOST<OP>) : RESIDENT / MOST<OP>;
 

@@ -31,7 +31,7 @@ struct Pack<T, 1> {
 // Threads that a multiprocessor has at a time, as `Device` says on the host's side: more blocks may not be asked for.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int RESIDENT = 1024;
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 800 && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1100)
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 800 && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ == 1010 || __CUDA_ARCH__ >= 1100)
 constexpr int RESIDENT = 1536;
 #else
 constexpr int RESIDENT = 2048;

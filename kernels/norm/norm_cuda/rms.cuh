@@ -79,7 +79,7 @@ constexpr int MOST_THREADS = EACH == 1 || (EACH == 2 && !FULL) ? 1024 : 512;
 // Rows of up to EACH packs to a thread, which are read once and held in registers. FULL: of exactly so many, by whole warps;
 // on H200 what there is to ask and to compute, not memory, is the limit otherwise.
 template <typename T, int V, int EACH, Kind KIND, bool FULL>
-__global__ void __launch_bounds__(MOST_THREADS<EACH, FULL>, EACH == 2 && FULL && KIND == PLAIN ? 3 : EACH == 4 ? 2 : 1) rms_rows(const __grid_constant__ RmsArgs args) {
+__global__ void __launch_bounds__(MOST_THREADS<EACH, FULL>, EACH == 2 && FULL && KIND == PLAIN ? std::min(3, RESIDENT / 512) : EACH == 4 ? 2 : 1) rms_rows(const __grid_constant__ RmsArgs args) {
   constexpr bool EARLY = EACH <= 2; // the weight, where few registers wait for it
   __shared__ __align__(16) float shared[SHARED<1>];
   wait_for_input();
