@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -327,6 +327,34 @@ def test_compiles_in_one_graph_for_any_number_of_rows(case: Case, calls: list[tu
         torch.testing.assert_close(case.run(compiled, x), case.run(case.model, x))
     assert calls == []
     assert counter.frame_count == 1
+
+
+def test_compiled_programs_look_at_parts_too(decoder: ModuleType) -> None:
+    plain, parts = decoder.plain, nn.ModuleDict({name: nn.Linear(4, 4) for name in ("gate", "up", "down")})
+    part, x = parts["down"], torch.zeros(2, 4)
+
+    def looked(x: Tensor) -> Tensor:
+        weights = plain.linears(parts, "gate", "up", "down")
+        return x + (0 if weights is None else 1) + (10 if plain.runs(part) else 0)
+
+    def said(compiled: Any) -> float:
+        assert torch.equal(compiled(x), looked(x))
+        return float(looked(x)[0, 0])
+
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        torch._dynamo.reset()
+        with getattr(part, register)(lambda *_: None):
+            assert said(torch.compile(looked, backend="eager", fullgraph=True)) == 0
+    torch._dynamo.reset()
+    compiled = torch.compile(looked, backend="eager", fullgraph=True)
+    assert said(compiled) == 11
+    part.forward = MethodType(lambda self, x: x, part)
+    assert said(compiled) == 0
+    part.forward = parts["up"].forward
+    assert said(compiled) == 0
+    del part.forward
+    assert said(compiled) == 11
+    torch._dynamo.reset()
 
 
 class Marked(Tensor):
