@@ -381,7 +381,7 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
             "any bfloat16 300 72 10 mlp 136 0 1 264", "the launch returned error", id="a launch that is too large",
         ),
         pytest.param(
-            "norm", "rms", "unpack(load_for_good<T, V>(from, i), of);", "unpack(load_for_good<T, V>(from, i ^ 1), of);",
+            "norm", "rms", "unpack(load_hinted<T, V, true>(from, i), of);", "unpack(load_hinted<T, V, true>(from, i ^ 1), of);",
             "any bfloat16 5 8192 1 normal rms", "the largest error", id="what is read again",
         ),
         pytest.param(

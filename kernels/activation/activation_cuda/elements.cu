@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(THREADS) element_packs(const __grid_constant__
   }
 }
 
-// Rows that lie in the same distance of each other, by blocks that have each its part of one, a pack to a thread. There is
+// Rows that lie at one distance from each other, by blocks that have each its part of one, a pack to a thread. There is
 // little to compute and little to wait for but memory, for which all threads that fit ask at once.
 struct InRows {
   const char *a, *b, *grad;

@@ -159,13 +159,13 @@ __global__ void __launch_bounds__(MOST_THREADS<EACH, FULL>, EACH == 2 && FULL &&
   }
 }
 
-// Pack i, which the caches are told to keep, as it will be read again; or that may go.
-template <typename T, int V, bool KEEP>
-__device__ __forceinline__ Pack<T, V> load_and(const void* from, int64_t i) {
+// Pack i of what is read again, which the caches are told to keep; or for the LAST time, so that it may go.
+template <typename T, int V, bool LAST>
+__device__ __forceinline__ Pack<T, V> load_hinted(const void* from, int64_t i) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   const uint4* at = static_cast<const uint4*>(from) + i;
   Pack<T, V> to;
-  if constexpr (KEEP) {
+  if constexpr (!LAST) {
     asm volatile(
         "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_last.b64 policy, 1.0;\n"
         "ld.global.L1::evict_last.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], policy;\n}"
@@ -181,10 +181,6 @@ __device__ __forceinline__ Pack<T, V> load_and(const void* from, int64_t i) {
   return load<T, V>(from, i);
 #endif
 }
-template <typename T, int V>
-__device__ __forceinline__ Pack<T, V> load_and_keep(const void* from, int64_t i) { return load_and<T, V, true>(from, i); }
-template <typename T, int V>
-__device__ __forceinline__ Pack<T, V> load_for_good(const void* from, int64_t i) { return load_and<T, V, false>(from, i); }
 
 // Many rows of EACH packs to a thread, which a block reads twice, from a cache the second time: in so few registers that a
 // multiprocessor has all threads that it can have, or, of four packs each, those of three blocks.
@@ -198,7 +194,7 @@ __global__ void __launch_bounds__(512, EACH == 4 ? std::min(3, RESIDENT / 512) :
   Pack<T, V> x[EACH];
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
-    x[k] = load_and_keep<T, V>(from, team.lane + k * team.across);
+    x[k] = load_hinted<T, V, false>(from, team.lane + k * team.across);
   }
   float squares[1] = {}, chains[2] = {};
 #pragma unroll
@@ -216,9 +212,9 @@ __global__ void __launch_bounds__(512, EACH == 4 ? std::min(3, RESIDENT / 512) :
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int i = team.lane + k * team.across;
-    const Pack<T, V> weight = load_and_keep<T, V>(args.weight, i);
+    const Pack<T, V> weight = load_hinted<T, V, false>(args.weight, i);
     float of[V];
-    unpack(load_for_good<T, V>(from, i), of);
+    unpack(load_hinted<T, V, true>(from, i), of);
     finish<T, V, PLAIN>(args, start + i, scale, of, weight, weight);
   }
 }

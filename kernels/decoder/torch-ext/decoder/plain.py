@@ -1,8 +1,8 @@
 """Whether calling a layer's parts would do nothing but compute: then a kernel may compute it, and else it calls them.
 
 Looked at in every call, because hooks, other forwards and other weights may come at any time. A module's `__dict__` is asked,
-which is faster than the module; but not under Dynamo, whose programs look again, in every call, at each entry that was read of
-it (of a Llama of 16 layers in 0.15 of 1.15 ms), and at most attributes not.
+which is faster than the module; but under Dynamo the module, because a compiled program looks again, in every call, at what was
+read, and at attributes sooner: of a Llama of 16 layers in 1.00 ms for 1.15, on a processor, with torch 2.11.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _listened(held: dict[str, Any]) -> bool:
 
 
 def _heard(module: nn.Module) -> bool:
-    """The same, by the module's attributes."""
+    """`_listened`, by the module's attributes."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
