@@ -16,7 +16,7 @@ from kernelhub.build.toolchain import Toolchain
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 MODEL = Path(__file__).parents[1] / "cuda_model"
-SOURCES = {name: KERNELS / name / f"{name}_cuda" for name in ("activation", "decoder", "norm")}
+SOURCES = {name: KERNELS / name / f"{name}_cuda" for name in ("activation", "decoder", "norm", "rotary")}
 
 # A process that has not ended after that many seconds never will. Threads that wait for each other are not waited for: the
 # model sees that nothing can happen any more.
@@ -303,6 +303,39 @@ def test_activation(programs: Programs, case: str) -> None:
     check(programs.program("activation"), case)
 
 
+# Each: the op, dtype, batches, tokens, heads of q and of k, elements of a head, those that are turned, the form, the tables, where q
+# and k lie, and multiprocessors; or, of tables, batches, tokens, pairs, the layout and the positions' bits; rotary.cpp says more.
+ROTARY = [
+    # In the order of memory: powers of 2 and not, some of a head, heads outside, gaps
+    "rotate bfloat16 2 5 4 2 64 64 0 own heads 132",
+    "rotate bfloat16 2 7 3 1 80 80 0 one heads 1",
+    "rotate float32 1 9 2 2 24 24 0 own heads 1",
+    "rotate float32 2 3 2 1 16 8 8 paired tokens 1",
+    "rotate bfloat16 3 6 5 2 48 32 0 paired parts 1",
+    "rotate bfloat16 2 1 4 2 32 32 4 one parts 132",
+    "rotate bfloat16 2 7 5 1 32 32 2 own tokens 1",
+    "rotate bfloat16 1 70 2 1 16 16 6 one tokens 1",
+    "rotate bfloat16 2 5 4 2 64 32 4 own heads 1",
+    "rotate bfloat16 1 1 1 0 16 16 0 own heads 132",
+    # Token by token: neighbours, rounded once, tables in float32, not aligned
+    "rotate bfloat16 2 5 4 2 32 32 1 own heads 132",
+    "rotate bfloat16 2 5 4 2 48 32 7 paired heads 1",
+    "rotate bfloat16 2 5 4 2 32 32 8 own tokens 1",
+    "rotate bfloat16 2 5 4 2 32 32 10 wide heads 1",
+    "rotate float32 2 3 9 2 7 6 4 own odd 1",
+    "rotate bfloat16 2 3 5 2 16 16 0 own odd 1",
+    "tables bfloat16 2 5 8 0 64 132",
+    "tables float32 1 300 8 1 32 1",
+    "tables bfloat16 3 70 12 2 64 1",
+    "tables float32 2 70 20 0 64 1",
+]
+
+
+@pytest.mark.parametrize("case", ROTARY)
+def test_rotary(programs: Programs, case: str) -> None:
+    check(programs.program("rotary"), case)
+
+
 @pytest.mark.parametrize(
     ("kernel", "source", "cases"),
     [
@@ -399,6 +432,30 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
         pytest.param(
             "activation", "elements", "row * of.to_stride + column", "row * of.columns + column",
             "float32 4 1440 1 halves multiply_backward 3", "the largest error", id="gradients of halves",
+        ),
+        pytest.param(
+            "rotary", "rotate", "args.paired && !low ? i - half : i;", "i;",
+            "rotate bfloat16 3 6 5 2 48 32 0 paired parts 1", "the largest error", id="what both of a pair have",
+        ),
+        pytest.param(
+            "rotary", "rotate", "token = apart.by_heads ? inner : outer;", "token = outer;",
+            "rotate bfloat16 2 7 5 1 32 32 2 own tokens 1", "the largest error", id="tokens inside heads",
+        ),
+        pytest.param(
+            "rotary", "rotate", "(31 + bits)) + by - 1) / by)", "(31 + bits))) / by)",
+            "rotate bfloat16 2 7 3 1 80 80 0 one heads 1", "the largest error", id="a division that is one short",
+        ),
+        pytest.param(
+            "rotary", "rotate", "turns ? of_word : x.words[word];", "of_word;",
+            "rotate bfloat16 2 5 4 2 64 32 4 own heads 1", "the largest error", id="what is not turned",
+        ),
+        pytest.param(
+            "rotary", "rotate", "args.crossed ? here + across : here", "here",
+            "rotate bfloat16 2 5 4 2 64 32 4 own heads 1", "the largest error", id="the other half's sine",
+        ),
+        pytest.param(
+            "rotary", "rotate", "if (at >= of.packs) {", "if (false) {",
+            "rotate bfloat16 2 1 4 2 32 32 4 one parts 132", "behind the last row", id="threads past the end",
         ),
         pytest.param(
             "decoder", "gradients", "uint64_t(DEPTH * 128 >> 4) << 16", "uint64_t(DEPTH * 64 >> 4) << 16",

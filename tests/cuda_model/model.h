@@ -228,6 +228,8 @@ inline float product(float a, float b) { // rounded, and part of no fused sum
   volatile float value = a * b;
   return value;
 }
+inline uint32_t high_product(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
+inline float float_of_integer(int64_t x) { return static_cast<float>(x); }
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 inline float flushed(float x) { return std::abs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; } // .ftz
 inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
@@ -254,6 +256,9 @@ using std::min;
 #define __float_as_uint model::bits_of
 #define __byte_perm model::permuted
 #define __fmul_rn model::product
+#define __umulhi model::high_product
+#define __int2float_rn model::float_of_integer
+#define __ll2float_rn model::float_of_integer
 #define __fdividef model::divide
 #define __expf std::exp
 #define rsqrtf model::inverse_root

@@ -123,6 +123,7 @@ def rotary(ops: Any, dtype: torch.dtype) -> None:
         (700, 128, 128),
         (200, 80, 80),
         (9, 64, 32),
+        (300, 48, 16),
         (7, 6, 6),
         (0, 64, 64),
     ):
@@ -136,6 +137,17 @@ def rotary(ops: Any, dtype: torch.dtype) -> None:
         apart = numbers(2, 7, tokens, 2 * width + 1, dtype=dtype)
         some = apart[:, :5, :, 1 : width + 1], apart[:, 5:, :, width:-1]
         ops.rotate(*some, *(numbers(1, tokens, turned, dtype=dtype, seed=seed) for seed in (1, 2)), 1, turned, 0)
+        # q, k and v of one product, and tokens inside heads
+        whole, tables = (
+            numbers(2, tokens, 9, width, dtype=dtype),
+            [numbers(2, tokens, turned, dtype=dtype) for _ in range(2)],
+        )
+        for bits in range(8):
+            ops.rotate(whole[:, :, :5], whole[:, :, 5:7], *tables, 2, turned, bits)
+        whole = numbers(2, 7, tokens, width, dtype=dtype)
+        ops.rotate(whole[:, :5], whole[:, 5:], *tables, 1, turned, 0)
+    many = numbers(65537, 1, 1, 32, dtype=dtype)  # more batches than a grid has
+    ops.rotate(many, many, *(numbers(1, 1, 32, dtype=dtype, seed=seed) for seed in (1, 2)), 1, 32, 0)
     for batch, tokens, pairs in ((1, 1, 64), (2, 7, 3), (1, 3000, 64), (3, 1, 20), (2, 40000, 5), (1, 0, 8), (1, 5, 0)):
         inv_freq, to = numbers(2 * pairs, dtype=dtype), {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
         some = torch.arange(2 * batch * tokens).reshape(2 * tokens, batch).t() * 37

@@ -115,6 +115,55 @@ def test_strides_halves_of_tables_one_token_of_many_and_nothing(rotary: ModuleTy
     assert [x.numel() for x in none] == [0, 0]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["llama", "nanochat", "gptj"])
+def test_some_of_each_head_wherever_q_and_k_lie(rotary: ModuleType, form: str, dtype: torch.dtype) -> None:
+    original, options = FORMS[form]
+    for width, turned, tokens in ((64, 64, 9), (64, 32, 300), (80, 48, 9), (96, 64, 1), (40, 16, 7), (24, 6, 5)):
+        q, k, cos, sin = operands(width, dtype, tokens=tokens)
+        cos, sin = cos[..., :turned].contiguous(), sin[..., :turned].contiguous()
+        expected = tuple(
+            torch.cat((of, x[..., turned:]), -1)
+            for of, x in zip(original(q[..., :turned], k[..., :turned], cos, sin), (q, k), strict=True)
+        )
+        whole = torch.cat((q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2)), 2)  # q, k and v of one product
+        ways = {
+            "as models have it": (q, k),
+            "tokens inside heads": (q.contiguous(), k.contiguous()),
+            "one of each": (q, k.contiguous()),
+            "parts of one": tuple(whole[:, :, some].transpose(1, 2) for some in (slice(4), slice(4, 6))),
+        }
+        for way, inputs in ways.items():
+            assert same(rotary.apply_rotary(*inputs, cos, sin, **options), expected), (width, turned, way)
+
+
+def test_heads_of_two_widths(rotary: ModuleType) -> None:
+    q, _, cos, sin = operands(64, torch.bfloat16, tokens=300)
+    _, k, _, _ = operands(128, torch.bfloat16, tokens=300)
+    got = rotary.apply_rotary(q, k, cos, sin)
+    turned = llama.apply_rotary_pos_emb(q, k[..., :64], cos, sin)
+    assert same(got, (turned[0], torch.cat((turned[1], k[..., 64:]), -1)))
+
+
+def test_more_batches_than_a_grid_has(rotary: ModuleType) -> None:
+    q = torch.randn(65537, 1, 1, 32, generator=torch.Generator("cuda").manual_seed(0), device="cuda").bfloat16()
+    table = torch.randn(2, 1, 1, 32, generator=torch.Generator("cuda").manual_seed(1), device="cuda").bfloat16()
+    assert same(rotary.apply_rotary(q, q, *table), llama.apply_rotary_pos_emb(q, q, *table))
+
+
+@pytest.mark.parametrize("outside", ["tokens", "heads"])
+def test_tensors_of_more_than_2_31_elements(rotary: ModuleType, outside: str) -> None:
+    tokens, heads = (1 << 17) + 8, 129
+    shape = (1, tokens, heads, 128) if outside == "tokens" else (1, heads, tokens, 128)
+    q = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
+    q = q.transpose(1, 2) if outside == "tokens" else q
+    cos, sin = (torch.randn(1, tokens, 128, device="cuda").bfloat16() for _ in range(2))
+    got, _ = rotary.apply_rotary(q, q[:, :1], cos, sin)
+    for some in (slice(0, 8), slice(tokens - 8, tokens)):
+        expected, _ = llama.apply_rotary_pos_emb(q[:, :, some], q[:, :1, some], cos[:, some], sin[:, some])
+        assert torch.equal(got[:, :, some], expected)
+
+
 def test_more_heads_of_one_token_than_a_grid_is_wide(rotary: ModuleType) -> None:
     q = torch.randn(1, 65535 * 85 + 3, 1, 6, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
     table = torch.randn(2, 1, 1, 6, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
