@@ -3,7 +3,8 @@
     python benchmarks/gpu_kernels.py [--json FILE] [--plot FILE] [--only TEXT] [--no-models] [--cache DIR]
 
 Two times for each: **device**, the median over replays of a CUDA graph of many calls, divided by the calls; and **host**, what
-200 calls without waiting take the processor, each. The share is the fewest bytes that the operation must move, over its
+200 calls without waiting take the processor, each. The ways of a row take turns, so that what slows the machine down for a
+while slows all of them. The share is the fewest bytes that the operation must move, over its
 device time, over the bandwidth of a copy measured in the same run; above 100 % data lies in the cache, or more is read than
 written. Peers that are not installed, or do not run here, are left out and the reason is printed; where one of ours fails, the
 run does. `NOTES.md` has figures.
@@ -42,7 +43,7 @@ RMS_SHAPES = ((1, 4096), (64, 4096), (4096, 2048), (8192, 4096), (16384, 8192), 
 BACKWARD_SHAPES = ((8192, 4096), (16384, 8192))
 LAYER_SHAPES = ((8192, 4096), (16384, 8192))
 REPLAY_US = 3000.0  # of one graph, about
-REPLAYS = 15
+REPLAYS, TURNS = 15, 5
 
 
 # Ours compiled, ours in Triton (what a machine without a compiler runs), and the others.
@@ -85,41 +86,57 @@ def graph_of(way: Way, calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def device_us(way: Way) -> float:
-    """Device time of a call: replays of a graph of calls, so that no launch waits for the processor."""
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream()):
-        for _ in range(3):
-            way()
-    torch.cuda.synchronize()
-    calls = 4
-    found: list[float] = []
-    for _ in range(2):  # to know how many calls fill a replay, then to measure
-        graph = graph_of(way, calls)
-        graph.replay()
-        found = []
-        for _ in range(REPLAYS):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            found.append(start.elapsed_time(stop) * 1e3 / calls)
-        calls = max(4, min(100, int(REPLAY_US / statistics.median(found))))
-    return statistics.median(found)
+@dataclass(frozen=True)
+class Replay:
+    """A graph of so many calls that a replay takes long enough to be timed, and no launch waits for the processor."""
 
+    graph: torch.cuda.CUDAGraph
+    calls: int
 
-def host_us(way: Way) -> float:
-    """What a call takes the processor; the device is idle before and may still be at work after."""
-    found = []
-    for _ in range(7):
+    @classmethod
+    def of(cls, way: Way) -> Replay:
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(200):
-            way()
-        found.append((time.perf_counter() - start) / 200 * 1e6)
+        with torch.cuda.stream(stream()):
+            for _ in range(3):
+                way()
+        torch.cuda.synchronize()
+        few = cls(graph_of(way, 4), 4)
+        few.us()
+        calls = max(4, min(100, int(REPLAY_US / statistics.median(few.us() for _ in range(5)))))
+        return cls(graph_of(way, calls), calls)
+
+    def us(self) -> float:
+        """Device time of a call."""
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.graph.replay()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) * 1e3 / self.calls
+
+
+def device_us(replays: dict[str, Replay]) -> dict[str, float]:
+    """Of each way, in turns: in each turn a replay that is not timed, which finds the caches as another way left them."""
+    found: dict[str, list[float]] = {name: [] for name in replays}
+    for _ in range(TURNS):
+        for name, replay in replays.items():
+            replay.us()
+            found[name] += [replay.us() for _ in range(REPLAYS // TURNS)]
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def host_us(ways: dict[str, Way]) -> dict[str, float]:
+    """What a call takes the processor, of each way, in turns; the device is idle before and may still be at work after."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(REPLAYS):
+        for name, way in ways.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(200):
+                way()
+            found[name].append((time.perf_counter() - start) / 200 * 1e6)
     torch.cuda.synchronize()
-    return statistics.median(found)
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def uncaptured_us(way: Way) -> float:
@@ -303,24 +320,27 @@ def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float
         if only is not None and only not in f"{name} {shape}":
             continue
         torch._dynamo.reset()
-        row: dict[str, Any] = {"operation": name, "shape": shape, "bytes": size, "device_us": {}, "host_us": {}}
-        if "backward" in name:
-            row["uncaptured_us"] = {}
+        row: dict[str, Any] = {"operation": name, "shape": shape, "bytes": size}
+        uncaptured: dict[str, float] = {}
         with torch.no_grad():
-            for way, call in make().items():
+            ways, replays = make(), {}
+            for way, call in ways.items():
                 try:
                     for _ in range(5):
                         call()
-                    row["device_us"][way] = device_us(call)
-                    if small:
-                        row["host_us"][way] = host_us(call)
+                    replays[way] = Replay.of(call)
                     if "backward" in name:
-                        row["uncaptured_us"][way] = uncaptured_us(call)
+                        uncaptured[way] = uncaptured_us(call)
                 except Exception as error:
                     if way in OURS:
                         raise
                     torch.cuda.synchronize()
                     print(f"  {name} {shape}: {way} does not run: {type(error).__name__}: {str(error)[:200]}")
+            row["device_us"] = device_us(replays)
+            row["host_us"] = host_us({way: ways[way] for way in replays}) if small else {}
+            if uncaptured:
+                row["uncaptured_us"] = uncaptured
+            del ways, replays
         row["share"] = {way: size / us / 1e3 / copy for way, us in row["device_us"].items()}
         others = [us for way, us in row["device_us"].items() if way not in OURS]
         if others and "ours" in row["device_us"]:
