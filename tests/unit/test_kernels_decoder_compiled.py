@@ -333,9 +333,14 @@ def test_compiled_programs_look_at_parts_too(decoder: ModuleType) -> None:
     plain, parts = decoder.plain, nn.ModuleDict({name: nn.Linear(4, 4) for name in ("gate", "up", "down")})
     part, x = parts["down"], torch.zeros(2, 4)
 
+    def kernel(self: nn.Module, x: Tensor) -> Tensor:
+        return x
+
+    known = plain.forwards(kernel)
+
     def looked(x: Tensor) -> Tensor:
         weights = plain.linears(parts, "gate", "up", "down")
-        return x + (0 if weights is None else 1) + (10 if plain.runs(part) else 0)
+        return x + (0 if weights is None else 1) + (10 if plain.runs(part, known) else 0)
 
     def said(compiled: Any) -> float:
         assert torch.equal(compiled(x), looked(x))
@@ -354,6 +359,57 @@ def test_compiled_programs_look_at_parts_too(decoder: ModuleType) -> None:
     assert said(compiled) == 0
     del part.forward
     assert said(compiled) == 11
+    part.forward = MethodType(kernel, part)
+    assert said(compiled) == 10
+    part.forward = MethodType(lambda self, x: x, part)
+    assert said(compiled) == 0
+    torch._dynamo.reset()  # whom a method is bound to, programs of torch 2.11 do not look at again
+    part.forward = MethodType(kernel, parts["up"])
+    assert said(compiled) == 0
+    del part.forward
+    part.weight = nn.Parameter(torch.zeros(4, 4).as_subclass(Marked))
+    assert said(compiled) == 11
+    parts["down"] = nn.Identity()
+    assert said(compiled) == 10
+    torch._dynamo.reset()
+
+
+def test_compiled_programs_look_at_a_class_where_nothing_stands_before_it(
+    decoder: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Part(nn.Module):
+        kernel_layer_name = "GatedMLP"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    plain, part, x = decoder.plain, Part(), torch.zeros(2, 4)
+    none, marks = plain.forwards(), plain.marks("DecoderLayer", "GatedMLP")
+
+    def looked(x: Tensor) -> Tensor:
+        return x + (1 if plain.mark_of(part, marks) == "GatedMLP" and plain.runs(part, none) else 0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(looked, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), x + 1)
+    monkeypatch.setattr(Part, "kernel_condition", staticmethod(lambda module: False), raising=False)
+    monkeypatch.setattr(Part, "forward", lambda self, x: x)
+    assert torch.equal(looked(x), x)
+    assert torch.equal(compiled(x), x)
+    torch._dynamo.reset()
+
+
+def test_compiled_programs_look_at_the_class_of_a_tensor(decoder: ModuleType) -> None:
+    plain, x = decoder.plain, torch.zeros(2, 4)
+    weight = nn.Parameter(torch.zeros(4, 4))
+
+    def looked(x: Tensor, weight: Tensor) -> Tensor:
+        return x + (1 if plain.takes(x, plain.Weights(weight, None, None, None, weight, None)) else 0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(looked, backend="eager")
+    for of in (weight, weight.detach().as_subclass(Marked), weight.detach()):
+        assert torch.equal(compiled(x, of), looked(x, of))
     torch._dynamo.reset()
 
 

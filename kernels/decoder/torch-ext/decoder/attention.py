@@ -18,7 +18,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from kernelhub import get_kernel_dep
 
 from . import hopper
-from .plain import PLAIN, Projections, attention_linears, marked_as, runs, takes_projections, without_autocast
+from .plain import (
+    PLAIN,
+    Projections,
+    attention_linears,
+    forwards,
+    mark_of,
+    marks,
+    runs,
+    takes_projections,
+    without_autocast,
+)
 from .sums import add_product_
 
 rotary = get_kernel_dep("kernelhub/rotary")
@@ -38,7 +48,7 @@ __all__ = [
 # What the forwards call that are of this formula, by the names that their modules have for it.
 _FUNCTION, _ATTENTIONS, _EAGER = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 _LAYER = "rotary_pos_emb"
-_ROTARY = rotary.layers.rotary_pos_emb.forward
+_ROTARY = forwards(rotary.layers.rotary_pos_emb.forward)
 _TRANSPOSED = rotary.compiled.TRANSPOSED
 
 
@@ -57,9 +67,13 @@ KINDS = {
 }
 
 
+_MARKS = marks(*KINDS)
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """Of an attention by its mark; None of any other."""
-    return KINDS.get(marked_as(type(module)))
+    mark = mark_of(module, _MARKS)
+    return None if mark is None else KINDS[mark]
 
 
 # The module

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from . import compiled, hopper
 from .attention import KINDS, Kind, added, attention, has_plain_parts, kind_of
@@ -24,7 +25,7 @@ from .functions import (
 )
 from .gated import gated_mlp
 from .model import CausalDecoder
-from .plain import home, linears, marked_as, runs, takes
+from .plain import asked, first_of, forwards, home, linears, mark_of, marked_as, marks, runs, takes
 
 __all__ = [
     "CausalDecoder",
@@ -40,8 +41,8 @@ __all__ = [
 
 
 # The kernels' forwards that compute what the modules' own do: a module that runs one of them may be passed by.
-_NORMS = tuple(getattr(norm.layers, name).forward for name in FORMS)
-_ACTIVATIONS = tuple(getattr(activation.layers, name).forward for name in ("SiLU", "GeLU", "GeluTanh", "NewGELU"))
+_NORMS = forwards(*(getattr(norm.layers, name).forward for name in FORMS))
+_ACTIVATIONS = forwards(*(getattr(activation.layers, name).forward for name in ("SiLU", "GeLU", "GeluTanh", "NewGELU")))
 # Whose classes are meant by the names in PRODUCTS.
 _ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
 
@@ -216,7 +217,7 @@ class NormedRotaryAttention(nn.Module):
     forward = _attention_of(KINDS["NormedRotaryAttention"])
 
 
-_ATTENTION_FORWARDS = (RotaryAttention.forward, WindowedRotaryAttention.forward, NormedRotaryAttention.forward)
+_ATTENTIONS = forwards(RotaryAttention.forward, WindowedRotaryAttention.forward, NormedRotaryAttention.forward)
 
 
 class DecoderLayer(nn.Module):
@@ -276,12 +277,21 @@ class DecoderLayer(nn.Module):
         return add_gated_mlp(normed, residual, weights, product, ours=weight is not None)
 
 
+_LAYER, _MLP, _NONE = forwards(DecoderLayer.forward), forwards(GatedMLP.forward), forwards()
+_LAYER_MARK, _MLP_MARK, _NORM_MARKS, _LLAMAS_MARK = (
+    marks("DecoderLayer"),
+    marks("GatedMLP"),
+    marks(*FORMS),
+    marks("RMSNorm"),
+)
+
+
 def computes_each_token(layer: nn.Module, norm: nn.Module) -> bool:
     """Whether in the layer and in the norm after it a token's result depends on others by the attention alone, and nobody listens.
 
     That is a layer as `DecoderLayer` has it, of parts that run their class's forward or ours, outside of training.
     """
-    if layer.training or marked_as(type(layer)) != "DecoderLayer" or not runs(layer, DecoderLayer.forward):
+    if layer.training or mark_of(layer, _LAYER_MARK) is None or not runs(layer, _LAYER):
         return False
     parts = layer._modules
     attention, mlp = parts.get("self_attn"), parts.get("mlp")
@@ -292,7 +302,7 @@ def computes_each_token(layer: nn.Module, norm: nn.Module) -> bool:
     if kind is None or (kind.normed and not all(map(_is_norm, map(attention._modules.get, ("q_norm", "k_norm"))))):
         return False
     return (
-        runs(attention, *_ATTENTION_FORWARDS)
+        runs(attention, _ATTENTIONS)
         and has_plain_parts(attention)
         and _gated(mlp) is not None
         and linears(mlp, "gate_proj", "up_proj", "down_proj") is not None
@@ -301,12 +311,12 @@ def computes_each_token(layer: nn.Module, norm: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module | None) -> bool:
     """Whether it is an RMS norm of a formula that is known, by its mark, that nobody listens to."""
-    return module is not None and marked_as(type(module)) in FORMS and runs(module, *_NORMS)
+    return module is not None and mark_of(module, _NORM_MARKS) is not None and runs(module, _NORMS)
 
 
 def _is_llamas(module: nn.Module) -> bool:
     """Whether it is an RMS norm of Llama's formula, by its mark, that nobody listens to; any other is to be called."""
-    return marked_as(type(module)) == "RMSNorm" and runs(module, *_NORMS)
+    return mark_of(module, _LLAMAS_MARK) is not None and runs(module, _NORMS)
 
 
 def _added(
@@ -323,29 +333,33 @@ def _added(
     Where there is an op that adds a product, for an attention of ours that nobody listens to.
     """
     kind = kind_of(module)
-    if kind is None or not runs(module, *_ATTENTION_FORWARDS):
+    if kind is None or not runs(module, _ATTENTIONS):
         return None
     return added(module, normed, residual, tables, mask, cache, options, kind)
 
 
 def _norm_and_input(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the module gives for x, and x; an RMS norm whose ops take x also takes the gradient that comes to x itself."""
-    form = FORMS.get(marked_as(type(module)))
-    if form is not None and torch.is_grad_enabled() and x.requires_grad and runs(module, *_NORMS):
+    mark = mark_of(module, _NORM_MARKS)
+    if mark is not None and torch.is_grad_enabled() and x.requires_grad and runs(module, _NORMS):
         weight = module._parameters.get("weight")
         if weight is not None and norm.compiled.takes(x, weight):
-            return rms_norm_and_input(x, weight, _epsilon(module), form)
+            return rms_norm_and_input(x, weight, _epsilon(module), FORMS[mark])
     return module(x), x
 
 
 def _product(activation: nn.Module) -> str | None:
     """By which name the product of that activation is known; None where the activation is to be called."""
-    kind = type(activation)
-    if not _is_known(kind) or not runs(activation, *_ACTIVATIONS):
+    name = first_of(activation, _PRODUCTS) if is_dynamo_compiling() else _name(activation)
+    if name is None or not runs(activation, _ACTIVATIONS):
         return None
-    name = kind.__name__
     # It may have been asked for the formula in Python, which rounds at other places.
     return None if name == "GELUActivation" and activation.__dict__.get("act") is not F.gelu else name
+
+
+def _name(activation: nn.Module) -> str | None:
+    kind = type(activation)
+    return kind.__name__ if _is_known(kind) else None
 
 
 def _is_known(kind: type[nn.Module]) -> bool:
@@ -353,19 +367,19 @@ def _is_known(kind: type[nn.Module]) -> bool:
     return kind.__name__ in PRODUCTS and home(kind.forward) in _ACTIVATION_MODULES
 
 
-_is_known._dynamo_marked_constant = True
+_PRODUCTS = {name: asked(lambda module, name=name: _name(module) == name) for name in PRODUCTS}
 
 
 def _gated(mlp: nn.Module) -> str | None:
     """The product of a gated MLP, by its mark, that nobody listens to; None for any other, which is to be called."""
-    if marked_as(type(mlp)) != "GatedMLP" or not runs(mlp, GatedMLP.forward):
+    if mark_of(mlp, _MLP_MARK) is None or not runs(mlp, _MLP):
         return None
     activation = mlp._modules.get("act_fn")
     return None if activation is None else _product(activation)
 
 
 def _keeps_all(dropout: nn.Module) -> bool:
-    return type(dropout) is nn.Dropout and (dropout.p == 0.0 or not dropout.training) and runs(dropout)
+    return type(dropout) is nn.Dropout and (dropout.p == 0.0 or not dropout.training) and runs(dropout, _NONE)
 
 
 def _epsilon(module: nn.Module) -> float:

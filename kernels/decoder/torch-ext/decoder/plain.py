@@ -1,14 +1,14 @@
 """Whether calling a layer's parts would do nothing but compute: then a kernel may compute it, and else it calls them.
 
 Looked at in every call, because hooks, other forwards and other weights may come at any time. A module's `__dict__` is asked,
-which is faster than the module; but under Dynamo the module, because a compiled program looks again, in every call, at what was
-read, and at attributes sooner: of a Llama of 16 layers in 1.00 ms for 1.15, on a processor, with torch 2.11.
+which is faster than the module. A compiled program looks again, in every call, at all that was read while it was traced: so
+Dynamo is given little to read, and asks the rest by `isinstance` (`Asked`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -20,12 +20,18 @@ from torch.nn.modules import module as everywhere
 
 __all__ = [
     "PLAIN",
+    "Asked",
     "Projections",
     "Weights",
+    "asked",
     "attention_linears",
+    "first_of",
+    "forwards",
     "home",
     "linears",
+    "mark_of",
     "marked_as",
+    "marks",
     "runs",
     "takes",
     "takes_projections",
@@ -51,6 +57,32 @@ def home(function: Any) -> str:
 
 # What all linear layers run; None where somebody had put another forward there before this was imported.
 _LINEAR = nn.Linear.forward if home(nn.Linear.forward) == "torch.nn.modules.linear" else None
+
+
+class Asked(type):
+    """Of classes that stand for a question: `isinstance(x, C)` is `C.holds(x)`, of a tensor in a trace `C.of_kind(type(x))`.
+
+    Dynamo asks the object itself, and the answer is a constant: a compiled program does not look again at what was looked at.
+    It looks again at the object's class, whatever is done with the object; so an answer may hang on that, and, beside it, on
+    what is read where it is asked, and on hooks, at which compiled programs do not look anyhow.
+    """
+
+    holds: Callable[[Any], bool]
+    of_kind: Callable[[type], bool]
+
+    def __instancecheck__(cls, x: Any) -> bool:
+        return cls.holds(x)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return cls.of_kind(kind)
+
+
+def asked(holds: Callable[[Any], bool], of_kind: Callable[[type], bool] = lambda _: False) -> Asked:
+    """The class that stands for a question."""
+    return Asked("Asked", (), {"holds": staticmethod(holds), "of_kind": staticmethod(of_kind)})
+
+
+_IsPlain = asked(lambda x: type(x) in PLAIN, lambda kind: kind in PLAIN)
 
 
 class Weights(NamedTuple):
@@ -105,21 +137,24 @@ def attention_linears(attention: nn.Module) -> Projections | None:
 
 
 def _linear(module: nn.Module | None, traced: bool) -> tuple[Tensor, Tensor | None] | None:
-    if type(module) is not nn.Linear:
-        return None
     if traced:
-        forward, listened, own = module.forward, _heard(module), module._parameters
-        if type(forward) is not MethodType or forward.__self__ is not module or forward.__func__ is not _LINEAR:
+        if not isinstance(module, nn.Linear) or not _has_forward(module) or not isinstance(module, _IsPlainLinear):
             return None
-    else:
-        held = module.__dict__
-        if "forward" in held:
-            return None
-        listened, own = _listened(held), held["_parameters"]
-    if listened:
+        parameters: Any = module._parameters
+        return parameters["weight"], parameters["bias"]
+    return None if type(module) is not nn.Linear else _of_linear(module)
+
+
+def _of_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    held = module.__dict__
+    if "forward" in held or _listened(held):
         return None
+    own = held["_parameters"]
     weight = own.get("weight")  # FSDP and weight_norm of old keep it elsewhere
     return None if weight is None or "bias" not in own else (weight, own["bias"])
+
+
+_IsPlainLinear = asked(lambda module: type(module) is nn.Linear and _of_linear(module) is not None)
 
 
 def _listened(held: dict[str, Any]) -> bool:
@@ -128,42 +163,99 @@ def _listened(held: dict[str, Any]) -> bool:
     )
 
 
-def _heard(module: nn.Module) -> bool:
-    """`_listened`, by the module's attributes."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+# What a module runs.
+_ANOTHER, _ITS_OWN, _KNOWN = range(3)
+
+
+class Forwards(NamedTuple):
+    """Some forwards, and the questions whether a module runs one of them or its class's, and whether it has no hooks."""
+
+    known: tuple[Any, ...]
+    run: Asked
+    its_own: Asked
+
+
+def forwards(*known: Any) -> Forwards:
+    """For `runs`: these kernels' forwards."""
+    return Forwards(
+        known,
+        asked(lambda module: _what(module, known) != _ANOTHER),
+        asked(lambda module: _what(module, known) == _ITS_OWN),
     )
 
 
-def runs(module: nn.Module, *forwards: Any) -> bool:
-    """Whether the module runs its class's forward, and a kernel may stand in for that, or one of these kernels', and has no hooks."""
-    if is_dynamo_compiling():
-        listened, forward = _heard(module), module.forward
-        if forward is type(module).forward:  # static, as that of a function which is kernel-aware
-            forward = None
-    else:
-        held = module.__dict__
-        listened, forward = _listened(held), held.get("forward")
-    if any(_HOOKS_OF_ALL) or listened:
+def runs(module: nn.Module, some: Forwards) -> bool:
+    """Whether the module runs its class's forward, and a kernel may stand in for that, or one of these, and has no hooks."""
+    if any(_HOOKS_OF_ALL):
         return False
+    if not is_dynamo_compiling():
+        what = _what(module, some.known)
+        return what == _KNOWN or (what == _ITS_OWN and _may_be_swapped(module))
+    if not _has_forward(module) or not isinstance(module, some.run):
+        return False
+    if not isinstance(module, _HasOwnForward) and type(module).forward is None:  # so that the program looks at that
+        return False
+    return not (isinstance(module, some.its_own) and isinstance(module, _IsConditional)) or _may_be_swapped(module)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Not where it has one of another module's; asked in a trace, so that the program looks whether it has one of its own, and which."""
+    forward: Any = module.forward
+    if not isinstance(module, _HasOwnForward):
+        return True
+    # Compared: what is only read is not looked at, and of a method not even what is compared.
+    if isinstance(module, _HasOwnMethod):
+        return forward.__self__ is module and forward.__func__ is not None
+    return forward is not None
+
+
+def _what(module: nn.Module, known: tuple[Any, ...]) -> int:
+    held = module.__dict__
+    if _listened(held):
+        return _ANOTHER
+    forward = held.get("forward")
     if forward is None:
-        return _may_be_swapped(module)
-    # Not `getattr(forward, "__self__", None)`, which in a frame of torch 2.11's compiler is None.
+        return _ITS_OWN
     if type(forward) is not MethodType or forward.__self__ is not module:
-        return False
+        return _ANOTHER
     function = forward.__func__
     if function is type(module).forward:
-        return _may_be_swapped(module)
+        return _ITS_OWN
     # Of what somebody else has wrapped the two differ, though it has both: it takes over what the wrapped one has.
     watched = getattr(function, "watches", None)
     if watched is not None and function.__wrapped__ is watched:
         function = watched
-    return any(function is known for known in forwards)
+    return _KNOWN if any(function is one for one in known) else _ANOTHER
 
 
 def _may_be_swapped(module: nn.Module) -> bool:
     cls = type(module)
     return not _is_conditional(cls) or bool(cls.kernel_condition(module))
+
+
+def marks(*names: str) -> dict[str, Asked]:
+    """For `mark_of`."""
+    return {name: asked(partial(_is_marked, name=name)) for name in names}
+
+
+def mark_of(module: nn.Module, among: dict[str, Asked]) -> str | None:
+    """Which of those names the module's class is marked with."""
+    if is_dynamo_compiling():
+        return first_of(module, among)
+    name = marked_as(type(module))
+    return name if name in among else None
+
+
+def first_of(x: Any, questions: dict[str, Asked]) -> str | None:
+    """The name of the first that holds of x."""
+    for name, holds in questions.items():
+        if isinstance(x, holds):
+            return name
+    return None
+
+
+def _is_marked(module: nn.Module, name: str) -> bool:
+    return marked_as(type(module)) == name
 
 
 def marked_as(cls: type[nn.Module]) -> str | None:
@@ -209,6 +301,10 @@ _marked: dict[type[nn.Module], tuple[tuple[Any, ...], bool]] = {}
 marked_as._dynamo_marked_constant = True
 _is_conditional._dynamo_marked_constant = True
 
+_HasOwnForward = asked(lambda module: "forward" in module.__dict__)
+_HasOwnMethod = asked(lambda module: type(module.__dict__.get("forward")) is MethodType)
+_IsConditional = asked(lambda module: _is_conditional(type(module)))
+
 
 def takes(x: Tensor, weights: Weights) -> bool:
     """Whether x, (..., hidden), and the weights are plain tensors of one dtype, which nothing casts or transforms."""
@@ -251,9 +347,13 @@ def _are_plain(x: Tensor, others: Sequence[Tensor | None]) -> bool:
     dtype = x.dtype
     if type(x) not in PLAIN or dtype not in _DTYPES:
         return False
-    for other in others:
-        if other is not None and (type(other) not in PLAIN or other.dtype is not dtype):
+    if is_dynamo_compiling():
+        if not all(other is None or (isinstance(other, _IsPlain) and other.dtype is dtype) for other in others):
             return False
+    else:
+        for other in others:
+            if other is not None and (type(other) not in PLAIN or other.dtype is not dtype):
+                return False
     return not (
         x.is_meta  # of which PyTorch knows no autocast
         or torch.is_autocast_enabled(x.device.type)
