@@ -102,7 +102,7 @@ class Replay:
         torch.cuda.synchronize()
         few = cls(graph_of(way, 4), 4)
         few.us()
-        calls = max(4, min(100, int(REPLAY_US / statistics.median(few.us() for _ in range(5)))))
+        calls = max(4, min(500, int(REPLAY_US / statistics.median(few.us() for _ in range(5)))))
         return cls(graph_of(way, calls), calls)
 
     def us(self) -> float:

@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(THREADS) element_packs(const __grid_constant__
   }
 }
 
-// Rows that lie at one distance from each other, by blocks that have each its part of one, a pack to a thread. There is
-// little to compute and little to wait for but memory, for which all threads that fit ask at once.
+// Rows that lie at one distance from each other, by blocks that have each its part of one, a pack or an element to a thread.
+// There is little to compute and little to wait for but memory, for which all threads that fit ask at once.
 struct InRows {
   const char *a, *b, *grad;
   Results to;
@@ -194,15 +194,16 @@ struct InRows {
   unsigned across;                         // blocks to a row; 0 where there is one row
 };
 // Threads of a block at most, and blocks to a multiprocessor: all that it can have, or, where three results are computed, so many
-// that each has 40 registers.
-template <Op OP>
-constexpr int MOST = OP != MULTIPLY ? 128 : RESIDENT % 1024 == 0 ? 1024 : 512;
-template <Op OP>
-constexpr int BLOCKS = OP == MULTIPLY_BACKWARD ? std::min(12, RESIDENT / MOST<OP>) : RESIDENT / MOST<OP>;
+// that each has 40 registers. With an element to a thread there are few blocks.
+template <int V, Op OP>
+constexpr int MOST = V == 1 ? THREADS : OP != MULTIPLY ? 128 : RESIDENT % 1024 == 0 ? 1024 : 512;
+template <int V, Op OP>
+constexpr int BLOCKS = V == 1    ? 1
+    : OP == MULTIPLY_BACKWARD ? std::min(12, RESIDENT / MOST<V, OP>)
+                              : RESIDENT / MOST<V, OP>;
 
-template <typename T, Op OP, int FUNCTION>
-__global__ void __launch_bounds__(MOST<OP>, BLOCKS<OP>) element_rows(const __grid_constant__ InRows of) {
-  constexpr int V = WIDE<T>;
+template <typename T, int V, Op OP, int FUNCTION>
+__global__ void __launch_bounds__(MOST<V, OP>, BLOCKS<V, OP>) element_rows(const __grid_constant__ InRows of) {
   wait_for_input();
   const unsigned row = of.across == 0 ? 0 : blockIdx.x / of.across;
   const unsigned column = (blockIdx.x - row * of.across) * blockDim.x + threadIdx.x;
@@ -221,41 +222,57 @@ cudaError_t start(const ElementArgs& args, const Device& device) {
   return launch(element_packs<T, V, OP, EACH>, grid, dim3(THREADS), 0, device, args);
 }
 
+// How blocks of up to so many threads cover a row, evenly.
+struct Rows {
+  int64_t columns, across;
+  int threads;
+};
+Rows rows_of(int64_t columns, int most) {
+  const int64_t across = (columns + most - 1) / most;
+  return {columns, across, round_up(static_cast<int>((columns + across - 1) / across), 32)};
+}
+
+template <typename T, int V, Op OP>
+cudaError_t start_rows(const ElementArgs& args, const Rows& rows, const Device& device) {
+  const InRows of{
+      args.a.data, args.b.data, args.grad.data, {args.y, args.a_grad, args.b_grad}, args.a.stride, args.b.stride,
+      args.grad.stride, args.to_stride / V, static_cast<unsigned>(rows.columns),
+      args.rows == 1 ? 0 : static_cast<unsigned>(rows.across)};
+  const dim3 grid(static_cast<unsigned>(args.rows * rows.across)), block(static_cast<unsigned>(rows.threads));
+  switch (args.function) {
+    case SILU:
+      return launch(element_rows<T, V, OP, SILU>, grid, block, 0, device, of);
+    case GELU:
+      return launch(element_rows<T, V, OP, GELU>, grid, block, 0, device, of);
+    case GELU_TANH:
+      return launch(element_rows<T, V, OP, GELU_TANH>, grid, block, 0, device, of);
+    default:
+      return launch(element_rows<T, V, OP, GELU_QUICK>, grid, block, 0, device, of);
+  }
+}
+
 template <typename T, Op OP>
 cudaError_t run(const ElementArgs& args, bool wide, const Device& device) {
-  if (args.rows * args.n <= THREADS * device.multiprocessors) { // an element to a thread: done soonest
-    return start<T, 1, OP, 1>(args, device);
+  constexpr int V = WIDE<T>;
+  const bool plain = args.a.others == 0 && args.b.others == 0 && args.grad.others == 0;
+  if (plain && args.rows * args.n <= THREADS * device.multiprocessors) { // done soonest
+    return start_rows<T, 1, OP>(args, rows_of(args.n, MOST<1, OP>), device);
   }
   if (!wide) {
     return start<T, 1, OP, 4>(args, device);
   }
-  const int64_t columns = args.n / WIDE<T>;
-  // What reads from two places and writes to one is faster by large blocks, if there is little to compute and they fill a
-  // multiprocessor.
-  const bool large = OP == MULTIPLY && args.rows == 1 && args.function != GELU && device.threads % MOST<OP> == 0;
-  const int most = large ? MOST<OP> : 128;
-  const int64_t across = (columns + most - 1) / most;
-  const int threads = round_up(static_cast<int>((columns + across - 1) / across), 32);
-  const bool plain = args.a.others == 0 && args.b.others == 0 && args.grad.others == 0;
-  const bool idle = threads < 64 || 8 * columns < 7 * across * threads; // too few threads fit, or many have nothing to do
-  if (!plain || idle || columns > 0x7fffffff || args.rows > 0x7fffffff / across) {
-    return start<T, WIDE<T>, OP, 2>(args, device);
+  const int64_t columns = args.n / V;
+  // What reads from two places and writes to one is faster by large blocks, if there is little to compute, they fill a
+  // multiprocessor, and there are many of them.
+  const bool large = OP == MULTIPLY && args.rows == 1 && args.function != GELU && device.threads % MOST<V, OP> == 0 &&
+      columns >= 8 * static_cast<int64_t>(device.multiprocessors) * device.threads;
+  const Rows rows = rows_of(columns, large ? MOST<V, OP> : 128);
+  // Too few threads fit, or many have nothing to do.
+  const bool idle = rows.threads < 64 || 8 * columns < 7 * rows.across * rows.threads;
+  if (!plain || idle || columns > 0x7fffffff || args.rows > 0x7fffffff / rows.across) {
+    return start<T, V, OP, 2>(args, device);
   }
-  const InRows of{
-      args.a.data, args.b.data, args.grad.data, {args.y, args.a_grad, args.b_grad}, args.a.stride, args.b.stride,
-      args.grad.stride, args.to_stride / WIDE<T>, static_cast<unsigned>(columns),
-      args.rows == 1 ? 0 : static_cast<unsigned>(across)};
-  const dim3 grid(static_cast<unsigned>(args.rows * across)), block(static_cast<unsigned>(threads));
-  switch (args.function) {
-    case SILU:
-      return launch(element_rows<T, OP, SILU>, grid, block, 0, device, of);
-    case GELU:
-      return launch(element_rows<T, OP, GELU>, grid, block, 0, device, of);
-    case GELU_TANH:
-      return launch(element_rows<T, OP, GELU_TANH>, grid, block, 0, device, of);
-    default:
-      return launch(element_rows<T, OP, GELU_QUICK>, grid, block, 0, device, of);
-  }
+  return start_rows<T, V, OP>(args, rows, device);
 }
 
 } // namespace
