@@ -3,8 +3,8 @@
     python benchmarks/gpu_kernels.py [--json FILE] [--plot FILE] [--only TEXT] [--no-models] [--cache DIR]
 
 Two times for each: **device**, the median over replays of a CUDA graph of many calls, divided by the calls; and **host**, what
-200 calls without waiting take the processor, each. The ways of a row take turns, so that what slows the machine down for a
-while slows all of them. The share is the fewest bytes that the operation must move, over its
+200 calls without waiting take the processor, each. In both the ways of a row take turns, so that what slows the machine down
+for a while slows all of them. The share is the fewest bytes that the operation must move, over its
 device time, over the bandwidth of a copy measured in the same run; above 100 % data lies in the cache, or more is read than
 written. Peers that are not installed, or do not run here, are left out and the reason is printed; where one of ours fails, the
 run does. `NOTES.md` has figures.
@@ -340,7 +340,7 @@ def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float
             row["host_us"] = host_us({way: ways[way] for way in replays}) if small else {}
             if uncaptured:
                 row["uncaptured_us"] = uncaptured
-            del ways, replays
+            del ways, replays, call
         row["share"] = {way: size / us / 1e3 / copy for way, us in row["device_us"].items()}
         others = [us for way, us in row["device_us"].items() if way not in OURS]
         if others and "ours" in row["device_us"]:

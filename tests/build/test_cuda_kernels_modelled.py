@@ -274,7 +274,12 @@ ACTIVATION = [
     # Few elements
     "bfloat16 3 37 132 dense multiply 0",
     "float32 1 9 132 dense apply_backward 2",
-    # Many: one row by blocks of 1024 threads, and of 128
+    "bfloat16 5 250 132 halves multiply_backward_result 0",
+    "float32 5 250 132 halves multiply 2",
+    "bfloat16 5 33 132 halves multiply_backward 1",
+    "bfloat16 6 250 132 turned apply 3",
+    # Many: one row by blocks of 128 threads, and, where there are very many, of 1024
+    "bfloat16 1 131080 1 dense multiply 0",
     "bfloat16 3 5608 1 dense multiply 0",
     "float32 1 5000 1 dense multiply 2",
     "bfloat16 1 5608 1 dense multiply 1",
@@ -317,6 +322,8 @@ ROTARY = [
     "rotate bfloat16 1 70 2 1 16 16 6 one tokens 1",
     "rotate bfloat16 2 5 4 2 64 32 4 own heads 1",
     "rotate bfloat16 1 1 1 0 16 16 0 own heads 132",
+    "rotate bfloat16 2 1 4 2 32 32 0 own heads 132",
+    "rotate bfloat16 1 3 2 1 16 0 0 own heads 1",
     # Token by token: neighbours, rounded once, tables in float32, not aligned
     "rotate bfloat16 2 5 4 2 32 32 1 own heads 132",
     "rotate bfloat16 2 5 4 2 48 32 7 paired heads 1",
@@ -418,6 +425,10 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
             "any bfloat16 5 8192 1 normal rms", "the largest error", id="what is read again",
         ),
         pytest.param(
+            "activation", "elements", "args.to_stride / V, static_cast<unsigned>(rows.columns)", "args.n / V, static_cast<unsigned>(rows.columns)",
+            "bfloat16 5 250 132 halves multiply_backward_result 0", "the largest error", id="gradients of halves of few elements",
+        ),
+        pytest.param(
             "activation", "elements", "blockIdx.x - row * of.across", "blockIdx.x",
             "bfloat16 3 2048 1 halves multiply 0", "the largest error", id="a block's part of its row",
         ),
@@ -455,7 +466,7 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
         ),
         pytest.param(
             "rotary", "rotate", "if (at >= of.packs) {", "if (false) {",
-            "rotate bfloat16 2 1 4 2 32 32 4 one parts 132", "behind the last row", id="threads past the end",
+            "rotate bfloat16 1 63 1 1 16 16 0 own heads 132", "behind the last row", id="threads past the end",
         ),
         pytest.param(
             "decoder", "gradients", "uint64_t(DEPTH * 128 >> 4) << 16", "uint64_t(DEPTH * 64 >> 4) << 16",

@@ -42,7 +42,9 @@ int rotate(char** arguments, Dtype dtype) {
   };
 
   const Matrix both = normal(batches * tokens * all, width, dtype, 1);
-  const Matrix alone[2] = {normal(batches * tokens * heads[0], step, dtype, 2), normal(batches * tokens * heads[1], step, dtype, 3)};
+  // With numbers behind the last row: what a thread too many writes is no NaN
+  const Matrix alone[2] = {
+      normal(batches * tokens * heads[0] + 1, step, dtype, 2), normal(batches * tokens * heads[1] + 1, step, dtype, 3)};
   const Matrix* const from[2] = {parts ? &both : &alone[0], parts ? &both : &alone[1]};
   const int64_t begin[2] = {0, parts ? heads[0] * width : 0};
   // Of a row more, which nothing may write

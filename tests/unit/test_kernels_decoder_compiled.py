@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from functools import wraps
 from types import MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -329,6 +330,17 @@ def test_compiles_in_one_graph_for_any_number_of_rows(case: Case, calls: list[tu
     assert counter.frame_count == 1
 
 
+def watching(function: Any) -> Any:
+    """As a kernel's forward is wrapped that is watched; all that are have the same code."""
+
+    @wraps(function)
+    def watch(self: nn.Module, x: Tensor) -> Tensor:
+        return function(self, x)
+
+    watch.watches = function  # type: ignore[attr-defined]
+    return watch
+
+
 def test_compiled_programs_look_at_parts_too(decoder: ModuleType) -> None:
     plain, parts = decoder.plain, nn.ModuleDict({name: nn.Linear(4, 4) for name in ("gate", "up", "down")})
     part, x = parts["down"], torch.zeros(2, 4)
@@ -342,6 +354,9 @@ def test_compiled_programs_look_at_parts_too(decoder: ModuleType) -> None:
         weights = plain.linears(parts, "gate", "up", "down")
         return x + (0 if weights is None else 1) + (10 if plain.runs(part, known) else 0)
 
+    def weighed(x: Tensor) -> Tensor:
+        return x + (0 if plain.linears(parts, "gate", "up", "down") is None else 1)
+
     def said(compiled: Any) -> float:
         assert torch.equal(compiled(x), looked(x))
         return float(looked(x)[0, 0])
@@ -350,6 +365,20 @@ def test_compiled_programs_look_at_parts_too(decoder: ModuleType) -> None:
         torch._dynamo.reset()
         with getattr(part, register)(lambda *_: None):
             assert said(torch.compile(looked, backend="eager", fullgraph=True)) == 0
+    torch._dynamo.reset()
+    compiled = torch.compile(weighed, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), x + 1)
+    for forward in (MethodType(kernel, part), lambda x: x, parts["up"].forward):
+        part.forward = forward
+        assert torch.equal(compiled(x), x)
+        del part.forward
+        assert torch.equal(compiled(x), x + 1)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        compiled = torch.compile(looked, backend="eager", fullgraph=True)
+        assert said(compiled) == 11
+        with part.register_forward_hook(lambda *_: None):
+            assert said(compiled) == 0
     torch._dynamo.reset()
     compiled = torch.compile(looked, backend="eager", fullgraph=True)
     assert said(compiled) == 11
@@ -363,6 +392,9 @@ def test_compiled_programs_look_at_parts_too(decoder: ModuleType) -> None:
     assert said(compiled) == 10
     part.forward = MethodType(lambda self, x: x, part)
     assert said(compiled) == 0
+    for function, expected in ((kernel, 10), (lambda self, x: x, 0), (kernel, 10)):
+        part.forward = MethodType(watching(function), part)
+        assert said(compiled) == expected
     torch._dynamo.reset()  # whom a method is bound to, programs of torch 2.11 do not look at again
     part.forward = MethodType(kernel, parts["up"])
     assert said(compiled) == 0
@@ -392,8 +424,10 @@ def test_compiled_programs_look_at_a_class_where_nothing_stands_before_it(
     torch._dynamo.reset()
     compiled = torch.compile(looked, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), x + 1)
-    monkeypatch.setattr(Part, "kernel_condition", staticmethod(lambda module: False), raising=False)
     monkeypatch.setattr(Part, "forward", lambda self, x: x)
+    monkeypatch.setattr(
+        Part, "kernel_condition", staticmethod(lambda module: False), raising=False
+    )  # not looked at by itself
     assert torch.equal(looked(x), x)
     assert torch.equal(compiled(x), x)
     torch._dynamo.reset()

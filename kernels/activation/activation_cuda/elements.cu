@@ -194,7 +194,7 @@ struct InRows {
   unsigned across;                         // blocks to a row; 0 where there is one row
 };
 // Threads of a block at most, and blocks to a multiprocessor: all that it can have, or, where three results are computed, so many
-// that each has 40 registers. With an element to a thread there are few blocks.
+// that each has 40 registers. With an element to a thread there is little of everything.
 template <int V, Op OP>
 constexpr int MOST = V == 1 ? THREADS : OP != MULTIPLY ? 128 : RESIDENT % 1024 == 0 ? 1024 : 512;
 template <int V, Op OP>
@@ -226,6 +226,9 @@ cudaError_t start(const ElementArgs& args, const Device& device) {
 struct Rows {
   int64_t columns, across;
   int threads;
+
+  // Too few threads fit on a multiprocessor, or many have nothing to do.
+  bool idle() const { return threads < 64 || 8 * columns < 7 * across * threads; }
 };
 Rows rows_of(int64_t columns, int most) {
   const int64_t across = (columns + most - 1) / most;
@@ -255,8 +258,10 @@ template <typename T, Op OP>
 cudaError_t run(const ElementArgs& args, bool wide, const Device& device) {
   constexpr int V = WIDE<T>;
   const bool plain = args.a.others == 0 && args.b.others == 0 && args.grad.others == 0;
-  if (plain && args.rows * args.n <= THREADS * device.multiprocessors) { // done soonest
-    return start_rows<T, 1, OP>(args, rows_of(args.n, MOST<1, OP>), device);
+  if (args.rows * args.n <= THREADS * device.multiprocessors) { // an element to a thread: done soonest
+    const Rows rows = rows_of(args.n, MOST<1, OP>);
+    return plain && (args.rows == 1 || !rows.idle()) ? start_rows<T, 1, OP>(args, rows, device)
+                                                     : start<T, 1, OP, 1>(args, device);
   }
   if (!wide) {
     return start<T, 1, OP, 4>(args, device);
@@ -267,9 +272,7 @@ cudaError_t run(const ElementArgs& args, bool wide, const Device& device) {
   const bool large = OP == MULTIPLY && args.rows == 1 && args.function != GELU && device.threads % MOST<V, OP> == 0 &&
       columns >= 8 * static_cast<int64_t>(device.multiprocessors) * device.threads;
   const Rows rows = rows_of(columns, large ? MOST<V, OP> : 128);
-  // Too few threads fit, or many have nothing to do.
-  const bool idle = rows.threads < 64 || 8 * columns < 7 * rows.across * rows.threads;
-  if (!plain || idle || columns > 0x7fffffff || args.rows > 0x7fffffff / rows.across) {
+  if (!plain || rows.idle() || columns > 0x7fffffff || args.rows > 0x7fffffff / rows.across) {
     return start<T, V, OP, 2>(args, device);
   }
   return start_rows<T, V, OP>(args, rows, device);

@@ -78,7 +78,9 @@ __device__ __forceinline__ float turned(float x, float cos, float other, float s
 
 // A block turns the heads of a token: threadIdx.x counts packs of pairs, whose cos and sin it reads once, threadIdx.y heads,
 // of which a thread has EACH loaded before it turns the first.
-template <typename T, typename C, int V, int EACH>
+constexpr int EACH = 4;
+
+template <typename T, typename C, int V>
 __global__ void __launch_bounds__(512) rotate_tokens(const __grid_constant__ RotateArgs args) {
   wait_for_input();
   const int half = args.rotary / 2, i = threadIdx.x * V, of_q = args.heads[0], heads = of_q + args.heads[1];
@@ -277,7 +279,7 @@ bool in_order(const RotateArgs& args, InOrderArgs& in, bool& dense) {
     if (packs > most) {
       return false;
     }
-    const bool by_heads = x.head > x.token;
+    const bool by_heads = args.tokens > 1 && x.head > x.token; // the stride of one token is 0
     const int64_t inner = by_heads ? args.tokens : heads;
     const int64_t sizes[] = {args.batches, by_heads ? heads : args.tokens, inner, width};
     const int64_t from[] = {x.batch, by_heads ? x.head : x.token, by_heads ? x.token : x.head, 16};
@@ -304,7 +306,7 @@ bool in_order(const RotateArgs& args, InOrderArgs& in, bool& dense) {
   return true;
 }
 
-template <typename T, typename C, int V, int EACH>
+template <typename T, typename C, int V>
 cudaError_t start(const RotateArgs& args, const Device& device) {
   const int pairs = std::max(1, (args.rotary / 2 + V - 1) / V), heads = args.heads[0] + args.heads[1];
   const int64_t tokens = args.batches * args.tokens;
@@ -323,12 +325,12 @@ cudaError_t start(const RotateArgs& args, const Device& device) {
   const int together = std::max(1, std::min((many ? 32 : 256) / pairs, heads));
   const unsigned parts = many ? 1 : static_cast<unsigned>(std::min((heads + together - 1) / together, 65535));
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tokens, 0x7fffffff)), parts);
-  return launch(rotate_tokens<T, C, V, EACH>, grid, dim3(pairs, together), 0, device, args);
+  return launch(rotate_tokens<T, C, V>, grid, dim3(pairs, together), 0, device, args);
 }
 
 template <typename T, typename C>
 cudaError_t run(const RotateArgs& args, bool wide, const Device& device) {
-  return wide ? start<T, C, WIDE<T>, 4>(args, device) : start<T, C, 1, 4>(args, device);
+  return wide ? start<T, C, WIDE<T>>(args, device) : start<T, C, 1>(args, device);
 }
 
 } // namespace

@@ -217,7 +217,7 @@ class NormedRotaryAttention(nn.Module):
     forward = _attention_of(KINDS["NormedRotaryAttention"])
 
 
-_ATTENTIONS = forwards(RotaryAttention.forward, WindowedRotaryAttention.forward, NormedRotaryAttention.forward)
+_ATTENTION_FORWARDS = forwards(RotaryAttention.forward, WindowedRotaryAttention.forward, NormedRotaryAttention.forward)
 
 
 class DecoderLayer(nn.Module):
@@ -277,7 +277,7 @@ class DecoderLayer(nn.Module):
         return add_gated_mlp(normed, residual, weights, product, ours=weight is not None)
 
 
-_LAYER, _MLP, _NONE = forwards(DecoderLayer.forward), forwards(GatedMLP.forward), forwards()
+_DECODER_LAYER, _MLP, _NONE = forwards(DecoderLayer.forward), forwards(GatedMLP.forward), forwards()
 _LAYER_MARK, _MLP_MARK, _NORM_MARKS, _LLAMAS_MARK = (
     marks("DecoderLayer"),
     marks("GatedMLP"),
@@ -291,7 +291,7 @@ def computes_each_token(layer: nn.Module, norm: nn.Module) -> bool:
 
     That is a layer as `DecoderLayer` has it, of parts that run their class's forward or ours, outside of training.
     """
-    if layer.training or mark_of(layer, _LAYER_MARK) is None or not runs(layer, _LAYER):
+    if layer.training or mark_of(layer, _LAYER_MARK) is None or not runs(layer, _DECODER_LAYER):
         return False
     parts = layer._modules
     attention, mlp = parts.get("self_attn"), parts.get("mlp")
@@ -302,7 +302,7 @@ def computes_each_token(layer: nn.Module, norm: nn.Module) -> bool:
     if kind is None or (kind.normed and not all(map(_is_norm, map(attention._modules.get, ("q_norm", "k_norm"))))):
         return False
     return (
-        runs(attention, _ATTENTIONS)
+        runs(attention, _ATTENTION_FORWARDS)
         and has_plain_parts(attention)
         and _gated(mlp) is not None
         and linears(mlp, "gate_proj", "up_proj", "down_proj") is not None
@@ -316,7 +316,7 @@ def _is_norm(module: nn.Module | None) -> bool:
 
 def _is_llamas(module: nn.Module) -> bool:
     """Whether it is an RMS norm of Llama's formula, by its mark, that nobody listens to; any other is to be called."""
-    return mark_of(module, _LLAMAS_MARK) is not None and runs(module, _NORMS)
+    return mark_of(module, _NORM_MARKS) == "RMSNorm" and runs(module, _NORMS)
 
 
 def _added(
@@ -333,7 +333,7 @@ def _added(
     Where there is an op that adds a product, for an attention of ours that nobody listens to.
     """
     kind = kind_of(module)
-    if kind is None or not runs(module, _ATTENTIONS):
+    if kind is None or not runs(module, _ATTENTION_FORWARDS):
         return None
     return added(module, normed, residual, tables, mask, cache, options, kind)
 
@@ -350,14 +350,14 @@ def _norm_and_input(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _product(activation: nn.Module) -> str | None:
     """By which name the product of that activation is known; None where the activation is to be called."""
-    name = first_of(activation, _PRODUCTS) if is_dynamo_compiling() else _name(activation)
+    name = first_of(activation, _PRODUCTS) if is_dynamo_compiling() else _known_name(activation)
     if name is None or not runs(activation, _ACTIVATIONS):
         return None
     # It may have been asked for the formula in Python, which rounds at other places.
     return None if name == "GELUActivation" and activation.__dict__.get("act") is not F.gelu else name
 
 
-def _name(activation: nn.Module) -> str | None:
+def _known_name(activation: nn.Module) -> str | None:
     kind = type(activation)
     return kind.__name__ if _is_known(kind) else None
 
@@ -367,7 +367,7 @@ def _is_known(kind: type[nn.Module]) -> bool:
     return kind.__name__ in PRODUCTS and home(kind.forward) in _ACTIVATION_MODULES
 
 
-_PRODUCTS = {name: asked(lambda module, name=name: _name(module) == name) for name in PRODUCTS}
+_PRODUCTS = {name: asked(lambda module, name=name: _known_name(module) == name) for name in PRODUCTS}
 
 
 def _gated(mlp: nn.Module) -> str | None:

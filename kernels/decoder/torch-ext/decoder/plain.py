@@ -7,6 +7,7 @@ Dynamo is given little to read, and asks the rest by `isinstance` (`Asked`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from types import MethodType
@@ -63,8 +64,8 @@ class Asked(type):
     """Of classes that stand for a question: `isinstance(x, C)` is `C.holds(x)`, of a tensor in a trace `C.of_kind(type(x))`.
 
     Dynamo asks the object itself, and the answer is a constant: a compiled program does not look again at what was looked at.
-    It looks again at the object's class, whatever is done with the object; so an answer may hang on that, and, beside it, on
-    what is read where it is asked, and on hooks, at which compiled programs do not look anyhow.
+    It looks again at the object's class (with torch 2.11 not where nothing else of the object changed); so an answer may hang
+    on that, and, beside it, on what is read where it is asked.
     """
 
     holds: Callable[[Any], bool]
@@ -163,6 +164,13 @@ def _listened(held: dict[str, Any]) -> bool:
     )
 
 
+def _heard(module: nn.Module) -> bool:
+    """`_listened`, by the module's attributes, at which programs look sooner than at entries of its `__dict__`."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 # What a module runs.
 _ANOTHER, _ITS_OWN, _KNOWN = range(3)
 
@@ -199,14 +207,20 @@ def runs(module: nn.Module, some: Forwards) -> bool:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Not where it has one of another module's; asked in a trace, so that the program looks whether it has one of its own, and which."""
+    """Not where it is another module's, or has hooks; asked in a trace, so that the program looks whether there is one of its own, and which."""
+    if isinstance(module, _HasHooksThatCount) and _heard(module):
+        return False
     forward: Any = module.forward
     if not isinstance(module, _HasOwnForward):
         return True
     # Compared: what is only read is not looked at, and of a method not even what is compared.
-    if isinstance(module, _HasOwnMethod):
-        return forward.__self__ is module and forward.__func__ is not None
-    return forward is not None
+    if not isinstance(module, _HasOwnMethod):
+        return forward is not None
+    function = forward.__func__
+    if forward.__self__ is not module or function is None:
+        return False
+    # All that watch a kernel have one and the same code, which is what of a function is looked at.
+    return not isinstance(module, _IsWatched) or function.__wrapped__ is not None
 
 
 def _what(module: nn.Module, known: tuple[Any, ...]) -> int:
@@ -298,11 +312,13 @@ def _is_conditional(cls: type[nn.Module]) -> bool:
 _marked: dict[type[nn.Module], tuple[tuple[Any, ...], bool]] = {}
 
 # What `torch.compiler.assume_constant_result` does, which imports dynamo: 1 s.
-marked_as._dynamo_marked_constant = True
 _is_conditional._dynamo_marked_constant = True
 
+# Whether compiled programs are to look whether hooks have come, which they do not unless they are told to.
+_HasHooksThatCount = asked(lambda _: not sys.modules["torch._dynamo"].config.skip_nnmodule_hook_guards)
 _HasOwnForward = asked(lambda module: "forward" in module.__dict__)
 _HasOwnMethod = asked(lambda module: type(module.__dict__.get("forward")) is MethodType)
+_IsWatched = asked(lambda module: hasattr(module.__dict__["forward"].__func__, "__wrapped__"))
 _IsConditional = asked(lambda module: _is_conditional(type(module)))
 
 
