@@ -16,7 +16,7 @@ from kernelhub.build.toolchain import Toolchain
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 MODEL = Path(__file__).parents[1] / "cuda_model"
-SOURCES = {name: KERNELS / name / f"{name}_cuda" for name in ("activation", "decoder", "norm", "rotary")}
+SOURCES = {name: KERNELS / name / f"{name}_cuda" for name in ("activation", "decoder", "loss", "norm", "rotary")}
 
 # A process that has not ended after that many seconds never will. Threads that wait for each other are not waited for: the
 # model sees that nothing can happen any more.
@@ -338,6 +338,31 @@ ROTARY = [
 ]
 
 
+# Each: the op, dtype, rows, classes, smoothing and z term in thousandths, where the logits lie, and multiprocessors; loss.cpp says more.
+LOSS = [
+    "losses bfloat16 4 1000 0 0 dense 1",
+    "losses float32 3 5 100 0 odd 1",
+    "losses bfloat16 3 4096 100 1 halves 1",
+    "both float32 4 260 0 0 dense 1",
+    "both bfloat16 4 2056 100 2 halves 1",
+    "both bfloat16 4 71 0 0 odd 1",
+    "in_place bfloat16 4 1000 0 0 dense 1",
+    "in_place float32 3 1004 100 1 dense 1",
+    "both bfloat16 2 65800 0 0 dense 1",
+    "gradients bfloat16 4 1000 100 1 halves 1",
+    "gradients float32 4 4104 0 0 dense 1",
+    "gradients bfloat16 5 33 0 2 odd 1",
+    "scale bfloat16 3 700 0 0 dense 1",
+    "scale float32 5 1003 0 0 dense 1",
+    "scale bfloat16 5 33333 0 0 odd 1",
+]
+
+
+@pytest.mark.parametrize("case", LOSS)
+def test_loss(programs: Programs, case: str) -> None:
+    check(programs.program("loss"), case)
+
+
 @pytest.mark.parametrize("case", ROTARY)
 def test_rotary(programs: Programs, case: str) -> None:
     check(programs.program("rotary"), case)
@@ -357,6 +382,7 @@ def test_rotary(programs: Programs, case: str) -> None:
         ),
         ("norm", "rms_backward", ["any bfloat16 41 512 1 normal rms_backward"]),
         ("norm", "layer_backward", ["any bfloat16 40 512 1 far layer_backward"]),
+        ("loss", "losses", ["in_place bfloat16 4 1000 100 1 dense 1"]),
     ],
 )
 def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cases: list[str]) -> None:
@@ -445,6 +471,26 @@ def test_threads_do_not_race(sanitizing: Programs, kernel: str, source: str, cas
             "float32 4 1440 1 halves multiply_backward 3", "the largest error", id="gradients of halves",
         ),
         pytest.param(
+            "loss", "losses", "of, label - i * V);\n        }\n      }\n    }\n  }\n}\n\nconstexpr", "of, label);\n        }\n      }\n    }\n  }\n}\n\nconstexpr",
+            "both bfloat16 4 2056 100 2 halves 1", "the largest error", id="the label's pack",
+        ),
+        pytest.param(
+            "loss", "losses", "total *= exponential<T>(most - found);", "",
+            "both bfloat16 2 65800 0 0 dense 1", "the largest error", id="a sum of another largest",
+        ),
+        pytest.param(
+            "loss", "losses", "blockIdx.x == 0 && i < args.n", "false",
+            "scale bfloat16 3 700 0 0 dense 1", "the largest error", id="elements after the last pack",
+        ),
+        pytest.param(
+            "loss", "losses", "smooth && first + k * blockDim.x < count", "smooth",
+            "both bfloat16 4 2056 100 2 halves 1", "the largest error", id="packs that there are not",
+        ),
+        pytest.param(
+            "loss", "losses", "1.0 + 2.0 * args.z * log_sum", "1.0 + args.z * log_sum",
+            "gradients bfloat16 4 1000 100 1 halves 1", "the largest error", id="the z term's slope",
+        ),
+        pytest.param(
             "rotary", "rotate", "args.paired && !low ? i - half : i;", "i;",
             "rotate bfloat16 3 6 5 2 48 32 0 paired parts 1", "the largest error", id="what both of a pair have",
         ),
@@ -493,6 +539,13 @@ def test_a_sum_in_the_half_that_is_read_shows(sanitizing: Programs) -> None:
         "norm", "turn ^= KIND == LAYER ? 0 : 1;\n    each([&](int k,", "each([&](int k,", "rms_backward", sanitize=True
     )
     done = run(program, "any bfloat16 41 512 1 normal rms_backward")
+    assert done.returncode == RACE, done.stderr[:8000]
+    assert "data race" in done.stderr
+
+
+def test_a_label_that_is_written_over_before_all_have_read_it_shows(sanitizing: Programs) -> None:
+    program = sanitizing.planted("loss", "__syncthreads(); // the label's", "// the label's", "losses", sanitize=True)
+    done = run(program, "in_place bfloat16 4 1000 100 1 dense 1")
     assert done.returncode == RACE, done.stderr[:8000]
     assert "data race" in done.stderr
 

@@ -224,6 +224,15 @@ inline float float_of_half(uint32_t bits) {
   return __half2float(value);
 }
 inline float exchange(float value, int offset) { return float_of(exchange(bits_of(value), offset)); }
+inline double exchange(double value, int offset) {
+  uint32_t halves[2];
+  memcpy(halves, &value, 8);
+  for (uint32_t& half : halves) {
+    half = exchange(half, offset);
+  }
+  memcpy(&value, halves, 8);
+  return value;
+}
 inline float product(float a, float b) { // rounded, and part of no fused sum
   volatile float value = a * b;
   return value;

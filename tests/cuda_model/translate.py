@@ -73,6 +73,8 @@ STATEMENTS = {
     # Numbers
     "ex2.approx.ftz.f32 %0, %1;": "%0 = model::flushed(std::exp2(%1));",
     "rcp.approx.ftz.f32 %0, %1;": "%0 = model::flushed(1.0f / (%1));",
+    # The end
+    "trap;": 'model::fail("trap")',
     # What only the compiler sees
     "": "",
     "{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }": (

@@ -39,16 +39,6 @@ __device__ __forceinline__ float exponential(float x) {
   }
 }
 
-template <typename T, int V>
-__device__ __forceinline__ Pack<T, V> filled(float x) {
-  float all[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    all[v] = x;
-  }
-  return pack<T, V>(all);
-}
-
 // The largest element; NaNs are passed over, they show in the sum.
 template <typename T, int V>
 __device__ __forceinline__ float most_of(const Pack<T, V>& x) {
