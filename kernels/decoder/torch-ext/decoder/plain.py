@@ -315,7 +315,9 @@ _marked: dict[type[nn.Module], tuple[tuple[Any, ...], bool]] = {}
 _is_conditional._dynamo_marked_constant = True
 
 # Whether compiled programs are to look whether hooks have come, which they do not unless they are told to.
-_HasHooksThatCount = asked(lambda _: not sys.modules["torch._dynamo"].config.skip_nnmodule_hook_guards)
+_HasHooksThatCount = asked(
+    lambda _: not getattr(sys.modules["torch._dynamo"].config, "skip_nnmodule_hook_guards", True)
+)
 _HasOwnForward = asked(lambda module: "forward" in module.__dict__)
 _HasOwnMethod = asked(lambda module: type(module.__dict__.get("forward")) is MethodType)
 _IsWatched = asked(lambda module: hasattr(module.__dict__["forward"].__func__, "__wrapped__"))
