@@ -2,7 +2,7 @@
 
 Eager, torch.compile, Liger, Liger with torch.compile, kernelized, and kernelized with torch.compile, one after another on
 models of the same random weights, batch 4 x 2048, bfloat16. Medians of calls, in ms, each with a device that waits for it, so
-that what the processor does before the first kernel counts; and, "in a row", calls that do not wait for the one before.
+that what the processor does before the first kernel counts; and, "in a row", the mean of calls that do not wait for the one before.
 """
 
 from __future__ import annotations

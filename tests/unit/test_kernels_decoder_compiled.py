@@ -337,7 +337,7 @@ def watching(function: Any) -> Any:
     def watch(self: nn.Module, x: Tensor) -> Tensor:
         return function(self, x)
 
-    watch.watches = function  # type: ignore[attr-defined]
+    vars(watch)["watches"] = function
     return watch
 
 

@@ -194,7 +194,7 @@ struct InRows {
   unsigned across;                         // blocks to a row; 0 where there is one row
 };
 // Threads of a block at most, and blocks to a multiprocessor: all that it can have, or, where three results are computed, so many
-// that each has 40 registers. With an element to a thread there is little of everything.
+// that each has 40 registers. With an element to a thread there is about one block to a multiprocessor.
 template <int V, Op OP>
 constexpr int MOST = V == 1 ? THREADS : OP != MULTIPLY ? 128 : RESIDENT % 1024 == 0 ? 1024 : 512;
 template <int V, Op OP>

@@ -139,7 +139,11 @@ def attention_linears(attention: nn.Module) -> Projections | None:
 
 def _linear(module: nn.Module | None, traced: bool) -> tuple[Tensor, Tensor | None] | None:
     if traced:
-        if not isinstance(module, nn.Linear) or not _has_forward(module) or not isinstance(module, _IsPlainLinear):
+        if (
+            not isinstance(module, nn.Linear)
+            or not _has_plain_forward(module)
+            or not isinstance(module, _IsPlainLinear)
+        ):
             return None
         parameters: Any = module._parameters
         return parameters["weight"], parameters["bias"]
@@ -199,15 +203,18 @@ def runs(module: nn.Module, some: Forwards) -> bool:
     if not is_dynamo_compiling():
         what = _what(module, some.known)
         return what == _KNOWN or (what == _ITS_OWN and _may_be_swapped(module))
-    if not _has_forward(module) or not isinstance(module, some.run):
+    if not _has_plain_forward(module) or not isinstance(module, some.run):
         return False
     if not isinstance(module, _HasOwnForward) and type(module).forward is None:  # so that the program looks at that
         return False
     return not (isinstance(module, some.its_own) and isinstance(module, _IsConditional)) or _may_be_swapped(module)
 
 
-def _has_forward(module: nn.Module) -> bool:
-    """Not where it is another module's, or has hooks; asked in a trace, so that the program looks whether there is one of its own, and which."""
+def _has_plain_forward(module: nn.Module) -> bool:
+    """Not where it is another module's, or somebody listens and programs are to look at that.
+
+    Asked in a trace, so that the program looks whether the module has a forward of its own, and which.
+    """
     if isinstance(module, _HasHooksThatCount) and _heard(module):
         return False
     forward: Any = module.forward
@@ -253,7 +260,7 @@ def marks(*names: str) -> dict[str, Asked]:
 
 
 def mark_of(module: nn.Module, among: dict[str, Asked]) -> str | None:
-    """Which of those names the module's class is marked with."""
+    """Which of those names the module's class is marked with; None if it is none of them."""
     if is_dynamo_compiling():
         return first_of(module, among)
     name = marked_as(type(module))
@@ -261,7 +268,7 @@ def mark_of(module: nn.Module, among: dict[str, Asked]) -> str | None:
 
 
 def first_of(x: Any, questions: dict[str, Asked]) -> str | None:
-    """The name of the first that holds of x."""
+    """The name of the first that holds of x; None if none does."""
     for name, holds in questions.items():
         if isinstance(x, holds):
             return name
@@ -365,13 +372,12 @@ def _are_plain(x: Tensor, others: Sequence[Tensor | None]) -> bool:
     dtype = x.dtype
     if type(x) not in PLAIN or dtype not in _DTYPES:
         return False
-    if is_dynamo_compiling():
-        if not all(other is None or (isinstance(other, _IsPlain) and other.dtype is dtype) for other in others):
+    traced = is_dynamo_compiling()
+    for other in others:
+        if other is not None and (
+            not (isinstance(other, _IsPlain) if traced else type(other) in PLAIN) or other.dtype is not dtype
+        ):
             return False
-    else:
-        for other in others:
-            if other is not None and (type(other) not in PLAIN or other.dtype is not dtype):
-                return False
     return not (
         x.is_meta  # of which PyTorch knows no autocast
         or torch.is_autocast_enabled(x.device.type)
