@@ -159,3 +159,46 @@ def test_ops_are_what_their_schemas_say(loss: ModuleType) -> None:
     torch.library.opcheck(ops.cross_entropy_backward.default, (losses, logits, labels, sums, -100, 0.1, 0.0))
     torch.library.opcheck(ops.cross_entropy_gradient_.default, (logits, labels, losses, -100, 0.1, 0.0))
     torch.library.opcheck(ops.scale_.default, (logits, losses.sum()))
+
+
+def test_tensors_of_more_than_2_31_elements(loss: ModuleType) -> None:
+    """The last rows are what they are alone, bit for bit."""
+    ops, options, classes = loss.functions.compiled.ops, (-100, 0.1, 1e-3), 128256
+    rows = (1 << 31) // classes + 9
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of a GPU's memory")
+    logits = torch.empty(rows, classes, dtype=torch.bfloat16, device="cuda").normal_()
+    labels = torch.randint(0, classes, (rows,), device="cuda")
+    labels[-2] = -100
+    grad, by = torch.rand(rows, device="cuda"), torch.full((), 0.5, device="cuda")
+    last, of_last, last_grad = logits[-5:].clone(), labels[-5:], grad[-5:]
+    losses, sums = ops.cross_entropy(logits, labels, *options)
+    some, some_sums = ops.cross_entropy(last, of_last, *options)
+    assert torch.equal(losses[-5:], some)
+    torch.testing.assert_close(some, formula(last.float(), of_last, *options[1:]), rtol=1e-5, atol=1e-5)
+    gradient = ops.cross_entropy_backward(grad, logits, labels, sums, *options)
+    expected = ops.cross_entropy_backward(last_grad, last, of_last, some_sums, *options)
+    assert torch.equal(gradient[-5:], expected)
+    del gradient
+    in_place = ops.cross_entropy_gradient_(logits, labels, grad, *options)
+    assert torch.equal(in_place[-5:], ops.cross_entropy_gradient_(last, of_last, last_grad, *options))
+    assert torch.equal(logits[-5:], last)
+    ops.scale_(logits, by)
+    assert torch.equal(logits[-5:], last * by)
+
+
+def test_a_row_of_more_than_2_31_classes(loss: ModuleType) -> None:
+    """All alike, so that the sum is their number; the label is the last."""
+    ops, options, classes = loss.functions.compiled.ops, (-100, 0.0, 0.0), (1 << 31) + 8
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of a GPU's memory")
+    logits = torch.zeros(1, classes, dtype=torch.bfloat16, device="cuda")
+    labels, grad = torch.tensor([classes - 1], device="cuda"), torch.ones(1, device="cuda")
+    losses, sums = ops.cross_entropy(logits, labels, *options)
+    gradient = ops.cross_entropy_backward(grad, logits, labels, sums, *options)
+    in_place = ops.cross_entropy_gradient_(logits, labels, grad, *options)
+    for found in (losses, in_place):
+        torch.testing.assert_close(found.double().cpu(), torch.tensor([classes], dtype=torch.float64).log())
+    for found in (gradient, logits):
+        assert found[0, -1] == -1
+        assert (found[0, :-1] == torch.tensor(1 / classes, dtype=torch.bfloat16)).all()
