@@ -268,6 +268,14 @@ def test_gradients_with_the_result_are_those_and_the_result(triton: dict[str, Mo
             assert torch.equal(again, y)
 
 
+def test_gradients_of_another_shape_than_the_product_of_halves_are_errors(triton: dict[str, ModuleType]) -> None:
+    """Which the kernels would read beyond their end, or in another order."""
+    backward, x = triton["activation"].functions.silu_and_mul_backward, numbers(6, 4, 32)
+    for shape in ((5, 4, 16), (4, 6, 16), (6, 4, 15), (6, 4)):
+        with pytest.raises(RuntimeError, match="must match"):
+            backward(numbers(*shape), x)
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_silu_times_the_other_rounds_in_between(

@@ -86,10 +86,15 @@ def test_operands_that_do_not_fit_are_errors(activation: ModuleType) -> None:
     backward = activation.functions.silu_and_mul_backward
     with pytest.raises((RuntimeError, ValueError), match=r"expected an even last dimension"):
         backward(grad, x[:, :31], result=True)
+    stacked, turned = x.view(5, 2, 16), grad.view(5, 2, 8).transpose(0, 1)
+    with pytest.raises(RuntimeError, match="must match"):
+        backward(turned, stacked, result=True)
     if activation.compiled.HERE:
         ops = activation.compiled.ops
         with pytest.raises(RuntimeError, match="halves_backward_result: the gradient is not one of the result"):
             ops.halves_backward_result(x, x, 0)
+        with pytest.raises(RuntimeError, match="halves_backward_result: the gradient is not one of the result"):
+            ops.halves_backward_result(turned, stacked, 0)
         with pytest.raises(RuntimeError, match="multiply_backward_result: the gradient has another shape"):
             ops.multiply_backward_result(grad, x, x, 0)
         with pytest.raises(RuntimeError, match="expected 0 to 3"):

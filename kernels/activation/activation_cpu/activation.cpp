@@ -200,9 +200,10 @@ namespace {
 Tensor halves_gradient(const char* name, const Tensor& grad, const Tensor& x, int64_t function, const Tensor* y) {
   const Run run = pick(table_in_use().multiply_backward, name, x, function);
   const int64_t half = half_of(name, x), rows = half == 0 ? 0 : x.numel() / half / 2;
+  const auto sizes = grad.sizes(), whole = x.sizes();
   STD_TORCH_CHECK(
-      grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim() && grad.numel() == rows * half &&
-          grad.size(grad.dim() - 1) == half,
+      grad.is_cpu() && grad.scalar_type() == x.scalar_type() && sizes.size() == whole.size() &&
+          std::equal(sizes.begin(), sizes.end() - 1, whole.begin()) && sizes[sizes.size() - 1] == half,
       name, ": the gradient is not one of the result");
   const Tensor x_grad = new_tensor(x, x.scalar_type());
   const RowsOf inputs(x), grads(grad);

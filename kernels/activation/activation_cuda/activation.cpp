@@ -228,9 +228,11 @@ Tensor halves_gradient(const char* name, const Tensor& grad, const Tensor& x, in
   check_input(name, x, function);
   const int64_t half = half_of(name, x);
   check_device(name, "gradient", grad, x);
+  const auto sizes = grad.sizes(), whole = x.sizes();
   STD_TORCH_CHECK(
-      grad.dim() == x.dim() && 2 * grad.numel() == x.numel() && grad.size(grad.dim() - 1) == half, name,
-      ": the gradient is not one of the result");
+      sizes.size() == whole.size() && std::equal(sizes.begin(), sizes.end() - 1, whole.begin()) &&
+          sizes[sizes.size() - 1] == half,
+      name, ": the gradient is not one of the result");
   const Dtype dtype = dtype_of(x, name);
   Tensor x_grad = new_tensor(x);
   if (x.numel() == 0) {

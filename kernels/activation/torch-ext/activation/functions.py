@@ -205,7 +205,7 @@ def _backward(
     result: bool,
 ) -> Gradients:
     if other is None:
-        if _takes_halves(x) and grad.dtype is x.dtype:
+        if _takes_halves(x) and takes(grad) and _is_of_their_product(grad, x):
             x_grad, y = compiled.halves_backward(grad, x, number, result)
             return x_grad, None, y
     elif takes(x, other) and takes(x, grad):
@@ -221,6 +221,11 @@ def _backward(
 
 def _takes_halves(x: Tensor) -> bool:
     return x.dim() > 0 and x.shape[-1] % 2 == 0 and takes(x)
+
+
+def _is_of_their_product(grad: Tensor, x: Tensor) -> bool:
+    """Whether it may be a gradient of the product of x's halves, beside x. Triton's kernels look at no shape."""
+    return grad.dtype is x.dtype and grad.device == x.device and grad.shape == (*x.shape[:-1], x.shape[-1] // 2)
 
 
 def _pair(name: str, x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
