@@ -234,10 +234,9 @@ def test_graphs_and_the_current_stream(activation: ModuleType) -> None:
     torch.testing.assert_close(got, F.silu(torch.ones_like(b)) * b)
 
 
-def test_tensors_of_more_than_2_31_elements(activation: ModuleType) -> None:
+def test_tensors_of_more_than_2_31_elements(activation: ModuleType, needs_memory: Callable[[int], None]) -> None:
     count = (1 << 31) + 24
-    if torch.cuda.mem_get_info()[0] < 12 * count:
-        pytest.skip("needs 26 GB of a GPU's memory")
+    needs_memory(12 * count)
     a = torch.randn(count // 16, device="cuda").to(torch.bfloat16).repeat(17)[:count]
     out = activation.silu_and_mul(a, a)
     torch.testing.assert_close(out[-1000:], F.silu(a[-1000:]) * a[-1000:])

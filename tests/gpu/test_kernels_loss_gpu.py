@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -161,12 +162,11 @@ def test_ops_are_what_their_schemas_say(loss: ModuleType) -> None:
     torch.library.opcheck(ops.scale_.default, (logits, losses.sum()))
 
 
-def test_tensors_of_more_than_2_31_elements(loss: ModuleType) -> None:
+def test_tensors_of_more_than_2_31_elements(loss: ModuleType, needs_memory: Callable[[int], None]) -> None:
     """The last rows are what they are alone, bit for bit."""
     ops, options, classes = loss.functions.compiled.ops, (-100, 0.1, 1e-3), 128256
     rows = (1 << 31) // classes + 9
-    if torch.cuda.mem_get_info()[0] < 12 << 30:
-        pytest.skip("needs 12 GB of a GPU's memory")
+    needs_memory(12 << 30)
     logits = torch.empty(rows, classes, dtype=torch.bfloat16, device="cuda").normal_()
     labels = torch.randint(0, classes, (rows,), device="cuda")
     labels[-2] = -100
@@ -187,11 +187,10 @@ def test_tensors_of_more_than_2_31_elements(loss: ModuleType) -> None:
     assert torch.equal(logits[-5:], last * by)
 
 
-def test_a_row_of_more_than_2_31_classes(loss: ModuleType) -> None:
+def test_a_row_of_more_than_2_31_classes(loss: ModuleType, needs_memory: Callable[[int], None]) -> None:
     """All alike, so that the sum is their number; the label is the last."""
     ops, options, classes = loss.functions.compiled.ops, (-100, 0.0, 0.0), (1 << 31) + 8
-    if torch.cuda.mem_get_info()[0] < 12 << 30:
-        pytest.skip("needs 12 GB of a GPU's memory")
+    needs_memory(12 << 30)
     logits = torch.zeros(1, classes, dtype=torch.bfloat16, device="cuda")
     labels, grad = torch.tensor([classes - 1], device="cuda"), torch.ones(1, device="cuda")
     losses, sums = ops.cross_entropy(logits, labels, *options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -381,10 +382,9 @@ def test_runs_on_the_tensors_device_whichever_is_current(norm: ModuleType, curre
         norm.rms_norm(x, weight.detach().to("cuda:0"))
 
 
-def test_tensors_of_more_than_2_31_elements(norm: ModuleType) -> None:
+def test_tensors_of_more_than_2_31_elements(norm: ModuleType, needs_memory: Callable[[int], None]) -> None:
     rows, width = (1 << 31) // 4096 + 8, 4096
-    if torch.cuda.mem_get_info()[0] < 5 * rows * width * 2:
-        pytest.skip("needs 25 GB of a GPU's memory")
+    needs_memory(5 * rows * width * 2)
     weight = torch.randn(width, device="cuda").to(torch.bfloat16).requires_grad_()
     x = torch.randn(16, width, device="cuda").to(torch.bfloat16).repeat(rows // 16, 1).requires_grad_()
     out = norm.rms_norm(x, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -51,64 +52,75 @@ def run(op: Op, copy: Copy) -> list[Tensor]:
     return tensors_of(results) + tensors_of(copy.arguments)
 
 
-def again(op: Op, arguments: Arguments) -> list[Tensor]:
-    return run(op, Copy(arguments))
+def again(op: Op, arguments: Arguments, cycles: int) -> list[Tensor]:
+    first, *others = (run(op, Copy(arguments)) for _ in range(4))
+    for other in others:
+        assert_same(other, first)
+    return first
 
 
-def on_the_current_stream(op: Op, arguments: Arguments) -> list[Tensor]:
-    """Behind work that takes longer than to start the op does: only then the inputs are there."""
-    late = Copy(arguments)
+def on_a_stream(op: Op, arguments: Arguments, cycles: int, device: int = 0, current: int = 0) -> list[Tensor]:
+    """Behind work that takes longer than to start the op does, on a stream of its own: only then the inputs are there.
+
+    It is a stream of the tensors' GPU, on which nothing can be started for another; and nothing is allocated on another.
+    """
+    here = f"cuda:{device}"
+    late = Copy(Copy(arguments, here).arguments, here)
     late.clear()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(2_000_000)
+    others = [gpu for gpu in range(torch.cuda.device_count()) if gpu != device]
+    for gpu in (device, *others):
+        torch.cuda.synchronize(gpu)
+    before = [torch.cuda.memory_stats(gpu).get("requested_bytes.all.allocated", 0) for gpu in others]
+    with torch.cuda.stream(torch.cuda.Stream(here)):
+        torch.cuda._sleep(cycles)
         late.fill()
-        found = run(op, late)
-    torch.cuda.synchronize()
+        with torch.cuda.device(current):
+            found = run(op, late)
+            assert torch.cuda.current_device() == current
+    torch.cuda.synchronize(device)
+    assert [torch.cuda.memory_stats(gpu).get("requested_bytes.all.allocated", 0) for gpu in others] == before
+    assert all(x.device.index == device for x in found)
     return found
 
 
-def captured(op: Op, arguments: Arguments) -> list[Tensor]:
-    """Replayed twice, of inputs that were not there when it was captured."""
+def captured(op: Op, arguments: Arguments, cycles: int) -> list[Tensor]:
+    """Replayed twice, of inputs that were not there when it was captured, into results that hold something else."""
     later = Copy(arguments)
     later.clear()
     if torch.cuda.memory_reserved() > 4 << 30:  # each graph has memory of its own
         torch.cuda.empty_cache()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(
-        torch.cuda.Stream()
-    ):  # `torch.cuda.graph` collects all garbage first, thousands of times here
+    with torch.cuda.stream(torch.cuda.Stream()):  # `torch.cuda.graph` empties the allocator's cache first, each time
         graph.capture_begin()
         try:
             found = run(op, later)
         finally:
             graph.capture_end()
+    results = found[: len(found) - len(tensors_of(later.arguments))]
     for _ in range(2):
-        later.fill()
+        for x in results:
+            x.detach().view(BITS[x.element_size()]).fill_(-1)
+        later.fill()  # after that: a result may lie in an argument's memory
         graph.replay()
     torch.cuda.synchronize()
     return found
 
 
-def on_another_gpu(op: Op, arguments: Arguments, current: int) -> list[Tensor]:
+def on_another_gpu(op: Op, arguments: Arguments, cycles: int, device: int, current: int) -> list[Tensor]:
     if torch.cuda.get_device_name(1) != torch.cuda.get_device_name(0):
         pytest.skip("needs two GPUs of one kind")
-    copy = Copy(arguments, "cuda:1")
-    with torch.cuda.device(current):
-        found = run(op, copy)
-        assert torch.cuda.current_device() == current
-    assert all(x.device.index == 1 for x in found)
-    return found
+    return on_a_stream(op, arguments, cycles, device, current)
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-WAYS: dict[str, Callable[[Op, Arguments], list[Tensor]]] = {
+WAYS: dict[str, Callable[[Op, Arguments, int], list[Tensor]]] = {
     "again": again,
-    "on the current stream": on_the_current_stream,
+    "on a stream": on_a_stream,
     "captured": captured,
-    "on another GPU": lambda op, arguments: on_another_gpu(op, arguments, 0),
-    "on another GPU, the current one": lambda op, arguments: on_another_gpu(op, arguments, 1),
+    "on another GPU": partial(on_another_gpu, device=1, current=0),
+    "on another GPU, the current one": partial(on_another_gpu, device=1, current=1),
+    "beside another GPU, the current one": partial(on_another_gpu, device=0, current=1),
 }
 
 
@@ -120,6 +132,11 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(bits(a), bits(b))
 
 
+def assert_same(found: list[Tensor], expected: list[Tensor], what: object = "") -> None:
+    assert len(found) == len(expected), what
+    assert all(map(same, found, expected)), what
+
+
 every_way = pytest.mark.parametrize("way", [pytest.param(way, marks=two_gpus if "GPU" in way else ()) for way in WAYS])
 
 
@@ -128,9 +145,7 @@ every_way = pytest.mark.parametrize("way", [pytest.param(way, marks=two_gpus if 
 def test_gives_the_same_bits(project: str, dtype: torch.dtype, way: str, request: pytest.FixtureRequest) -> None:
     def watch(name: str, op: Op, arguments: Arguments) -> Any:
         expected = run(op, Copy(arguments))
-        found = WAYS[way](op, arguments)
-        assert len(found) == len(expected)
-        assert all(map(same, found, expected)), described(name, arguments)
+        assert_same(WAYS[way](op, arguments, 4_000_000), expected, described(name, arguments))
         return op(*arguments)
 
     watch_all(project, dtype, request.config, watch)
@@ -149,8 +164,7 @@ def test_functions_and_their_gradients_give_the_same_bits(
     for rows in (5, 700):
         arguments = of.arguments(rows, "cuda")
         expected = run(step, Copy(arguments))
-        found = WAYS[way](step, arguments)
-        assert all(map(same, found, expected)), rows
+        assert_same(WAYS[way](step, arguments, 100_000_000), expected, rows)
 
 
 @pytest.mark.parametrize("elsewhere", ["cpu", pytest.param("cuda:1", marks=two_gpus)])

@@ -152,10 +152,11 @@ def test_more_batches_than_a_grid_has(rotary: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("outside", ["tokens", "heads"])
-def test_tensors_of_more_than_2_31_elements(rotary: ModuleType, outside: str) -> None:
+def test_tensors_of_more_than_2_31_elements(
+    rotary: ModuleType, outside: str, needs_memory: Callable[[int], None]
+) -> None:
     tokens, heads = (1 << 16) + 8, 129
-    if torch.cuda.mem_get_info()[0] < 12 << 30:
-        pytest.skip("needs 12 GB")
+    needs_memory(12 << 30)
 
     def made(heads: int) -> Tensor:
         shape = (2, tokens, heads, 128) if outside == "tokens" else (2, heads, tokens, 128)

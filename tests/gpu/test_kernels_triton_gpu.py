@@ -449,10 +449,9 @@ def test_two_runs_give_the_same_bits(triton: dict[str, ModuleType]) -> None:
 
 
 @on_gpu
-def test_tensors_of_more_than_2_31_elements(triton: dict[str, ModuleType]) -> None:
+def test_tensors_of_more_than_2_31_elements(triton: dict[str, ModuleType], needs_memory: Callable[[int], None]) -> None:
     rows, width = (1 << 31) // 4096 + 16, 4096
-    if torch.cuda.mem_get_info()[0] < 6 * rows * width * 2:
-        pytest.skip("needs 26 GB of a GPU's memory")
+    needs_memory(6 * rows * width * 2)
     weight = numbers(width, dtype=torch.bfloat16)
     x = numbers(16, width, dtype=torch.bfloat16).repeat(rows // 16, 1).requires_grad_()
     out = triton["norm"].rms_norm(x, weight)

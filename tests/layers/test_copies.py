@@ -120,6 +120,16 @@ def test_a_shallow_copy_is_told_apart_and_put_right_by_kernelizing_again() -> No
     assert bound_to_themselves(model)
 
 
+@pytest.mark.usefixtures("registered")
+def test_what_data_parallel_copies_calls_the_original_and_after_unkernelize_itself() -> None:
+    """As docs/layers.md says."""
+    model = kernelize(models.Norm(), mode=Mode.INFERENCE)
+    assert model._replicate_for_data_parallel().forward.__self__ is model
+    unkernelize(model)
+    twin = model._replicate_for_data_parallel()
+    assert twin.forward.__self__ is twin
+
+
 @pytest.mark.parametrize("name", ["Misnamed", "Forward"])
 def test_functions_of_any_name_and_func_repositories_come_back(name: str, folder: Path) -> None:
     for repository in (
