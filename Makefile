@@ -3,15 +3,15 @@
 # make lint    ruff, mypy, import-linter
 # make faults  hubs that misbehave and clients that are killed, all of them (a minute or two)
 # make fuzz    ten minutes of malformed input for each of four parsers
-# make test-gpu   the tests that need a GPU, GPU_JOBS of them at a time; GPU_PYTHON is a Python with torch for CUDA, transformers,
-#              pytest, pytest-xdist and hatchling
+# make test-gpu   the tests that need a GPU, GPU_JOBS of them at a time, with GPU_PYTHON
 # make bench   the library beside its peer, and the CPU kernels beside PyTorch, each in one run
-# make bench-gpu   the CUDA kernels beside eager, torch.compile, Liger and quack, in one run on this machine's GPU; GPU_PYTHON
-#              is a Python with torch for CUDA, and liger-kernel==0.8.5
+# make bench-gpu   the CUDA kernels beside eager, torch.compile, Liger and quack, in one run on this machine's GPU, with GPU_PYTHON
 # make sanitize-gpu   compute-sanitizer (memcheck, racecheck, initcheck) over the CUDA kernels of norm, activation, rotary, loss and decoder,
 #              on this machine's GPU
 #
-# Each makes .venv and installs what it needs. PYTHON chooses the interpreter.
+# Each makes .venv and installs what it needs, but for those with a GPU. PYTHON chooses the interpreter. GPU_PYTHON is a Python with
+# torch for CUDA, transformers, what kernelhub depends on (`pip install .[demo]`), and for the tests pytest, pytest-xdist and
+# hatchling, for the benchmark liger-kernel==0.8.5 and quack-kernels (it says what it runs without) and, for the plot, matplotlib.
 
 PYTHON ?= python3
 GPU_PYTHON ?= $(PYTHON)

@@ -423,8 +423,6 @@ def main() -> None:
         result["operations"] = measure_operations(peers, folder, options.only, copy)
         result["copy_gb_s_after"] = copy_bandwidth()
         save(result, options.json)  # the models take as long again
-        if options.plot:
-            plot(result["operations"], options.plot)
         if not options.no_models:
             from gpu_models import measure_models
 
@@ -432,6 +430,8 @@ def main() -> None:
             for name, row in measure_models(folder / "always"):
                 result["models"][name] = row
                 save(result, options.json)
+    if options.plot:
+        plot(result["operations"], options.plot)
 
 
 def save(result: dict[str, Any], path: Path | None) -> None:

@@ -218,7 +218,8 @@ def timed(job: Callable[[], Any]) -> float:
 
 def environment(cache: Path, endpoint: str, **more: str) -> dict[str, str]:
     """Both packages with their own caches below `cache`, talking to `endpoint` and to nothing else."""
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
+    own = ("PYTHONDONTWRITEBYTECODE", "KERNEL", "HF_")  # as installed, and not set up otherwise by whoever runs this
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     return {
         **inherited,
         "PYTHONPATH": str(PEERS),

@@ -76,7 +76,8 @@ def child(what: str, layers: int, hidden: int, tokens: int) -> dict[str, Any]:
 
 def measure(layers: int, hidden: int, tokens: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "KERNELHUB_CACHE": folder}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("KERNEL")}
+        environment = {**inherited, "KERNELHUB_CACHE": folder}
 
         def run(what: str) -> dict[str, Any]:
             command = [sys.executable, __file__, "--child", what, "--layers", str(layers)]

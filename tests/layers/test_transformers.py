@@ -11,7 +11,7 @@ import inspect
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ from kernelhub.integrations import transformers as integration
 from kernelhub.integrations.families import FAMILIES, MARKED, OTHER_FORWARD, TORCH
 from kernelhub.integrations.rotary import FUNCTION, OTHER_FORMULAS, PARAMETERS, aware
 from kernelhub.integrations.transformers import default_mapping, kernelize_pretrained, mark
-from kernelhub.layers.kernelize import kernelize, unkernelize
+from kernelhub.layers.kernelize import kernelize, kernelized, unkernelize
 from kernelhub.layers.mapping import use_kernel_mapping
 from kernelhub.layers.markers import replace_kernel_forward_from_hub
 from kernelhub.layers.mode import Mode
@@ -793,3 +793,64 @@ def test_a_compiled_decoder_layer_sees_that_its_parts_run_kernels(mode: Mode) ->
     finally:
         unkernelize(model)
     assert not any("silu" in name for name in found)
+
+
+# What is left of it
+
+
+def attributes(model: nn.Module) -> list[dict[str, object]]:
+    """Of each module, in their order."""
+    return [dict(module.__dict__) for module in model.modules()]
+
+
+def orders(model: nn.Module) -> list[list[str]]:
+    return [list(module.__dict__) for module in model.modules()]
+
+
+def marked(model: nn.Module) -> int:
+    return sum(bool(vars(module).keys() & {"_kernel_funcs", "_loss_function", MARKED}) for module in model.modules())
+
+
+@pytest.mark.parametrize("fuse_loss", [False, True])
+@pytest.mark.parametrize("make", [llama, bert])
+def test_unkernelize_leaves_nothing_on_a_pretrained_model(make: Callable[[], nn.Module], fuse_loss: bool) -> None:
+    model = make()
+    before, order, file = attributes(model), orders(model), pickle.dumps(model)
+    assert b"kernelhub" not in file
+    for _ in range(2):
+        kernelize_pretrained(model, fuse_loss=fuse_loss)
+        kernelize_pretrained(model, fuse_loss=fuse_loss)
+        assert marked(model)
+        twin, other = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for one in (model, twin, other):
+            assert kernel_report(one).kernels
+            unkernelize(one)
+            assert orders(one) == order
+            assert not marked(one)
+        assert attributes(model) == before
+        assert pickle.dumps(model) == file
+
+
+def test_what_fails_or_is_refused_leaves_no_marks() -> None:
+    model = llama()
+    before = attributes(model)
+    with pytest.raises(InvalidReference):
+        kernelize_pretrained(model, fuse_loss=True, include=3)
+    assert attributes(model) == before
+
+
+def test_a_with_block_and_a_part_leave_the_marks_and_the_user_keeps_his_own() -> None:
+    model = llama()
+    kernelize_pretrained(model)
+    named, rows = marked(model), len(kernel_report(model).kernels)
+    with use_kernel_mapping(default_mapping()), kernelized(model, mode=Mode.INFERENCE):
+        pass
+    assert (marked(model), len(kernel_report(model).kernels)) == (named, rows)
+    unkernelize(model, include="model.norm")
+    assert (marked(model), len(kernel_report(model).kernels)) == (named, rows - 1)
+    mark(model)
+    unkernelize(model)
+    assert marked(model) == named
+    kernelize_pretrained(model)
+    unkernelize(model)
+    assert marked(model) == named

@@ -11,10 +11,13 @@ from torch.nn import functional as F
 
 from kernelhub.integrations.forwards import digest
 
-__all__ = ["FAMILIES", "MARKED", "OTHER_FORWARD", "TORCH", "Family", "family_of"]
+__all__ = ["FAMILIES", "FUSE_LOSS", "LOSS", "MARKED", "OTHER_FORWARD", "TORCH", "Family", "family_of"]
 
 # A torch class is in every model of the process: this in an instance's `__dict__` says that `mark` was asked to name it.
 MARKED = "_kernelhub_layer"
+# A loss is a function, which a model of transformers' finds under this name in its `__dict__`, where there is one.
+LOSS = "_loss_function"
+FUSE_LOSS = "_kernelhub_fused_loss"  # in an instance's `__dict__`: `mark_fused_loss` was asked to name it
 TORCH = "torch.nn.modules."
 OTHER_FORWARD = "its forward is none that the kernel was compared with: another version's, or somebody put it there"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from kernelhub.integrations.families import OTHER_FORWARD
+from kernelhub.integrations.families import FUSE_LOSS, LOSS, OTHER_FORWARD
 from kernelhub.integrations.forwards import digest
 from kernelhub.layers.mapping import KernelMapping
 from kernelhub.layers.markers import FUNCS, replace_kernel_forward_from_hub, use_kernel_forward_from_hub
@@ -25,8 +25,6 @@ __all__ = ["causal_lm_loss", "fused_loss_mapping", "mark_fused_loss", "mark_loss
 
 LAYER, FUSED = "ForCausalLMLoss", "FusedForCausalLM"
 DEVICES = ("cpu", "cuda", "rocm", "xpu", "mps")
-_OWN = "_loss_function"
-_ASKED = "_kernelhub_fused_loss"  # in an instance's `__dict__`: `mark_fused_loss` was asked to name it
 
 # The classes whose forward is: the model, the projection `lm_head` without anything after it, the loss. A test compares
 # their sources.
@@ -67,15 +65,15 @@ def mark_loss(module: nn.Module) -> bool:
     cls: Any = type(module)
     if not isinstance(module, PreTrainedModel) or cls.loss_function is not PreTrainedModel.loss_function:
         return False
-    if module.__dict__.get(_OWN) is causal_lm_loss:
+    if module.__dict__.get(LOSS) is causal_lm_loss:
         return True
-    if hasattr(module, _OWN) or "loss_function" not in _names(cls.forward) or not _knows_loss():
+    if hasattr(module, LOSS) or "loss_function" not in _names(cls.forward) or not _knows_loss():
         return False
     # Without a loss type, or with one that it does not know, transformers takes this loss, too.
     if LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss) is not ForCausalLMLoss:
         return False
     # Past nn.Module's own ways: not a submodule, so the model's modules and state dict stay what they are.
-    module.__dict__[_OWN] = causal_lm_loss
+    module.__dict__[LOSS] = causal_lm_loss
     module.__dict__.setdefault(FUNCS, {})[LAYER] = causal_lm_loss
     return True
 
@@ -103,7 +101,7 @@ def mark_fused_loss(model: nn.Module) -> dict[str, str]:
         if cls is None or reason is not None:
             kept[path] = str(reason)
             continue
-        module.__dict__[_ASKED] = True
+        module.__dict__[FUSE_LOSS] = True
         replace_kernel_forward_from_hub(cls, FUSED, _condition)
     return kept
 
@@ -123,7 +121,7 @@ def _is_known(cls: type) -> bool:
 
 
 def _condition(module: nn.Module) -> bool:
-    return _ASKED in module.__dict__ and _unfit(module) is None and digest(type(module)) == _FUSED_FORWARD
+    return FUSE_LOSS in module.__dict__ and _unfit(module) is None and digest(type(module)) == _FUSED_FORWARD
 
 
 def _knows_loss() -> bool:
@@ -139,7 +137,7 @@ def _unfit(module: Any) -> str | None:
         return f"its lm_head is {type(head).__name__}; the kernel reads the weight of a Linear"
     if head.out_features != module.config.vocab_size:
         return f"its lm_head has {head.out_features} outputs for {module.config.vocab_size} classes"
-    if module.__dict__.get(_OWN) not in (None, causal_lm_loss, ForCausalLMLoss):
+    if module.__dict__.get(LOSS) not in (None, causal_lm_loss, ForCausalLMLoss):
         return "it has a loss of its own"
     if LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss) is not ForCausalLMLoss:
         return f"its loss is that of {module.loss_type}"

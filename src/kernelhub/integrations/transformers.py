@@ -7,17 +7,26 @@ transformers' decorators name layers only where a package called `kernels` is in
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from kernelhub.integrations.families import FAMILIES, MARKED, OTHER_FORWARD, TORCH, Family, family_of
+from kernelhub.integrations.families import FAMILIES, FUSE_LOSS, LOSS, MARKED, OTHER_FORWARD, TORCH, Family, family_of
 from kernelhub.integrations.rotary import FUNCTION, mark_rotary
 from kernelhub.layers.kernelize import kernelize
 from kernelhub.layers.mapping import KernelMapping, use_kernel_mapping
-from kernelhub.layers.markers import always, mark_as_calling, replace_kernel_forward_from_hub
+from kernelhub.layers.markers import (
+    always,
+    keep,
+    lend,
+    mark_as_calling,
+    marks_on,
+    replace_kernel_forward_from_hub,
+    unmark,
+)
 from kernelhub.layers.mode import Mode
 from kernelhub.layers.report import kernel_report, note
 from kernelhub.layers.repositories import LayerRepository
@@ -70,6 +79,8 @@ ROTARY_LAYERS = ("rotary_pos_emb", "RotaryEmbedding", "RotaryEmbeddingByLayerTyp
 LOSS_LAYERS = ("ForCausalLMLoss",)
 
 _FORMULAS = frozenset(family.layer for family in FAMILIES)
+# What `mark` and `mark_fused_loss` put on instances, beside the functions that they call.
+_ON_INSTANCES = (MARKED, LOSS, FUSE_LOSS)
 
 # By device, the layers that keep their forward under torch.compile, and in which of the two modes: those that inductor
 # computes faster together with what stands around them. On an H200 it adds and norms in one pass, also before the sum, which
@@ -119,8 +130,16 @@ def mark(model: nn.Module) -> Marks:
     `RMSNorm`, too. The loss of a causal language model, which is a function, is named on the model; see
     `kernelhub.integrations.losses`, also for the projection before it.
 
+    The names on instances are the model's until it is gone, also when it is unkernelized.
+
     Example: `mark(model)`, `with use_kernel_mapping(default_mapping()): kernelize(model, mode=Mode.INFERENCE)`.
     """
+    for module in uncompiled(model).modules():
+        keep(module)
+    return _mark(model)
+
+
+def _mark(model: nn.Module) -> Marks:
     marks = Marks()
     for path, module in uncompiled(model).named_modules():
         rotary = mark_rotary(module)
@@ -204,11 +223,16 @@ def kernelize_pretrained(
     the logits, which its output then lacks in training with labels (see `kernelhub.integrations.losses`), and computes
     less where only the last token's logits are asked for (`logits_to_keep=1`, as `generate` does). The other options are
     those of `kernelize`. Kernels that are registered count too; for a layer, device and mode that both have, this
-    package's. Raises what `kernelize` raises.
+    package's. Raises what `kernelize` raises. `unkernelize` takes the names off the instances, too, that were not there before.
 
     Example: `kernelize_pretrained(AutoModelForCausalLM.from_pretrained(folder))`.
     """
-    marks = mark(model)
+    with _lent(model):
+        return _kernelize(model, mode, fuse_loss, options)
+
+
+def _kernelize(model: nn.Module, mode: Mode | None, fuse_loss: bool, options: dict[str, Any]) -> nn.Module:
+    marks = _mark(model)
     wanted = mode or (Mode.TRAINING if model.training else Mode.INFERENCE)
     # Where nothing is left, this package's kernels are for whatever nothing of the user's serves, like those of other layers.
     mapping, notes = _mapping(LEFT_TO_INDUCTOR if Mode.TORCH_COMPILE in wanted else {}), _notes(marks)
@@ -223,6 +247,20 @@ def kernelize_pretrained(
     if Mode.TORCH_COMPILE in wanted:
         note(model, (*notes, *_left(model)))
     return model
+
+
+@contextmanager
+def _lent(model: nn.Module) -> Iterator[None]:
+    """What the block marks on instances goes when the model is unkernelized; at once if the block raises."""
+    before = {module: marks_on(module, _ON_INSTANCES) for module in uncompiled(model).modules()}
+    try:
+        yield
+    except BaseException:
+        for module, marks in before.items():
+            unmark(module, marks_on(module, _ON_INSTANCES) - marks)
+        raise
+    for module, marks in before.items():
+        lend(module, marks_on(module, _ON_INSTANCES) - marks)
 
 
 def _left(model: nn.Module) -> list[str]:

@@ -23,11 +23,12 @@ import torch
 from torch import nn
 
 from kernelhub.core.canonical import canonical_json, sha256_hex
+from kernelhub.layers.markers import MARKS
 from kernelhub.layers.swap import MARKER, USES
 
 # What nn.Module keeps on every instance, what hooks of accelerate and we ourselves put there: no settings of the layer.
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
-_NOT_SETTINGS = _OWN | {"forward", "_old_forward", "_hf_hook", MARKER, USES}
+_NOT_SETTINGS = _OWN | {"forward", "_old_forward", "_hf_hook", MARKER, MARKS, USES}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
 _TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)

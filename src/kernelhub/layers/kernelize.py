@@ -25,6 +25,7 @@ from kernelhub.layers.fitness import foreign_forward
 from kernelhub.layers.fusion import as_one, passing, with_groups
 from kernelhub.layers.kernel import Swap
 from kernelhub.layers.loader import Loader
+from kernelhub.layers.markers import take_back
 from kernelhub.layers.mode import KernelizeFallback, Mode
 from kernelhub.layers.outcome import Outcome, where
 from kernelhub.layers.plan import DeviceLike, Request, Selection, Selector, decide, reasons
@@ -77,7 +78,7 @@ def kernelize(
 
     `mode` is what the model will be used for, `device` where (None: each layer's own device). `use_fallback` names the
     cases in which a layer may keep its forward; in the others an error is raised. `include` and `exclude` are module
-    paths (`*` is one segment, `**` any number) or classes.
+    paths (`*` is one segment, `**` any number, at the end at least one) or classes.
 
     `verify` runs each kernel beside the original forward on what the layer is called with when the model runs on
     `sample_inputs` (a tensor, an args tuple, a kwargs dict, a function that runs the model, or a `Sample` of one), and
@@ -107,7 +108,7 @@ def kernelize(
         options["DISABLE_KERNEL_MAPPING"] = settings.mapping_disabled
         check_same(ranks, "what is asked for", lambda: described(request, found, options))
         if settings.mapping_disabled:
-            unkernelize(model)
+            _restore(model, Selector(None, None))
             remember(model, Run(mode, "kernels are switched off (DISABLE_KERNEL_MAPPING)", {}))
             _log.info("%s keeps its forwards: kernels are switched off (DISABLE_KERNEL_MAPPING)", type(model).__name__)
             return model
@@ -149,7 +150,16 @@ def unkernelize(model: nn.Module, *, include: Selection = None, exclude: Selecti
 
     What is left is the model as if it had never been kernelized. `include` and `exclude` as in `kernelize`.
     """
-    selector, found = Selector(include, exclude), survey(model)
+    selector = Selector(include, exclude)
+    found = _restore(model, selector)
+    if selector.idle:
+        for module in found.tree.modules:
+            take_back(module)
+    return model
+
+
+def _restore(model: nn.Module, selector: Selector) -> Survey:
+    found = survey(model)
     with functions_lock, Transaction() as transaction:
         for path, module in found.marked:
             if selector.refuses(path, module) is None:
@@ -160,7 +170,7 @@ def unkernelize(model: nn.Module, *, include: Selection = None, exclude: Selecti
         undo(model, held=bool(found.marked or found.users))
         for module in _kernelized_again(found):
             module.__dict__[_AGAIN] = False
-    return model
+    return found
 
 
 def _demand(sample_inputs: Any, verify: bool | Tolerance, only_if_faster: bool, refresh: bool) -> Demand | None:
@@ -200,7 +210,7 @@ def kernelized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
     try:
         yield kernelize(model, **options)
     finally:
-        unkernelize(model)
+        _restore(model, Selector(None, None))
         with functions_lock, Transaction() as transaction:
             for module, marker in before:
                 if foreign_forward(module) is None:

@@ -7,7 +7,7 @@ The marks are read by other libraries too: the class attributes `kernel_layer_na
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -18,6 +18,10 @@ Condition = Callable[[nn.Module], bool]
 _Class = TypeVar("_Class", bound=type)
 
 FUNCS = "_kernel_funcs"
+MARKS = "_kernelhub_marks"  # on an instance: which marks `unkernelize` takes off it
+
+# A mark on an instance: the attribute that holds it, and the name that it has there where that is a table.
+Mark = tuple[str, str | None]
 
 
 class FunctionModule(nn.Module):
@@ -130,3 +134,38 @@ def calls_children(module: nn.Module) -> bool:
     """Whether `mark_as_calling` was said of the module's class. What is on the children (hooks, adapters) runs then."""
     said = getattr(type(module), "kernel_calls_children", None)
     return said is not None and said == getattr(type(module), "kernel_layer_name", None)
+
+
+def marks_on(module: nn.Module, attributes: Iterable[str]) -> set[Mark]:
+    """The marks that an instance has: those attributes, and the functions that it is said to call."""
+    held = module.__dict__
+    found: set[Mark] = {(name, None) for name in attributes if name in held}
+    return found | {(FUNCS, name) for name in held.get(FUNCS, ())}
+
+
+def lend(module: nn.Module, marks: set[Mark]) -> None:
+    """Have `unkernelize` take these marks off the instance: whoever kernelizes put them there, and not the user."""
+    if marks:
+        module.__dict__[MARKS] = tuple(sorted({*module.__dict__.get(MARKS, ()), *marks}, key=str))
+
+
+def keep(module: nn.Module) -> None:
+    """Have the instance keep its marks."""
+    module.__dict__.pop(MARKS, None)
+
+
+def take_back(module: nn.Module) -> None:
+    """Take the marks off an instance that were only lent to it."""
+    unmark(module, module.__dict__.pop(MARKS, ()))
+
+
+def unmark(module: nn.Module, marks: Iterable[Mark]) -> None:
+    """Take marks off an instance."""
+    held = module.__dict__
+    for attribute, name in marks:
+        if name is None:
+            held.pop(attribute, None)
+        elif attribute in held:
+            held[attribute].pop(name, None)
+            if not held[attribute]:
+                del held[attribute]
