@@ -8,8 +8,12 @@ import functools
 import gc
 import importlib
 import inspect
+import os
 import pickle
 import re
+import subprocess
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +26,8 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, activations
 from transformers.models.phi3 import modeling_phi3
 
-from kernelhub.errors import InvalidReference
+from kernelhub import KernelConfig
+from kernelhub.errors import InvalidReference, KernelHubWarning
 from kernelhub.hub.client import Hub, default_hub, set_default_hub
 from kernelhub.integrations import transformers as integration
 from kernelhub.integrations.families import FAMILIES, MARKED, OTHER_FORWARD, TORCH
@@ -854,3 +859,65 @@ def test_a_with_block_and_a_part_leave_the_marks_and_the_user_keeps_his_own() ->
     kernelize_pretrained(model)
     unkernelize(model)
     assert marked(model) == named
+
+
+def test_a_pretrained_models_report_in_a_process_that_has_marked_nothing(kernel_store: Path, tmp_path: Path) -> None:
+    """What the classes are marked as is not in the pickle; what runs is."""
+    model = kernelize_pretrained(bert())
+    expected = [(row.path, row.layer, row.outcome) for row in kernel_report(model).rows]
+    assert expected
+    file = tmp_path / "model"
+    file.write_bytes(pickle.dumps(model))
+    code = (
+        "import pickle, sys\n"
+        "from kernelhub import kernel_report, unkernelize\n"
+        "model = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "print([(row.path, row.layer, row.outcome) for row in kernel_report(model).rows])\n"
+        "print(kernel_report(unkernelize(model)).rows)\n"
+    )
+    environment = {**os.environ, "KERNELHUB_CACHE": str(kernel_store), "KERNELHUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, file], env=environment, capture_output=True, text=True, check=True
+    )
+    assert [ast.literal_eval(line) for line in run.stdout.splitlines()] == [expected, ()]
+
+
+def test_programs_of_torchscript_in_a_model_are_left_alone() -> None:
+    plain = llama()
+    plain.model.layers[0].mlp.act_fn = torch.jit.script(nn.SiLU())
+    plain.model.layers[1].mlp = torch.jit.trace(plain.model.layers[1].mlp, torch.randn(1, 2, 32))
+    expected = run(plain)
+    kernelize_pretrained(plain)
+    paths = {row.path for row in kernel_report(plain).kernels}
+    assert "model.norm" in paths
+    assert not any(path.startswith("model.layers.1.mlp") for path in paths)
+    torch.testing.assert_close(run(plain), expected)
+    unkernelize(plain)
+    program = torch.jit.script(nn.Sequential(nn.LayerNorm(4)))
+    with pytest.warns(KernelHubWarning, match="runs no kernel"):
+        kernelize_pretrained(program)
+
+
+@pytest.mark.parametrize("what", [3, None, "name", LlamaForCausalLM])
+def test_what_is_no_model_or_no_mode_is_an_error_that_says_so(what: object) -> None:
+    for call in (kernelize_pretrained, mark, unkernelize, KernelConfig({}).apply):
+        with pytest.raises(InvalidReference, match="expected a model"):
+            call(what)
+    with pytest.raises(InvalidReference, match="cannot be kernelized for mode inference"):
+        kernelize_pretrained(llama(), mode="inference")
+
+
+def test_paths_at_which_there_is_nothing_are_named() -> None:
+    model = llama()
+    with pytest.warns(KernelHubWarning) as said:
+        kernelize_pretrained(model, include=iter(["model.norm", "model.layers.*.mpl", nn.Linear]), exclude="modle.norm")
+    assert [str(one.message) for one in said] == [
+        "include: no module is at 'model.layers.*.mpl'; there is 'model.layers.1.mlp'",
+        "exclude: no module is at 'modle.norm'; there is 'model.norm'",
+    ]
+    assert [row.path for row in kernel_report(model).kernels] == ["model.norm"]
+    with pytest.warns(KernelHubWarning, match="include: no module is at 'nothing'"):
+        unkernelize(model, include=["nothing"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unkernelize(model, include="model.**", exclude=["lm_head", "model.layers.0.self_attn.rotary_pos_emb"])

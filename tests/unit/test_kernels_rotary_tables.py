@@ -93,6 +93,16 @@ def test_positions_of_any_shape_dtype_and_strides() -> None:
     assert same(rotary.rotary_tables(spread, positions), expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_to_the_other_16_bits_changes_nothing(layout: int, cast: torch.dtype) -> None:
+    for dtype in DTYPES:
+        expected = rotary.rotary_tables(frequencies(8), torch.arange(7)[None], 1.25, dtype, **LAYOUTS[layout])
+        with torch.autocast("cpu", cast):
+            got = rotary.rotary_tables(frequencies(8), torch.arange(7)[None], 1.25, dtype, **LAYOUTS[layout])
+        assert same(got, expected)
+
+
 def test_gradients_of_the_frequencies() -> None:
     inv_freq = frequencies(3).requires_grad_()
     cos, sin = rotary.rotary_tables(inv_freq, torch.arange(4)[None], 0.5)
@@ -153,6 +163,7 @@ class counted:
     """Counts how often the tables are made here."""
 
     def __enter__(self) -> list[int]:
+        rotary.formulas.of_tables(LlamaRotaryEmbedding)  # which is found out once, by making tables
         self.calls: list[int] = []
         self.function = tables.tables
 

@@ -323,7 +323,9 @@ def _not_there(model: nn.Module, key: Any) -> list[str]:
 
 
 def _mode(model: nn.Module, compile: bool) -> Mode:
-    mode = Mode.TRAINING if model.training else Mode.INFERENCE
+    from kernelhub.layers.survey import uncompiled
+
+    mode = Mode.TRAINING if uncompiled(model).training else Mode.INFERENCE
     return mode | Mode.TORCH_COMPILE if compile else mode
 
 

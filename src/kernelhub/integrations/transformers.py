@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from kernelhub.integrations.families import FAMILIES, FUSE_LOSS, LOSS, MARKED, OTHER_FORWARD, TORCH, Family, family_of
@@ -27,7 +28,7 @@ from kernelhub.layers.markers import (
     replace_kernel_forward_from_hub,
     unmark,
 )
-from kernelhub.layers.mode import Mode
+from kernelhub.layers.mode import Mode, serving
 from kernelhub.layers.report import kernel_report, note
 from kernelhub.layers.repositories import LayerRepository
 from kernelhub.layers.survey import uncompiled
@@ -142,6 +143,8 @@ def mark(model: nn.Module) -> Marks:
 def _mark(model: nn.Module) -> Marks:
     marks = Marks()
     for path, module in uncompiled(model).named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # a program, whose class says nothing of it
+            continue
         rotary = mark_rotary(module)
         if rotary == "":
             marks.layers[f"{path}.{ROTARY_LAYERS[0]}" if path else ROTARY_LAYERS[0]] = ROTARY_LAYERS[0]
@@ -233,6 +236,8 @@ def kernelize_pretrained(
 
 def _kernelize(model: nn.Module, mode: Mode | None, fuse_loss: bool, options: dict[str, Any]) -> nn.Module:
     marks = _mark(model)
+    if mode is not None:
+        serving(mode)
     wanted = mode or (Mode.TRAINING if model.training else Mode.INFERENCE)
     # Where nothing is left, this package's kernels are for whatever nothing of the user's serves, like those of other layers.
     mapping, notes = _mapping(LEFT_TO_INDUCTOR if Mode.TORCH_COMPILE in wanted else {}), _notes(marks)

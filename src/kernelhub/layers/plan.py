@@ -6,6 +6,7 @@ compiles, its contract) is left to `kernelize`.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -40,9 +41,13 @@ class Selector:
     """`include` and `exclude`: module paths (`*` is one segment, `**` any number, at the end at least one) or classes."""
 
     def __init__(self, include: Selection, exclude: Selection) -> None:
+        include, exclude = (None if of is None else _listed(of) for of in (include, exclude))
         self._include = None if include is None else _matcher("include", include)
         self._exclude = None if exclude is None else _matcher("exclude", exclude)
         self.idle = include is None and exclude is None
+        self._texts = [
+            (name, text) for name, of in (("include", include), ("exclude", exclude)) for text in _texts(of or ())
+        ]
 
     def refuses(self, path: str, module: nn.Module) -> str | None:
         """Why the layer is left out; None where it is not."""
@@ -52,16 +57,38 @@ class Selector:
             return "it is in `exclude`"
         return None
 
+    def name_nothing(self, found: Survey) -> list[str]:
+        """Of each path pattern that no module of the model has, and no function in it, that this is so."""
+        if not self._texts:
+            return []
+        root = found.tree.modules[0]
+        paths = {path for path, _ in root.named_modules()} | {site.path for site in found.sites}
+        lines = []
+        for argument, text in self._texts:
+            pattern = re.compile(_pattern(text))
+            if not any(map(pattern.fullmatch, paths)):
+                near = difflib.get_close_matches(text, sorted(paths), n=1)
+                lines.append(f"{argument}: no module is at {text!r}" + (f"; there is {near[0]!r}" if near else ""))
+        return lines
+
+
+def _texts(items: Selection) -> list[str]:
+    return [item for item in _listed(items) if isinstance(item, str)]
+
+
+def _listed(items: Selection) -> list[Any]:
+    return list(items or ()) if not isinstance(items, (str, type)) and isinstance(items, Iterable) else [items]
+
 
 def _matcher(argument: str, items: Selection) -> Callable[[str, nn.Module], bool]:
-    listed = list(items or ()) if not isinstance(items, (str, type)) and isinstance(items, Iterable) else [items]
+    listed = _listed(items)
     for item in listed:
         if not isinstance(item, (str, type)) or item == "":
             raise InvalidReference(
                 f"{argument}: {item!r} names no layers", hint='Expected paths such as "model.layers.*.mlp", or classes.'
             )
     classes = tuple(item for item in listed if isinstance(item, type))
-    patterns = [_pattern(item) for item in listed if isinstance(item, str)]
+    patterns = [_pattern(item) for item in _texts(listed)]
     regex = re.compile("|".join(patterns)) if patterns else None
     return lambda path, module: isinstance(module, classes) or bool(regex and regex.fullmatch(path))
 

@@ -138,19 +138,28 @@ def _fused(marker: Marker, paths: Mapping[int, str]) -> str:
 
 
 def _with_parts(found: Survey) -> list[Site]:
-    """The sites, with those of modules that run a kernel with others and are not kernel-aware themselves."""
+    """The sites, with those of modules that carry a kernel and are not kernel-aware themselves.
+
+    They run it with others, or come from a file: what a class is marked as, another process need not know.
+    """
     aware = {id(site.module) for site in found.sites}
-    parts = [(path, module, in_effect(module)) for path, module in found.marked if id(module) not in aware]
+    parts = [(path, module) for path, module in found.marked if id(module) not in aware]
     if not parts:
         return found.sites
     at = places(found.tree)
     sites = list(found.sites)
-    for path, module, marker in parts:
-        if marker is not None and marker.fusion is not None:
-            name = dict(zip(map(id, marker.fusion.parts), marker.fusion.layers, strict=True))[id(module)]
-            kind = AwareClass(name, None, None, False)
-            sites.append(Site(path, module, kind, at[id(module)], module.training))
+    for path, module in parts:
+        kind = AwareClass(_layer_of(module), None, None, False)
+        sites.append(Site(path, module, kind, at[id(module)], module.training))
     return sorted(sites, key=lambda site: site.at)
+
+
+def _layer_of(module: nn.Module) -> str:
+    """The name of the layer that a module's kernel is for, or was."""
+    marker = module.__dict__[MARKER]
+    if isinstance(marker, Marker) and marker.fusion is not None and in_effect(module) is marker:
+        return dict(zip(map(id, marker.fusion.parts), marker.fusion.layers, strict=True))[id(module)]
+    return str(marker.swap.layer)
 
 
 def _unfused(runs: list[tuple[str, Run]]) -> tuple[str, ...]:

@@ -87,8 +87,6 @@ class Survey(NamedTuple):
 
 def survey(model: nn.Module) -> Survey:
     """Walk the model once; a module that is reached twice is met once. A compiled model is walked inside."""
-    if not isinstance(model, nn.Module):
-        raise InvalidReference(f"expected a model (an nn.Module), got {type(model).__name__}")
     found = Survey(Tree([], []), [], [], [])
     (modules, above), sites = found.tree, found.sites
     classes: dict[type, AwareClass | None] = {}
@@ -113,7 +111,7 @@ def survey(model: nn.Module) -> Survey:
         if FUNCS in attributes or USES in attributes:
             _functions(found, classes, path, module, index)
         children = module._modules
-        if children:
+        if children and isinstance(children, dict):  # a program of TorchScript has another table, and nothing to swap
             prefix = f"{path}." if path else ""
             for name in reversed(list(children)):
                 child = children[name]
@@ -131,9 +129,15 @@ def places(tree: Tree) -> dict[int, int]:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile` returns."""
-    inner = model._modules.get("_orig_mod")
+    """The module inside what `torch.compile` returns. Raises `InvalidReference` [ValueError] for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise InvalidReference(f"expected a model (an nn.Module), got {_called(model)}")
+    inner = model._modules.get("_orig_mod") if isinstance(model._modules, dict) else None
     return inner if inner is not None else model
+
+
+def _called(found: Any) -> str:
+    return f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
 
 
 def _meet_again(sites: list[Site], at: int, index: int) -> None:

@@ -94,13 +94,15 @@ def _with_pytorch(
     cos, sin = angles.cos(), angles.sin()
     if scale != 1:
         cos, sin = cos * scale, sin * scale
-    if dtype is not torch.float32:
+    # Autocast's `cat` refuses the 16 bits that are not its own: there the rounding comes last.
+    last = not cos.is_meta and torch.is_autocast_enabled(cos.device.type)
+    if not last:
         cos, sin = cos.to(dtype), sin.to(dtype)
-    if layout == PAIRS:
-        return cos, sin
     if layout == HALVES:
-        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
-    return torch.stack((cos, cos), -1).flatten(-2), torch.stack((sin, sin), -1).flatten(-2)
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    elif layout == NEIGHBOURS:
+        cos, sin = torch.stack((cos, cos), -1).flatten(-2), torch.stack((sin, sin), -1).flatten(-2)
+    return (cos.to(dtype), sin.to(dtype)) if last else (cos, sin)
 
 
 def _register_shapes() -> None:
