@@ -17,10 +17,12 @@ from build_projects import BINDING, TOML, counting_compiler, tiny
 from kernelhub import Hub, Settings
 from kernelhub.build.assemble import Workshop
 from kernelhub.build.project import build_project
+from kernelhub.build.toolchain import find_toolchain
 from kernelhub.core.refs import KernelRef
 from kernelhub.core.variants import VariantRejected
-from kernelhub.errors import BuildFailed, KernelHubWarning, KernelNotFound, NoCompatibleVariant
+from kernelhub.errors import BuildFailed, InvalidMetadata, KernelHubWarning, KernelNotFound, NoCompatibleVariant
 from kernelhub.hub.probe import detect_host
+from kernelhub.hub.publish import publish
 
 COMPILED = f"torch-stable-abi210-cpu-{detect_host().cpu}-linux"
 NAME = KernelRef.parse("acme/tiny@v1")
@@ -127,16 +129,38 @@ print(Hub(settings).install(KernelRef.parse("acme/tiny@v1")))
     assert compiled(compiler) == 1
 
 
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A machine without one, where nobody asks for a certain one."""
+    monkeypatch.setattr("kernelhub.build.toolchain._cxx", lambda wanted: None)
+    find_toolchain.cache_clear()
+    yield
+    find_toolchain.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_the_noarch_variant_serves_and_nothing_is_said(make_hub, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loaded = make_hub(tiny(tmp_path / "tiny", noarch=True), cxx="/nowhere/g++").load(NAME)
+        loaded = make_hub(tiny(tmp_path / "tiny", noarch=True), cxx=None).load(NAME)
     assert str(loaded.variant) == "torch-cpu"
     assert loaded.module.VALUE == 1
 
 
+def test_a_compiler_of_the_users_that_does_not_run_is_named(make_hub, tmp_path):
+    project = tiny(tmp_path / "tiny", noarch=True)
+    with pytest.warns(KernelHubWarning, match=r"CXX is '/nowhere/ccache g\+\+', and .* says nothing"):
+        assert str(make_hub(project, cxx="/nowhere/ccache g++").load(NAME).variant) == "torch-cpu"
+    with pytest.raises(NoCompatibleVariant, match=r"CXX is '/nowhere/ccache g\+\+'"):
+        make_hub(project, cxx="/nowhere/ccache g++", build="always").load(NAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_hub(tiny(tmp_path / "other", noarch=True), cxx="/nowhere/other-g++", build="never").load(NAME)
+
+
+@pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler_and_without_noarch_the_error_has_the_reason(make_hub, tmp_path):
-    hub = make_hub(tiny(tmp_path / "tiny"), cxx="/nowhere/g++")
+    hub = make_hub(tiny(tmp_path / "tiny"), cxx=None)
     with pytest.raises(NoCompatibleVariant, match=r"no C\+\+ compiler was found"):
         hub.load(NAME)
     assert not hub.has(NAME)
@@ -212,8 +236,9 @@ def test_always_wants_the_compiled_build(make_hub, compiler, tmp_path):
     broken = tiny(tmp_path / "broken", binding="int broken = ;\n", noarch=True)
     with pytest.raises(BuildFailed, match=r"while loading acme/tiny@v1.*do not compile"):
         make_hub(broken, build="always").load(NAME)
-    assert str(make_hub(project, cxx="/nowhere/g++").load(NAME).variant) == "torch-cpu"
-    with pytest.raises(NoCompatibleVariant, match=r"(?s)always asks for the compiled build.*no C\+\+ compiler"):
+    with pytest.warns(KernelHubWarning, match="CXX is '/nowhere/g"):
+        assert str(make_hub(project, cxx="/nowhere/g++").load(NAME).variant) == "torch-cpu"
+    with pytest.raises(NoCompatibleVariant, match=r"(?s)always asks for the compiled build.*CXX is '/nowhere/g"):
         make_hub(project, build="always", cxx="/nowhere/g++").load(NAME)
 
 
@@ -231,6 +256,23 @@ def test_the_build_folder_serves_until_a_source_is_edited(make_hub, compiler, to
     tiny(project, value=2)
     assert make_hub().load_local(project).path.is_relative_to(tmp_path / "store")
     assert compiled(compiler) == 1
+
+
+def test_a_build_that_failed_leaves_a_project_that_can_be_built(make_hub, compiler, tmp_path):
+    project = tiny(tmp_path / "tiny")
+    (project / "build").mkdir()
+    assert make_hub().load_local(project).module.VALUE == 1
+
+
+def test_sources_that_were_edited_are_not_published_with_what_was_built_of_others(toolchain, tmp_path):
+    project, hub = tiny(tmp_path / "tiny"), str(tmp_path / "hub")
+    build_project(project, Workshop(toolchain, tmp_path / "work"))
+    tiny(project, value=2)
+    with pytest.raises(InvalidMetadata, match=r"were changed since they were built\n.*kernelhub build"):
+        publish(project, hub, NAME.repo, epoch=0)
+    assert not (tmp_path / "hub").exists()
+    tiny(project)
+    assert publish(project, hub, NAME.repo, epoch=0).changed
 
 
 def test_builds_of_other_tools_are_taken_as_they_are(make_hub, compiler, toolchain, tmp_path):

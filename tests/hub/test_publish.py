@@ -21,7 +21,7 @@ from kernelhub.core.canonical import sha256_hex
 from kernelhub.core.digest import Digest
 from kernelhub.core.manifest import LayerInfo, RefFile
 from kernelhub.core.metadata import Metadata
-from kernelhub.core.refs import Revision, Version
+from kernelhub.core.refs import RepoId, Revision, Version
 from kernelhub.errors import (
     HubUnavailable,
     IntegrityError,
@@ -484,6 +484,19 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 def test_paths_that_some_systems_cannot_have_are_refused(tmp_path: Path) -> None:
     nothing_published(tmp_path, broken(tmp_path, {"aux.py": b""}), InvalidMetadata, r"aux\.py")
     nothing_published(tmp_path, broken(tmp_path / "2", {"LAYERS.py": b""}), IntegrityError, "cannot both be there")
+
+
+def test_what_nobody_would_find_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(InvalidReference, match="kernelhub/relu cannot be published"):
+        publish(repository(tmp_path / "repo"), str(tmp_path / "hub"), RepoId("kernelhub", "relu"), epoch=EPOCH)
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_hub_that_is_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "hub").write_text("text")
+    with pytest.raises((HubUnavailable, InvalidReference), match="hub"):
+        publish(repository(tmp_path / "repo"), str(tmp_path / "hub"), REPO, epoch=EPOCH)
+    assert (tmp_path / "hub").read_text() == "text"
 
 
 def test_a_folder_that_is_no_repository(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def create(folder: Path, backends: Sequence[str]) -> list[Path]:
     if not _NAME.fullmatch(name):
         raise InvalidReference(
             f"{name!r} cannot be a kernel's name",
-            hint="Expected lower-case letters, digits and hyphens, such as my-relu.",
+            hint="Expected two or more lower-case letters, digits and hyphens, a letter first and no hyphen last, such as my-relu.",
         )
     if not backends or any(item not in BACKENDS for item in backends):
         wrong = ", ".join(item for item in backends if item not in BACKENDS)

@@ -64,6 +64,8 @@ class Toolchain:
     own_runtime: bool = False
     # The shared C++ library, where the compiler does not find it by itself.
     runtime: str = ""
+    # The C++ compiler that was asked for.
+    wanted: str | None = None
 
     @property
     def identity(self) -> list[str]:
@@ -96,6 +98,7 @@ def find_toolchain(
         libc=f"glibc {PORTABLE_GLIBC}" if portable else _libc(),
         portable=portable,
         own_runtime=portable,
+        wanted=None if portable else cxx,
     )
 
 
@@ -126,6 +129,8 @@ def missing(toolchain: Toolchain) -> str | None:
     if toolchain.cxx is None:
         if toolchain.portable:
             return "no ziglang: pip install 'kernelhub[portable]'"
+        if toolchain.wanted:
+            return f"CXX is {toolchain.wanted!r}, and `{toolchain.wanted} --version` says nothing: is it there, and a compiler?"
         return "no C++ compiler was found (looked for g++ and clang++): apt-get install g++, or set CXX"
     if toolchain.torch is None:
         return "torch is not installed: its headers are needed"

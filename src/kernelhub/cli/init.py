@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -23,11 +24,12 @@ def init(
 
     if folder.name in ("", ".."):  # the folder's own name is meant
         folder = folder.resolve()
-    wanted = [name for item in backends or ["cpu"] for name in item.split(",") if name]
+    wanted = [name.strip() for item in backends or ["cpu"] for name in item.split(",") if name.strip()]
     written = create(folder, wanted)
     if as_json:
         show_json({"folder": str(folder), "files": [str(path) for path in written]})
         return
     for path in written:
         show_line(f"wrote    {path}")
-    show_line(f"next     cd {folder} && kernelhub build && pytest && kernelhub benchmark")
+    place = shlex.quote(str(folder))
+    show_line(f"next     cd {place} && kernelhub build && python -m pytest && kernelhub benchmark")

@@ -6,6 +6,7 @@ folder (5 ms). What is elsewhere is in `remote.py`, which is imported when it is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -130,7 +131,8 @@ class LocalFiles:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where a folder was to be there is a file, and nothing in it
+                temporary.unlink()
             raise self._unavailable("write", path, error) from error
         return temporary
 

@@ -47,6 +47,7 @@ from kernelhub.hub.declared import declared_layers
 from kernelhub.hub.files import WritableFiles, open_files
 from kernelhub.hub.signing import Signer
 from kernelhub.hub.sources.layout import blob_path
+from kernelhub.hub.sources.project import EMBEDDED_ORG
 from kernelhub.hub.unpublished import CARDS, check_repository, read_folder, read_source, read_variant, variant_folders
 
 _SMALL = 64 * 1024
@@ -80,6 +81,11 @@ def publish(
     written; `PublishConflict` where somebody else was faster; `InvalidReference` for a hub that cannot be written;
     `HubUnavailable`.
     """
+    if repo.org == EMBEDDED_ORG:
+        raise InvalidReference(
+            f"{repo} cannot be published: nobody would find it",
+            hint=f"What {EMBEDDED_ORG}/... names is looked for inside the package alone. Publish under another name.",
+        )
     with context(f"publishing {folder} to {shown(hub_url)}"):
         version = check_repository(folder)
         chain = _Chain(_writable(hub_url), repo, _ref_name(ref or f"v{version}"))

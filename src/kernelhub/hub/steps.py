@@ -264,7 +264,7 @@ class Steps:
                     self.resolver.remember_failed(place, variant, error)
                 self.warn(
                     f"{found.repo}: {variant} does not compile: {error.error}\n"
-                    f"  {other} serves instead. `kernelhub get {found.repo}` with KERNELHUB_BUILD=always says more.",
+                    f"  {other} serves instead. `KERNELHUB_BUILD=always kernelhub get {ref}` says more.",
                     KernelHubWarning,
                 )
         raise AssertionError("there is at least one variant")

@@ -27,7 +27,8 @@ CARDS = ("CARD.md", "README.md")
 def check_repository(folder: Path) -> int:
     """Look whether a kernel repository's folder is fit to be published; the version that all of its variants name.
 
-    Raises `InvalidReference`, `InvalidMetadata` or `IntegrityError`, which name the variant and the file.
+    Raises `InvalidReference`, `InvalidMetadata` or `IntegrityError`, which name the variant and the file; also where the
+    sources, which are published too, are not those that the variants were made of.
     """
     names: dict[str, tuple[str, int]] = {}
     for path in variant_folders(folder):
@@ -36,6 +37,14 @@ def check_repository(folder: Path) -> int:
     if len(set(names.values())) != 1:
         told = ", ".join(f"{variant} is {name} version {version}" for variant, (name, version) in names.items())
         raise InvalidMetadata(f"the variants are not of one kernel: {told}")
+    if (folder / "build.toml").is_file():
+        from kernelhub.hub.sources.local import edited  # which reads build.toml
+
+        if edited(folder):
+            raise InvalidMetadata(
+                f"the sources in {folder} were changed since they were built",
+                hint=f"Run: kernelhub build {shlex.quote(str(folder))}",
+            )
     return next(iter(names.values()))[1]
 
 

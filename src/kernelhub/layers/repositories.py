@@ -268,7 +268,10 @@ def _untuple(value: Trust) -> bool | list[str]:
 
 
 def _classes(layers: object) -> list[str]:
-    return [name for name, value in vars(layers).items() if isinstance(value, type)] if layers is not None else []
+    from torch import nn
+
+    found = vars(layers).items() if layers is not None else ()
+    return [name for name, value in found if isinstance(value, type) and issubclass(value, nn.Module)]
 
 
 def _listed(names: list[str]) -> str:

@@ -85,7 +85,7 @@ def local_source(path: Path, repo: RepoId | None = None, building: Building | No
     if not path.is_dir():
         raise InvalidReference(f"{path} is not a folder", hint="Expected the folder of a kernel.")
     repo = repo or RepoId("local", _name(path))
-    if (path / "build.toml").is_file() and (not (path / "build").is_dir() or _edited(path)):
+    if (path / "build.toml").is_file() and (not _built(path) or edited(path)):
         return ProjectSource.of(path, repo, building), repo
     if (path / "metadata.json").is_file() and isinstance(parse_variant(path.name), BuildVariant):
         return LocalSource(repo, path, {path.name: path}), repo
@@ -100,7 +100,13 @@ def local_source(path: Path, repo: RepoId | None = None, building: Building | No
     return LocalSource(repo, path, variants), repo
 
 
-def _edited(project: Path) -> bool:
+def _built(project: Path) -> bool:
+    """Whether there is a build at all: a failed one leaves an empty folder."""
+    folder = project / "build"
+    return folder.is_dir() and any(item.is_dir() and not item.name.startswith(".") for item in folder.iterdir())
+
+
+def edited(project: Path) -> bool:
     """Whether what lies in `build/` was made here, and from other sources; builds of other tools are taken as they are."""
     from kernelhub.build.assemble import BUILT_WITH
     from kernelhub.build.recipe import Recipe

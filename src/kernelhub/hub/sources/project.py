@@ -17,8 +17,9 @@ import kernelhub
 from kernelhub.core.canonical import canonical_json, sha256_hex
 from kernelhub.core.refs import Pin, RepoId, Revision, Version
 from kernelhub.core.trust import Origin
-from kernelhub.errors import KernelNotFound, RepositoryNotFound
+from kernelhub.errors import KernelHubWarning, KernelNotFound, RepositoryNotFound
 from kernelhub.hub.sources.base import UNAVAILABLE, Listing, Progress
+from kernelhub.warning import once
 
 if TYPE_CHECKING:
     from kernelhub.build.recipe import Recipe
@@ -31,6 +32,7 @@ EMBEDDED_ORG = "kernelhub"
 
 _SOURCES = 28  # hex digits of a commit that stand for the sources
 _NOTHING_COMPILED = "0" * (40 - _SOURCES)
+_warn = once()
 
 
 def portable_commit(commit: str) -> str:
@@ -209,13 +211,15 @@ class ProjectSource:
 
     def _machine(self, recipe: Recipe) -> tuple[Toolchain, tuple[str, ...] | None]:
         """The toolchain, and the devices to build for; None where there is none to see: a release build serves all."""
-        from kernelhub.build.toolchain import find_toolchain
+        from kernelhub.build.toolchain import find_toolchain, missing
         from kernelhub.core.backends import BY_NAME
         from kernelhub.hub.probe import detect_host, visible_archs
 
         # nvcc takes 10 ms to say what it is, and devices are asked through torch: only where they matter.
         cuda = detect_host().backend == "cuda" and recipe.compiles_for("cuda")
         toolchain = find_toolchain(self.building.cxx, self.building.cuda_home, with_cuda=cuda)
+        if toolchain.wanted and toolchain.cxx is None and self.building.mode != "never":
+            _warn(f"{missing(toolchain)} Nothing is compiled with it.", KernelHubWarning)
         devices = tuple(sorted(set(visible_archs(BY_NAME["cuda"])))) if cuda else ()
         return toolchain, devices or None
 
