@@ -124,7 +124,8 @@ def entries(archive: bytes | BinaryIO, limits: Limits | None = None) -> Iterator
 
 def _bad(problem: str) -> IntegrityError:
     return IntegrityError(
-        f"the archive is not one that kernelhub makes: {problem}", hint="Ask its publisher to publish again."
+        f"the archive is not one that kernelhub makes: {problem}",
+        hint="It is damaged, or something else: get it again, or ask who made it.",
     )
 
 

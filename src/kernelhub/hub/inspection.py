@@ -63,7 +63,12 @@ def verify(steps: Steps, ref: KernelRef, sources: Sequence[Source], options: Opt
         variant = steps.select(found, options)[0]
         verified = steps.fetch(found, variant, options, rehash=True)
         signed_by = next((f"key {key}" for key, state in signatures if state == SIGNED), None)
-        unsigned = None if signed_by else "nobody who is trusted for it signed it"
+        asked = (
+            ""
+            if options.refresh or options.offline
+            else "; what is here may be older than the hub's (--refresh asks it)"
+        )
+        unsigned = None if signed_by else f"nobody who is trusted for it signed it{asked}"
         if signed_by is None and options.policy.identities_for(published):
             try:
                 signed_by = steps.gate.identity(found, published, verified, options)
