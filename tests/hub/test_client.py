@@ -158,6 +158,14 @@ def test_a_source_that_cannot_be_reached_is_an_error_not_a_move_to_the_next(make
     assert second.asked == []
 
 
+def test_a_hub_that_does_not_answer_is_not_all_that_is_said_of_a_misspelt_name(make_hub):
+    """The hub before it, which has none of that name, is named too."""
+    first, second = source_of(), source_of()
+    first.name, second.fault, second.key = "/srv/kernels", unavailable, "second"
+    with pytest.raises(HubUnavailable, match=r"does not answer\n  /srv/kernels has no org/smal\."):
+        make_hub(first, second).load(KernelRef.parse("org/smal@v1"))
+
+
 def test_the_stores_version_is_used_with_one_warning_where_the_hub_does_not_answer(make_hub, clock):
     source = source_of()
     make_hub(source).load(SMALL)

@@ -921,3 +921,10 @@ def test_paths_at_which_there_is_nothing_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         unkernelize(model, include="model.**", exclude=["lm_head", "model.layers.0.self_attn.rotary_pos_emb"])
+
+
+def test_a_loss_that_is_not_there_to_be_fused_is_said() -> None:
+    model = kernelize_pretrained(bert(), fuse_loss=True)
+    assert "the loss is not fused: it has no causal language model" in kernel_report(model).notes
+    model = kernelize_pretrained(llama(), fuse_loss=True)
+    assert not any("not fused" in note for note in kernel_report(model).notes)

@@ -107,7 +107,9 @@ class LockFile:
             raw = json.loads(data)
             canonical_json(raw)  # refuses NaN and lone surrogates, which Python reads and JSON does not have
         except (ValueError, RecursionError) as error:
-            raise InvalidMetadata(f"the lock file is not JSON: {error}") from error
+            raise InvalidMetadata(
+                f"the lock file is not JSON: {error}", hint="Where it cannot be mended, delete it and lock again."
+            ) from error
         try:
             return cls(tuple(_kernel(item) for item in _entries(raw)))
         except KeyError as error:

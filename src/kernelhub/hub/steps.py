@@ -29,6 +29,7 @@ from kernelhub.core.variants import BuildVariant, VariantAccepted, VariantReject
 from kernelhub.errors import (
     BuildFailed,
     CompatibilityWarning,
+    HubUnavailable,
     IntegrityError,
     InvalidMetadata,
     KernelCycle,
@@ -102,6 +103,11 @@ class Steps:
                 without.append(source)
                 denied = error if error.hint or denied is None else denied
                 continue
+            except HubUnavailable as error:
+                if without:  # perhaps a name was misspelt
+                    looked = f"{' and '.join(one.name for one in without)} has no {ref.repo}."
+                    error.hint = f"{looked} {error.hint}" if error.hint else looked
+                raise
             for one in without:
                 self.resolver.remember_without(one, ref.repo, ref.pin)
             return found

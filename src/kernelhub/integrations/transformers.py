@@ -242,9 +242,9 @@ def _kernelize(model: nn.Module, mode: Mode | None, fuse_loss: bool, options: di
     # Where nothing is left, this package's kernels are for whatever nothing of the user's serves, like those of other layers.
     mapping, notes = _mapping(LEFT_TO_INDUCTOR if Mode.TORCH_COMPILE in wanted else {}), _notes(marks)
     if fuse_loss:
-        from kernelhub.integrations.losses import fused_loss_mapping, mark_fused_loss
+        from kernelhub.integrations.losses import fused_loss_mapping
 
-        notes += tuple(f"the loss is not fused: {reason}" for reason in mark_fused_loss(model).values())
+        notes += tuple(f"the loss is not fused: {reason}" for reason in _not_fused(model))
         mapping = {**mapping, **fused_loss_mapping()}
     note(model, notes)
     with use_kernel_mapping(mapping):
@@ -266,6 +266,16 @@ def _lent(model: nn.Module) -> Iterator[None]:
         raise
     for module, marks in before.items():
         lend(module, marks_on(module, _ON_INSTANCES) - marks)
+
+
+def _not_fused(model: nn.Module) -> list[str]:
+    """Why losses are not fused, whose models are then not named."""
+    from kernelhub.integrations.losses import mark_fused_loss
+
+    reasons = list(mark_fused_loss(model).values())
+    if not reasons and not any(FUSE_LOSS in module.__dict__ for module in uncompiled(model).modules()):
+        reasons.append("it has no causal language model")
+    return reasons
 
 
 def _left(model: nn.Module) -> list[str]:
