@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernelhub.core.backends import BY_NAME, Backend, VersionPair, backend
+from kernelhub.core.backends import BY_NAME, Backend, VersionPair
 from kernelhub.errors import InvalidReference
 
 
@@ -34,14 +34,14 @@ class Host:
         supported = dict.fromkeys((self.backend, "cpu"))
         if name is None:
             return BY_NAME[self.backend]
-        row = backend(name)
         if name not in supported:
+            known = name in BY_NAME
             raise InvalidReference(
-                f"backend {name!r} is not supported on this machine",
+                f"backend {name!r} is not supported on this machine" if known else f"{name!r} is not a backend",
                 hint=f"Expected {' or '.join(repr(item) for item in supported)}: torch here was built for "
                 f"{BY_NAME[self.backend].title}.",
             )
-        return row
+        return BY_NAME[name]
 
     def __str__(self) -> str:
         parts = [f"torch {_dotted(self.torch)}" if self.torch else "no torch"]
