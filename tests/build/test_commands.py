@@ -57,6 +57,13 @@ def test_a_new_project_builds_tests_and_benchmarks(project, toolchain, capsys, t
     assert capsys.readouterr().out.startswith(f"{project.name} on cpu\n"), "not '. on cpu'"
 
 
+def test_init_takes_spaces_and_says_what_a_shell_takes(capsys, tmp_path):
+    folder = tmp_path / "sp ace" / "my-relu"
+    assert run(["init", str(folder), "--backends", "cpu, cuda"]) == 0
+    assert Recipe.load(folder).backends == ("cpu", "cuda")
+    assert f"cd '{folder}' && kernelhub build" in capsys.readouterr().out
+
+
 def test_init_refuses_names_folders_and_backends(project, capsys, tmp_path):
     for arguments in (
         ["init", str(tmp_path / "Bad_Name")],

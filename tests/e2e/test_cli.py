@@ -196,6 +196,17 @@ def test_doctor_names_variables_that_nobody_reads(kernelhub, hub, monkeypatch):
     assert code == 0, "it is in nobody's way"
 
 
+@pytest.mark.parametrize(
+    ("cxx", "ok", "says"), [("/nowhere/g++", False, "CXX is '/nowhere/g++'"), ("g++", True, "g++")]
+)
+def test_doctor_says_whether_the_users_compiler_runs(kernelhub, hub, monkeypatch, cxx, ok, says):
+    monkeypatch.setenv("CXX", cxx)
+    code, out, _ = kernelhub("doctor", "--json")
+    (found,) = (item for item in json.loads(out) if item["name"] == "CXX")
+    assert (found["topic"], found["ok"], says in found["value"]) == ("compilers", ok, True)
+    assert code == (0 if ok else 1)
+
+
 def test_doctor_ends_with_1_where_a_hub_is_in_the_way(kernelhub, tmp_path, monkeypatch):
     monkeypatch.setenv("KERNELHUB_HUBS", str(tmp_path / "nowhere"))
     code, out, _ = kernelhub("doctor")

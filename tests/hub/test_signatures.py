@@ -987,6 +987,8 @@ def test_the_commands_sign_verify_rotate_and_revoke(command, root, tmp_path, mon
 
     code, facts, _ = command("verify", "org/small@v1")
     assert (code, facts["signed_by"]) == (1, None)
+    assert "--refresh" in facts["unsigned"]
+    assert "--refresh" not in command("verify", "org/small@v1", "--refresh")[1]["unsigned"]
     monkeypatch.setenv("KERNELHUB_TRUSTED_KEYS", str(tmp_path / "old.pub"))
     code, facts, _ = command("verify", "org/small@v1")
     assert (code, facts["signed_by"], facts["commit"]) == (0, f"key {old['id']}", done["commit"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from kernelhub.layers.repositories import (
     LockedFuncRepository,
     LockedLayerRepository,
     Repository,
+    _classes,
 )
 from kernelhub.settings import Settings
 
@@ -119,6 +121,11 @@ def test_a_name_that_the_kernel_does_not_have_is_told(
 ) -> None:
     with pytest.raises(error, match=says):
         layer(make(folder))
+
+
+def test_only_modules_are_named_as_layers(folder: Path) -> None:
+    assert _classes(SimpleNamespace(Gate=nn.Linear, Tensor=torch.Tensor, number=3)) == ["Gate"]
+    assert _classes(None) == []
 
 
 def test_a_function_says_of_itself_what_its_attributes_say(folder: Path, hub: Hub) -> None:

@@ -122,6 +122,13 @@ def _file_of(compiler: Compiler, name: str) -> str:
     return path if path != name else ""
 
 
+def broken_cxx(toolchain: Toolchain) -> str | None:
+    """What is wrong with the C++ compiler that was asked for; None where it runs, or none was asked for."""
+    if toolchain.cxx is not None or not toolchain.wanted:
+        return None
+    return f"CXX is {toolchain.wanted!r}, and `{toolchain.wanted} --version` says nothing: is it there, and a compiler?"
+
+
 def missing(toolchain: Toolchain) -> str | None:
     """Why nothing can be compiled at all; None where something can."""
     if toolchain.os != "linux":
@@ -129,9 +136,10 @@ def missing(toolchain: Toolchain) -> str | None:
     if toolchain.cxx is None:
         if toolchain.portable:
             return "no ziglang: pip install 'kernelhub[portable]'"
-        if toolchain.wanted:
-            return f"CXX is {toolchain.wanted!r}, and `{toolchain.wanted} --version` says nothing: is it there, and a compiler?"
-        return "no C++ compiler was found (looked for g++ and clang++): apt-get install g++, or set CXX"
+        return (
+            broken_cxx(toolchain)
+            or "no C++ compiler was found (looked for g++ and clang++): apt-get install g++, or set CXX"
+        )
     if toolchain.torch is None:
         return "torch is not installed: its headers are needed"
     if toolchain.ninja is None:

@@ -72,11 +72,11 @@ def _machine() -> list[Finding]:
 def _compilers() -> list[Finding]:
     found = []
     if cxx := os.environ.get("CXX", "").strip():
-        from kernelhub.build.toolchain import find_toolchain, missing
+        from kernelhub.build.toolchain import broken_cxx, find_toolchain
 
         chosen = find_toolchain(cxx, with_cuda=False)
-        said = chosen.cxx.identity.splitlines()[0] if chosen.cxx else str(missing(chosen))
-        found.append(Finding("compilers", "CXX", said, bool(chosen.cxx)))
+        said = chosen.cxx.identity.splitlines()[0] if chosen.cxx else broken_cxx(chosen)
+        found.append(Finding("compilers", "CXX", str(said), bool(chosen.cxx)))
     for name in COMPILERS:
         path = shutil.which(name)
         found.append(Finding("compilers", name, f"{_first_line(path)} ({path})" if path else "not found"))

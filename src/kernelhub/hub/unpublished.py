@@ -20,6 +20,7 @@ from kernelhub.errors import (
     context,
 )
 from kernelhub.hub.archive import check_paths
+from kernelhub.hub.sources.local import edited
 
 CARDS = ("CARD.md", "README.md")
 
@@ -37,14 +38,11 @@ def check_repository(folder: Path) -> int:
     if len(set(names.values())) != 1:
         told = ", ".join(f"{variant} is {name} version {version}" for variant, (name, version) in names.items())
         raise InvalidMetadata(f"the variants are not of one kernel: {told}")
-    if (folder / "build.toml").is_file():
-        from kernelhub.hub.sources.local import edited  # which reads build.toml
-
-        if edited(folder):
-            raise InvalidMetadata(
-                f"the sources in {folder} were changed since they were built",
-                hint=f"Run: kernelhub build {shlex.quote(str(folder))}",
-            )
+    if (folder / "build.toml").is_file() and edited(folder):
+        raise InvalidMetadata(
+            f"the sources in {folder} were changed since they were built",
+            hint=f"Run: kernelhub build {shlex.quote(str(folder))}",
+        )
     return next(iter(names.values()))[1]
 
 

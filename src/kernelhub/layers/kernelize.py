@@ -104,7 +104,7 @@ def kernelize(
         demand = _demand(sample_inputs, verify, only_if_faster, refresh)
         restore = restores(on_error, mode)
         found = with_groups(survey(model), request.table)
-        _name(request.selector, found)
+        _warn_of_paths(request.selector, found)
         options = {"use_fallback": fallback, "verify": verify, "only_if_faster": only_if_faster, "on_error": on_error}
         options["DISABLE_KERNEL_MAPPING"] = settings.mapping_disabled
         check_same(ranks, "what is asked for", lambda: described(request, found, options))
@@ -153,20 +153,21 @@ def unkernelize(model: nn.Module, *, include: Selection = None, exclude: Selecti
     """
     selector = Selector(include, exclude)
     found = _restore(model, selector)
-    _name(selector, found)
+    _warn_of_paths(selector, found)
     if selector.idle:
         for module in found.tree.modules:
             take_back(module)
     return model
 
 
-def _name(selector: Selector, found: Survey) -> None:
-    """Warn of patterns that are at no module: what was to be left out would not be."""
-    for line in selector.name_nothing(found):
+def _warn_of_paths(selector: Selector, found: Survey) -> None:
+    """Say which patterns are at no module: what `exclude` misspells gets kernels, and what `include` misspells none."""
+    for line in selector.unmatched(found):
         warn(line, KernelHubWarning)
 
 
 def _restore(model: nn.Module, selector: Selector) -> Survey:
+    """Give the layers that are selected their forwards back; what was found in the model before. Marks stay."""
     found = survey(model)
     with functions_lock, Transaction() as transaction:
         for path, module in found.marked:

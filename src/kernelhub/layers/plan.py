@@ -41,13 +41,11 @@ class Selector:
     """`include` and `exclude`: module paths (`*` is one segment, `**` any number, at the end at least one) or classes."""
 
     def __init__(self, include: Selection, exclude: Selection) -> None:
-        include, exclude = (None if of is None else _listed(of) for of in (include, exclude))
-        self._include = None if include is None else _matcher("include", include)
-        self._exclude = None if exclude is None else _matcher("exclude", exclude)
-        self.idle = include is None and exclude is None
-        self._texts = [
-            (name, text) for name, of in (("include", include), ("exclude", exclude)) for text in _texts(of or ())
-        ]
+        given = {name: _listed(of) for name, of in (("include", include), ("exclude", exclude)) if of is not None}
+        self._include = _matcher("include", given["include"]) if "include" in given else None
+        self._exclude = _matcher("exclude", given["exclude"]) if "exclude" in given else None
+        self.idle = not given
+        self._patterns = [(name, item) for name, items in given.items() for item in items if isinstance(item, str)]
 
     def refuses(self, path: str, module: nn.Module) -> str | None:
         """Why the layer is left out; None where it is not."""
@@ -57,14 +55,14 @@ class Selector:
             return "it is in `exclude`"
         return None
 
-    def name_nothing(self, found: Survey) -> list[str]:
-        """Of each path pattern that no module of the model has, and no function in it, that this is so."""
-        if not self._texts:
+    def unmatched(self, found: Survey) -> list[str]:
+        """Of each path pattern at which the model has no module and no function, that this is so, and what is near."""
+        if not self._patterns:
             return []
         root = found.tree.modules[0]
         paths = {path for path, _ in root.named_modules()} | {site.path for site in found.sites}
         lines = []
-        for argument, text in self._texts:
+        for argument, text in self._patterns:
             pattern = re.compile(_pattern(text))
             if not any(map(pattern.fullmatch, paths)):
                 near = difflib.get_close_matches(text, sorted(paths), n=1)
@@ -72,23 +70,18 @@ class Selector:
         return lines
 
 
-def _texts(items: Selection) -> list[str]:
-    return [item for item in _listed(items) if isinstance(item, str)]
+def _listed(items: Any) -> list[Any]:
+    return list(items) if not isinstance(items, (str, type)) and isinstance(items, Iterable) else [items]
 
 
-def _listed(items: Selection) -> list[Any]:
-    return list(items or ()) if not isinstance(items, (str, type)) and isinstance(items, Iterable) else [items]
-
-
-def _matcher(argument: str, items: Selection) -> Callable[[str, nn.Module], bool]:
-    listed = _listed(items)
+def _matcher(argument: str, listed: list[Any]) -> Callable[[str, nn.Module], bool]:
     for item in listed:
         if not isinstance(item, (str, type)) or item == "":
             raise InvalidReference(
                 f"{argument}: {item!r} names no layers", hint='Expected paths such as "model.layers.*.mlp", or classes.'
             )
     classes = tuple(item for item in listed if isinstance(item, type))
-    patterns = [_pattern(item) for item in _texts(listed)]
+    patterns = [_pattern(item) for item in listed if isinstance(item, str)]
     regex = re.compile("|".join(patterns)) if patterns else None
     return lambda path, module: isinstance(module, classes) or bool(regex and regex.fullmatch(path))
 

@@ -85,12 +85,12 @@ def local_source(path: Path, repo: RepoId | None = None, building: Building | No
     if not path.is_dir():
         raise InvalidReference(f"{path} is not a folder", hint="Expected the folder of a kernel.")
     repo = repo or RepoId("local", _name(path))
-    if (path / "build.toml").is_file() and (not _built(path) or edited(path)):
+    if (path / "build.toml").is_file() and (not _folders(path / "build") or edited(path)):
         return ProjectSource.of(path, repo, building), repo
     if (path / "metadata.json").is_file() and isinstance(parse_variant(path.name), BuildVariant):
         return LocalSource(repo, path, {path.name: path}), repo
     builds = path / "build" if (path / "build").is_dir() else path
-    variants = {item.name: item for item in sorted(builds.iterdir()) if item.is_dir() and not item.name.startswith(".")}
+    variants = {item.name: item for item in _folders(builds)}
     if not any(isinstance(parse_variant(name), BuildVariant) for name in variants):
         raise InvalidReference(
             f"{path} is no kernel",
@@ -100,10 +100,10 @@ def local_source(path: Path, repo: RepoId | None = None, building: Building | No
     return LocalSource(repo, path, variants), repo
 
 
-def _built(project: Path) -> bool:
-    """Whether there is a build at all: a failed one leaves an empty folder."""
-    folder = project / "build"
-    return folder.is_dir() and any(item.is_dir() and not item.name.startswith(".") for item in folder.iterdir())
+def _folders(builds: Path) -> list[Path]:
+    """The folders in a build folder that may be variants, by name; none where there is no such folder."""
+    items = sorted(builds.iterdir()) if builds.is_dir() else []
+    return [item for item in items if item.is_dir() and not item.name.startswith(".")]
 
 
 def edited(project: Path) -> bool:

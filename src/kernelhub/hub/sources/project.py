@@ -211,15 +211,15 @@ class ProjectSource:
 
     def _machine(self, recipe: Recipe) -> tuple[Toolchain, tuple[str, ...] | None]:
         """The toolchain, and the devices to build for; None where there is none to see: a release build serves all."""
-        from kernelhub.build.toolchain import find_toolchain, missing
+        from kernelhub.build.toolchain import broken_cxx, find_toolchain
         from kernelhub.core.backends import BY_NAME
         from kernelhub.hub.probe import detect_host, visible_archs
 
         # nvcc takes 10 ms to say what it is, and devices are asked through torch: only where they matter.
         cuda = detect_host().backend == "cuda" and recipe.compiles_for("cuda")
         toolchain = find_toolchain(self.building.cxx, self.building.cuda_home, with_cuda=cuda)
-        if toolchain.wanted and toolchain.cxx is None and self.building.mode != "never":
-            _warn(f"{missing(toolchain)} Nothing is compiled with it.", KernelHubWarning)
+        if (broken := broken_cxx(toolchain)) and toolchain.os == "linux" and self.building.mode != "never":
+            _warn(f"{broken} Nothing is compiled with it.", KernelHubWarning)
         devices = tuple(sorted(set(visible_archs(BY_NAME["cuda"])))) if cuda else ()
         return toolchain, devices or None
 
