@@ -278,12 +278,7 @@ class DecoderLayer(nn.Module):
 
 
 _DECODER_LAYER, _MLP, _NONE = forwards(DecoderLayer.forward), forwards(GatedMLP.forward), forwards()
-_LAYER_MARK, _MLP_MARK, _NORM_MARKS, _LLAMAS_MARK = (
-    marks("DecoderLayer"),
-    marks("GatedMLP"),
-    marks(*FORMS),
-    marks("RMSNorm"),
-)
+_LAYER_MARK, _MLP_MARK, _NORM_MARKS = marks("DecoderLayer"), marks("GatedMLP"), marks(*FORMS)
 
 
 def computes_each_token(layer: nn.Module, norm: nn.Module) -> bool:
