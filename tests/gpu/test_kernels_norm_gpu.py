@@ -352,36 +352,6 @@ def test_graphs_replay_forward_and_backward(norm: ModuleType, layer: str) -> Non
     assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
 
 
-def test_runs_on_the_current_stream(norm: ModuleType) -> None:
-    """Behind work that takes long on a stream of its own, the inputs are those that this work leaves."""
-    _, kernelized = pair(norm, "RMSNorm", 4096, torch.float32)
-    x = torch.zeros(2000, 4096, device="cuda")
-    expected = kernelized(torch.ones_like(x))
-    torch.cuda.synchronize()
-    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(200_000_000)
-        x.fill_(1)
-        got = kernelized(x)
-        x.zero_()
-    torch.cuda.synchronize()
-    assert torch.equal(got, expected)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("current", [0, 1])
-def test_runs_on_the_tensors_device_whichever_is_current(norm: ModuleType, current: int) -> None:
-    x, weight = torch.randn(50, 256, device="cuda:1"), torch.randn(256, device="cuda:1", requires_grad=True)
-    with torch.cuda.device(current):
-        out = norm.rms_norm(x, weight)
-        out.sum().backward()
-        assert torch.cuda.current_device() == current
-    assert out.device == weight.grad.device == x.device
-    reference = nn.functional.rms_norm(x, (256,), weight, 1e-6)
-    torch.testing.assert_close(out, reference)
-    with pytest.raises(RuntimeError, match="one device"):
-        norm.rms_norm(x, weight.detach().to("cuda:0"))
-
-
 def test_tensors_of_more_than_2_31_elements(norm: ModuleType, needs_memory: Callable[[int], None]) -> None:
     rows, width = (1 << 31) // 4096 + 8, 4096
     needs_memory(5 * rows * width * 2)

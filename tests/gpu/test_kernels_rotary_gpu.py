@@ -177,16 +177,9 @@ def test_more_heads_of_one_token_than_a_grid_is_wide(rotary: ModuleType) -> None
     assert same(rotary.apply_rotary(q, q[:, :1], *table), llama.apply_rotary_pos_emb(q, q[:, :1], *table))
 
 
-def test_op_compiles_and_is_what_its_schema_says(rotary: ModuleType) -> None:
+def test_op_is_what_its_schema_says(rotary: ModuleType) -> None:
     arguments = operands(64, torch.float32)
     torch.library.opcheck(rotary.compiled.ops.rotate.default, (*arguments, 1, 64, 0))
-    counter = CompileCounter()
-    torch._dynamo.reset()
-    compiled = torch.compile(rotary.apply_rotary, fullgraph=True, backend=counter, dynamic=True)
-    for tokens in (5, 9):
-        arguments = operands(64, torch.bfloat16, tokens=tokens)
-        assert same(compiled(*arguments), rotary.apply_rotary(*arguments))
-    assert counter.frame_count == 1
 
 
 # Tables
