@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_kernels.py [--json FILE] [--plot FILE] [--only TEXT] [--no-models] [--cache DIR]
 
-Two times for each: **device**, the median over replays of a CUDA graph of many calls, divided by the calls; and **host**, what
-200 calls without waiting take the processor, each. In both the ways of a row take turns, so that what slows the machine down
-for a while slows all of them. The share is the fewest bytes that the operation must move, over its
+Of each the **device** time, the median over replays of a CUDA graph of many calls, divided by the calls; where a processor
+decides, also the **host** time, what 200 calls without waiting take it, each (small shapes), or the time of an **uncaptured** call
+(backward). The ways of a row take turns, so that what slows the machine down for a while slows all of them; times that a
+processor decides are taken in three visits, since one that others share is slow for seconds. The share is the fewest bytes that the operation must move, over its
 device time, over the bandwidth of a copy measured in the same run; above 100 % data lies in the cache, or more is read than
 written. Peers that are not installed, or do not run here, are left out and the reason is printed; where one of ours fails, the
 run does. `NOTES.md` has figures.
@@ -21,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -43,7 +44,7 @@ RMS_SHAPES = ((1, 4096), (64, 4096), (4096, 2048), (8192, 4096), (16384, 8192), 
 BACKWARD_SHAPES = ((8192, 4096), (16384, 8192))
 LAYER_SHAPES = ((8192, 4096), (16384, 8192))
 REPLAY_US = 3000.0  # of one graph, about
-REPLAYS, TURNS = 15, 5
+REPLAYS, TURNS, VISITS = 15, 5, 3
 
 
 # Ours compiled, ours in Triton (what a machine without a compiler runs), and the others.
@@ -125,39 +126,32 @@ def device_us(replays: dict[str, Replay]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def host_us(ways: dict[str, Way]) -> dict[str, float]:
-    """What a call takes the processor, of each way, in turns; the device is idle before and may still be at work after."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(REPLAYS):
-        for name, way in ways.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(200):
-                way()
-            found[name].append((time.perf_counter() - start) / 200 * 1e6)
+def host_us(way: Way) -> float:
+    """What a call takes the processor; the device is idle before and may still be at work after."""
     torch.cuda.synchronize()
-    return {name: statistics.median(times) for name, times in found.items()}
+    start = time.perf_counter()
+    for _ in range(200):
+        way()
+    return (time.perf_counter() - start) / 200 * 1e6
 
 
 def uncaptured_us(way: Way) -> float:
     """Device time between two events around a call as it is; where the processor is slower, its time."""
-    found = []
-    for _ in range(REPLAYS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(stream()):
-            start.record()
-            way()
-            stop.record()
-        stop.synchronize()
-        found.append(start.elapsed_time(stop) * 1e3)
-    return statistics.median(found)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.stream(stream()):
+        start.record()
+        way()
+        stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e3
 
 
 def copy_bandwidth() -> float:
     """Bytes read and written a second, of a copy that no cache holds, in GB/s."""
     source = torch.randn(1 << 31, device="cuda").to(DTYPE)
     target = torch.empty_like(source)
-    us = uncaptured_us(lambda: target.copy_(source))  # in a graph another engine copies, at 2,700 GB/s
+    # in a graph another engine copies, at 2,700 GB/s
+    us = statistics.median(uncaptured_us(lambda: target.copy_(source)) for _ in range(REPLAYS))
     return 2 * source.numel() * source.element_size() / us / 1e3
 
 
@@ -296,70 +290,112 @@ def rotary(peers: Peers, rotary: Kernels, batch: int, heads: int, few: int, toke
     return ways
 
 
-def operations(peers: Peers, folder: Path) -> Iterator[tuple[str, str, int, bool, Callable[[], dict[str, Way]]]]:
-    """Each row: name, shape, the bytes that must be moved, whether it is small, and what makes its ways."""
+HOST, UNCAPTURED = {"host_us": host_us}, {"uncaptured_us": uncaptured_us}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One row."""
+
+    name: str
+    shape: str
+    bytes: int  # that must be moved
+    make: Callable[[], dict[str, Way]]
+    waits: dict[str, Callable[[Way], float]] = field(
+        default_factory=dict
+    )  # what else is timed: where the device may wait
+
+
+def operations(peers: Peers, folder: Path) -> Iterator[Operation]:
     norm, activation, turned = (kernel(name, folder) for name in ("norm", "activation", "rotary"))
     for rows, width in RMS_SHAPES:
-        yield "RMSNorm", f"{rows} x {width}", 4 * rows * width, rows <= 64, partial(rms_norm, peers, norm, rows, width)
+        make = partial(rms_norm, peers, norm, rows, width)
+        yield Operation("RMSNorm", f"{rows} x {width}", 4 * rows * width, make, HOST if rows <= 64 else {})
     for rows, width in BACKWARD_SHAPES:
         make = partial(rms_backward, peers, norm, rows, width)
-        yield "RMSNorm backward", f"{rows} x {width}", 6 * rows * width, False, make
+        yield Operation("RMSNorm backward", f"{rows} x {width}", 6 * rows * width, make, UNCAPTURED)
     for function, rows in (("silu", 1), ("silu", 8192), ("gelu_tanh", 8192)):
         make = partial(product, peers, activation, function, rows, 14336)
-        yield f"{function}(a) * b", f"{rows} x 14336", 6 * rows * 14336, rows == 1, make
+        yield Operation(f"{function}(a) * b", f"{rows} x 14336", 6 * rows * 14336, make, HOST if rows == 1 else {})
     size = 4 * 4096 * 40 * 128 * 4
-    yield "rotary", "4 x (32 + 8) x 4096 x 128", size, False, partial(rotary, peers, turned, 4, 32, 8, 4096)
+    yield Operation("rotary", "4 x (32 + 8) x 4096 x 128", size, partial(rotary, peers, turned, 4, 32, 8, 4096))
     for rows, width in LAYER_SHAPES:
         make = partial(layer_norm, peers, norm, rows, width)
-        yield "LayerNorm", f"{rows} x {width}", 4 * rows * width, False, make
+        yield Operation("LayerNorm", f"{rows} x {width}", 4 * rows * width, make)
 
 
 def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float) -> list[dict[str, Any]]:
     found = []
-    for name, shape, size, small, make in operations(peers, folder):
-        if only is not None and only not in f"{name} {shape}":
-            continue
-        torch._dynamo.reset()
-        row: dict[str, Any] = {"operation": name, "shape": shape, "bytes": size}
-        uncaptured: dict[str, float] = {}
-        with torch.no_grad():
-            ways, replays = make(), {}
-            for way, call in ways.items():
-                try:
-                    for _ in range(5):
-                        call()
-                    replays[way] = Replay.of(call)
-                    if "backward" in name:
-                        uncaptured[way] = uncaptured_us(call)
-                except Exception as error:
-                    if way in OURS:
-                        raise
-                    torch.cuda.synchronize()
-                    print(f"  {name} {shape}: {way} does not run: {type(error).__name__}: {str(error)[:200]}")
-            row["device_us"] = device_us(replays)
-            row["host_us"] = host_us({way: ways[way] for way in replays}) if small else {}
-            if uncaptured:
-                row["uncaptured_us"] = uncaptured
-            del ways, replays, call
-        row["share"] = {way: size / us / 1e3 / copy for way, us in row["device_us"].items()}
-        others = [us for way, us in row["device_us"].items() if way not in OURS]
-        if others and "ours" in row["device_us"]:
-            row["best_peer_over_ours"] = min(others) / row["device_us"]["ours"]
+    chosen = [row for row in operations(peers, folder) if only is None or only in f"{row.name} {row.shape}"]
+    for operation in chosen:
+        row = measure_device(operation, copy)
         found.append(row)
         show(row)
         gc.collect()
         torch.cuda.empty_cache()
+    waits = [(operation, row) for operation, row in zip(chosen, found, strict=True) if operation.waits]
+    visits = [[measure_waits(operation, list(row["device_us"])) for operation, row in waits] for _ in range(VISITS)]
+    for number, (_, row) in enumerate(waits):
+        for what in visits[0][number]:
+            row[what] = {
+                way: statistics.median(us for visit in visits for us in visit[number][what][way])
+                for way in row["device_us"]
+            }
+            show_waits(row, what)
+    return found
+
+
+def measure_device(operation: Operation, copy: float) -> dict[str, Any]:
+    torch._dynamo.reset()
+    replays = {}
+    with torch.no_grad():
+        for way, call in operation.make().items():
+            try:
+                for _ in range(5):
+                    call()
+                replays[way] = Replay.of(call)
+            except Exception as error:
+                if way in OURS:
+                    raise
+                torch.cuda.synchronize()
+                reason = f"{type(error).__name__}: {str(error)[:200]}"
+                print(f"  {operation.name} {operation.shape}: {way} does not run: {reason}")
+        times = device_us(replays)
+    row: dict[str, Any] = {"operation": operation.name, "shape": operation.shape, "bytes": operation.bytes}
+    row["device_us"] = times
+    row["share"] = {way: operation.bytes / us / 1e3 / copy for way, us in times.items()}
+    others = [us for way, us in times.items() if way not in OURS]
+    if others and "ours" in times:
+        row["best_peer_over_ours"] = min(others) / times["ours"]
+    return row
+
+
+def measure_waits(operation: Operation, names: list[str]) -> dict[str, dict[str, list[float]]]:
+    """Of those ways, compiled anew: what was compiled before is another row's by now."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        made = operation.make()
+        ways = {name: made[name] for name in names}
+        for way in ways.values():
+            for _ in range(5):
+                way()
+        found: dict[str, dict[str, list[float]]] = {what: {name: [] for name in ways} for what in operation.waits}
+        for what, timer in operation.waits.items():
+            for _ in range(REPLAYS // VISITS):
+                for name, way in ways.items():
+                    found[what][name].append(timer(way))
     return found
 
 
 def show(row: dict[str, Any]) -> None:
-    cells = []
-    for way, us in row["device_us"].items():
-        host = f", host {row['host_us'][way]:.1f}" if way in row["host_us"] else ""
-        raw = f", uncaptured {row['uncaptured_us'][way]:.0f}" if way in row.get("uncaptured_us", {}) else ""
-        cells.append(f"{way} {us:.2f} us {row['share'][way]:.0%}{host}{raw}")
-    ratio = f"  best peer / ours {row['best_peer_over_ours']:.2f}" if "best_peer_over_ours" in row else ""
-    print(f"{row['operation']:18} {row['shape']:26} {'; '.join(cells)}{ratio}", flush=True)
+    cells = "; ".join(f"{way} {us:.2f} us {row['share'][way]:.0%}" for way, us in row["device_us"].items())
+    ratio = f"  best peer / ours {row['best_peer_over_ours']:.3f}" if "best_peer_over_ours" in row else ""
+    print(f"{row['operation']:18} {row['shape']:26} {cells}{ratio}", flush=True)
+
+
+def show_waits(row: dict[str, Any], what: str) -> None:
+    cells = "; ".join(f"{way} {us:.1f} us" for way, us in row[what].items())
+    print(f"{row['operation']:18} {row['shape']:26} {what.removesuffix('_us')}: {cells}", flush=True)
 
 
 def versions() -> dict[str, str]:
