@@ -5,9 +5,9 @@
 Of each the **device** time, the median over replays of a CUDA graph of many calls, divided by the calls; where a processor
 decides, also the **host** time, what 200 calls without waiting take it, each (small shapes), or the time of an **uncaptured** call
 (backward). The ways of a row take turns, so that what slows the machine down for a while slows all of them; times that a
-processor decides are taken in three visits, since one that others share is slow for seconds. The share is the fewest bytes that the operation must move, over its
-device time, over the bandwidth of a copy measured in the same run; above 100 % data lies in the cache, or more is read than
-written. Peers that are not installed, or do not run here, are left out and the reason is printed; where one of ours fails, the
+processor decides are taken in three visits, since one that others share is slow for seconds. The share is the fewest bytes
+that the operation must move, over its device time, over the bandwidth of a copy measured in the same run; above 100 % data lies
+in the cache, or more is read than written. Peers that are not installed, or do not run here, are left out and the reason is printed; where one of ours fails, the
 run does. `NOTES.md` has figures.
 """
 
@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -290,9 +290,6 @@ def rotary(peers: Peers, rotary: Kernels, batch: int, heads: int, few: int, toke
     return ways
 
 
-HOST, UNCAPTURED = {"host_us": host_us}, {"uncaptured_us": uncaptured_us}
-
-
 @dataclass(frozen=True)
 class Operation:
     """One row."""
@@ -301,22 +298,20 @@ class Operation:
     shape: str
     bytes: int  # that must be moved
     make: Callable[[], dict[str, Way]]
-    waits: dict[str, Callable[[Way], float]] = field(
-        default_factory=dict
-    )  # what else is timed: where the device may wait
+    timer: Callable[[Way], float] | None = None  # of what a processor decides; its name is the row's key
 
 
 def operations(peers: Peers, folder: Path) -> Iterator[Operation]:
     norm, activation, turned = (kernel(name, folder) for name in ("norm", "activation", "rotary"))
     for rows, width in RMS_SHAPES:
         make = partial(rms_norm, peers, norm, rows, width)
-        yield Operation("RMSNorm", f"{rows} x {width}", 4 * rows * width, make, HOST if rows <= 64 else {})
+        yield Operation("RMSNorm", f"{rows} x {width}", 4 * rows * width, make, host_us if rows <= 64 else None)
     for rows, width in BACKWARD_SHAPES:
         make = partial(rms_backward, peers, norm, rows, width)
-        yield Operation("RMSNorm backward", f"{rows} x {width}", 6 * rows * width, make, UNCAPTURED)
+        yield Operation("RMSNorm backward", f"{rows} x {width}", 6 * rows * width, make, uncaptured_us)
     for function, rows in (("silu", 1), ("silu", 8192), ("gelu_tanh", 8192)):
         make = partial(product, peers, activation, function, rows, 14336)
-        yield Operation(f"{function}(a) * b", f"{rows} x 14336", 6 * rows * 14336, make, HOST if rows == 1 else {})
+        yield Operation(f"{function}(a) * b", f"{rows} x 14336", 6 * rows * 14336, make, host_us if rows == 1 else None)
     size = 4 * 4096 * 40 * 128 * 4
     yield Operation("rotary", "4 x (32 + 8) x 4096 x 128", size, partial(rotary, peers, turned, 4, 32, 8, 4096))
     for rows, width in LAYER_SHAPES:
@@ -333,15 +328,13 @@ def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float
         show(row)
         gc.collect()
         torch.cuda.empty_cache()
-    waits = [(operation, row) for operation, row in zip(chosen, found, strict=True) if operation.waits]
-    visits = [[measure_waits(operation, list(row["device_us"])) for operation, row in waits] for _ in range(VISITS)]
-    for number, (_, row) in enumerate(waits):
-        for what in visits[0][number]:
-            row[what] = {
-                way: statistics.median(us for visit in visits for us in visit[number][what][way])
-                for way in row["device_us"]
-            }
-            show_waits(row, what)
+    timed = [(operation, row) for operation, row in zip(chosen, found, strict=True) if operation.timer]
+    visits = [[measure_again(operation, list(row["device_us"])) for operation, row in timed] for _ in range(VISITS)]
+    for (operation, row), *times in zip(timed, *visits, strict=True):
+        row[operation.timer.__name__] = {
+            way: statistics.median(us for visit in times for us in visit[way]) for way in row["device_us"]
+        }
+        show_again(row, operation.timer.__name__)
     return found
 
 
@@ -370,8 +363,8 @@ def measure_device(operation: Operation, copy: float) -> dict[str, Any]:
     return row
 
 
-def measure_waits(operation: Operation, names: list[str]) -> dict[str, dict[str, list[float]]]:
-    """Of those ways, compiled anew: what was compiled before is another row's by now."""
+def measure_again(operation: Operation, names: list[str]) -> dict[str, list[float]]:
+    """Of those ways, by the operation's timer; compiled anew, as what was compiled before is another row's by now."""
     torch._dynamo.reset()
     with torch.no_grad():
         made = operation.make()
@@ -379,11 +372,10 @@ def measure_waits(operation: Operation, names: list[str]) -> dict[str, dict[str,
         for way in ways.values():
             for _ in range(5):
                 way()
-        found: dict[str, dict[str, list[float]]] = {what: {name: [] for name in ways} for what in operation.waits}
-        for what, timer in operation.waits.items():
-            for _ in range(REPLAYS // VISITS):
-                for name, way in ways.items():
-                    found[what][name].append(timer(way))
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(REPLAYS // VISITS):
+            for name, way in ways.items():
+                found[name].append(operation.timer(way))
     return found
 
 
@@ -393,7 +385,7 @@ def show(row: dict[str, Any]) -> None:
     print(f"{row['operation']:18} {row['shape']:26} {cells}{ratio}", flush=True)
 
 
-def show_waits(row: dict[str, Any], what: str) -> None:
+def show_again(row: dict[str, Any], what: str) -> None:
     cells = "; ".join(f"{way} {us:.1f} us" for way, us in row[what].items())
     print(f"{row['operation']:18} {row['shape']:26} {what.removesuffix('_us')}: {cells}", flush=True)
 
