@@ -322,6 +322,8 @@ def operations(peers: Peers, folder: Path) -> Iterator[Operation]:
 def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float) -> list[dict[str, Any]]:
     found = []
     chosen = [row for row in operations(peers, folder) if only is None or only in f"{row.name} {row.shape}"]
+    if not chosen:
+        raise SystemExit(f"no operation has {only!r} in its name and shape")
     for operation in chosen:
         row = measure_device(operation, copy)
         found.append(row)
