@@ -325,7 +325,7 @@ def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float
     if not chosen:
         raise SystemExit(f"no operation has {only!r} in its name and shape")
     for operation in chosen:
-        row = measure_device(operation, copy)
+        row = measure_device(operation, copy, peers.missing)
         found.append(row)
         show(row)
         gc.collect()
@@ -340,7 +340,8 @@ def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float
     return found
 
 
-def measure_device(operation: Operation, copy: float) -> dict[str, Any]:
+def measure_device(operation: Operation, copy: float, missing: dict[str, str]) -> dict[str, Any]:
+    """The row so far; ways that do not run are added to `missing`, with the reason."""
     torch._dynamo.reset()
     replays = {}
     with torch.no_grad():
@@ -349,20 +350,23 @@ def measure_device(operation: Operation, copy: float) -> dict[str, Any]:
                 for _ in range(5):
                     call()
                 replays[way] = Replay.of(call)
-            except Exception as error:
+            except Exception as error:  # whatever keeps a peer from running is told, and the others run
                 if way in OURS:
                     raise
                 torch.cuda.synchronize()
-                reason = f"{type(error).__name__}: {str(error)[:200]}"
-                print(f"  {operation.name} {operation.shape}: {way} does not run: {reason}")
+                place = f"{way}: {operation.name} {operation.shape}"
+                missing[place] = f"{type(error).__name__}: {str(error)[:200]}"
+                print(f"  {place} does not run: {missing[place]}")
         times = device_us(replays)
     row: dict[str, Any] = {"operation": operation.name, "shape": operation.shape, "bytes": operation.bytes}
     row["device_us"] = times
     row["share"] = {way: operation.bytes / us / 1e3 / copy for way, us in times.items()}
-    others = [us for way, us in times.items() if way not in OURS]
-    if others and "ours" in times:
-        row["best_peer_over_ours"] = min(others) / times["ours"]
+    row["best_peer_over_ours"] = best_peer_over_ours(times)
     return row
+
+
+def best_peer_over_ours(times: dict[str, float]) -> float:
+    return min(us for way, us in times.items() if way not in OURS) / times["ours"]
 
 
 def measure_again(operation: Operation, names: list[str]) -> dict[str, list[float]]:
@@ -383,13 +387,14 @@ def measure_again(operation: Operation, names: list[str]) -> dict[str, list[floa
 
 def show(row: dict[str, Any]) -> None:
     cells = "; ".join(f"{way} {us:.2f} us {row['share'][way]:.0%}" for way, us in row["device_us"].items())
-    ratio = f"  best peer / ours {row['best_peer_over_ours']:.3f}" if "best_peer_over_ours" in row else ""
-    print(f"{row['operation']:18} {row['shape']:26} {cells}{ratio}", flush=True)
+    ratio = f"best peer / ours {row['best_peer_over_ours']:.3f}"
+    print(f"{row['operation']:18} {row['shape']:26} {cells}  {ratio}", flush=True)
 
 
 def show_again(row: dict[str, Any], what: str) -> None:
     cells = "; ".join(f"{way} {us:.1f} us" for way, us in row[what].items())
-    print(f"{row['operation']:18} {row['shape']:26} {what.removesuffix('_us')}: {cells}", flush=True)
+    ratio = f"best peer / ours {best_peer_over_ours(row[what]):.2f}"
+    print(f"{row['operation']:18} {row['shape']:26} {what.removesuffix('_us')}: {cells}  {ratio}", flush=True)
 
 
 def versions() -> dict[str, str]:
