@@ -363,6 +363,11 @@ def test_loss(programs: Programs, case: str) -> None:
     check(programs.program("loss"), case)
 
 
+@pytest.mark.parametrize("case", ["gradients bfloat16 7 1000 100 1 halves 1", "both float32 8 5 100 0 odd 1"])
+def test_loss_of_more_rows_than_a_launch_has_blocks(programs: Programs, case: str) -> None:
+    check(programs.planted("loss", "AT_ONCE = 0x7fffffff;", "AT_ONCE = 3;", "losses"), case)
+
+
 @pytest.mark.parametrize("case", ROTARY)
 def test_rotary(programs: Programs, case: str) -> None:
     check(programs.program("rotary"), case)

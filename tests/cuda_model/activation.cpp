@@ -60,7 +60,7 @@ int main(int count, char** arguments) {
   const Dtype dtype = type == "bfloat16" ? BFLOAT16 : FLOAT32;
   const int64_t size = dtype == FLOAT32 ? 4 : 2;
   const Rows rows{number(arguments[2]), number(arguments[3]), arguments[5]};
-  const Device device{0, static_cast<int>(number(arguments[4])), 2048, 232448, 0, true, nullptr};
+  const Device device{0, static_cast<int>(number(arguments[4])), 2048, 232448, 0, 90, nullptr};
   const int function = static_cast<int>(number(arguments[7]));
   const bool backward = op.find("_backward") != std::string::npos, multiplies = op.find("multiply") == 0;
   const bool results = op == "multiply_backward_result", halves = rows.lie == "halves", dense = rows.lie == "dense";

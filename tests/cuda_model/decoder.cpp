@@ -219,7 +219,7 @@ int main(int count, char** arguments) {
   model::cluster = 2;
   const Dtype dtype = std::string(arguments[2]) == "bfloat16" ? BFLOAT16 : FLOAT16;
   const Matrix x = normal(number(arguments[3]), number(arguments[4]), dtype, 1);
-  const Device device{0, static_cast<int>(number(arguments[5])), 2048, 232448, 0, true, nullptr};
+  const Device device{0, static_cast<int>(number(arguments[5])), 2048, 232448, 0, 90, nullptr};
   const Call call{dtype, device, x, dtype == BFLOAT16 ? 0x1p-8 : 0x1p-11};
   const std::string op = arguments[6];
   const auto argument = [&](int i) { return i < count ? number(arguments[i]) : 0; };

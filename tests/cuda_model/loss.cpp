@@ -33,7 +33,7 @@ int main(int count, char** arguments) {
   const Dtype dtype = std::string(arguments[2]) == "bfloat16" ? BFLOAT16 : FLOAT32;
   const int64_t rows = number(arguments[3]), n = number(arguments[4]), size = dtype == FLOAT32 ? 4 : 2;
   const double smoothing = number(arguments[5]) / 1000.0, z = number(arguments[6]) / 1000.0;
-  const Device device{0, static_cast<int>(number(arguments[8])), 2048, 232448, 0, true, nullptr};
+  const Device device{0, static_cast<int>(number(arguments[8])), 2048, 232448, 0, 90, nullptr};
   const int64_t stride = lie == "halves" ? 2 * n : lie == "odd" ? n + 1 : n;
   std::mt19937 random(1);
   std::normal_distribution<float> of;

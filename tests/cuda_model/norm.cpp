@@ -188,7 +188,7 @@ int main(int count, char** arguments) {
   const int64_t rows = number(arguments[3]), n = number(arguments[4]), size = dtype == FLOAT32 ? 4 : 2;
   const int multiprocessors = static_cast<int>(number(arguments[5]));
   const int cache = filled == "cached" ? 1 << 30 : multiprocessors << 14;
-  const Device device{0, multiprocessors, 2048, 232448, cache, true, nullptr};
+  const Device device{0, multiprocessors, 2048, 232448, cache, 90, nullptr};
   const bool is_backward = op.find("_backward") != std::string::npos;
   const std::string name = op.substr(0, op.find('_'));
   const Kind kind = name == "layer" ? LAYER : name == "add" ? ADD : name == "gated" ? GATED : PLAIN;

@@ -27,7 +27,7 @@ int rotate(char** arguments, Dtype dtype) {
   const int64_t width = number(arguments[4]), rotary = number(arguments[5]), pairs = rotary / 2;
   const int form = static_cast<int>(number(arguments[6]));
   const std::string kind = arguments[7], lie = arguments[8];
-  const Device device{0, static_cast<int>(number(arguments[9])), 2048, 232448, 0, true, nullptr};
+  const Device device{0, static_cast<int>(number(arguments[9])), 2048, 232448, 0, 90, nullptr};
   const bool parts = lie == "parts", by_heads = lie == "tokens", paired = kind == "paired", wide_table = kind == "wide";
   const int64_t step = lie == "odd" ? width + 1 : width, all = heads[0] + heads[1] + 1;
 
@@ -117,7 +117,7 @@ int tables(char** arguments, Dtype dtype) {
   const int64_t batches = number(arguments[0]), tokens = number(arguments[1]), pairs = number(arguments[2]);
   const int layout = static_cast<int>(number(arguments[3]));
   const bool of_64_bits = number(arguments[4]) == 64;
-  const Device device{0, static_cast<int>(number(arguments[5])), 2048, 232448, 0, true, nullptr};
+  const Device device{0, static_cast<int>(number(arguments[5])), 2048, 232448, 0, 90, nullptr};
   const int64_t rows = batches * tokens, width = layout == PAIRS ? pairs : 2 * pairs, bytes = of_64_bits ? 8 : 4;
   std::mt19937 random(1);
   std::vector<int64_t> positions(rows), as_32(rows);

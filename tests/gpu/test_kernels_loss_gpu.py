@@ -187,6 +187,26 @@ def test_tensors_of_more_than_2_31_elements(loss: ModuleType, needs_memory: Call
     assert torch.equal(logits[-5:], last * by)
 
 
+def test_more_than_2_31_rows(loss: ModuleType, needs_memory: Callable[[int], None]) -> None:
+    """The last rows are what they are alone, bit for bit, and those in between what the first is."""
+    ops, options, rows, classes = loss.functions.compiled.ops, (-100, 0.1, 1e-3), (1 << 31) + 24, 2
+    needs_memory(80 << 30)
+    logits = torch.zeros(rows, classes, dtype=torch.bfloat16, device="cuda")
+    labels, grad = torch.zeros(rows, dtype=torch.int64, device="cuda"), torch.ones(rows, device="cuda")
+    last, of_last, last_grad = logits[-32:].normal_().clone(), labels[-32:].random_(0, 2), grad[-32:].uniform_()
+    losses, sums = ops.cross_entropy(logits, labels, *options)
+    some, some_sums = ops.cross_entropy(last, of_last, *options)
+    torch.testing.assert_close(some, formula(last.float(), of_last, *options[1:]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(losses[-32:], some)
+    assert (losses[:-32] == losses[0]).all()
+    gradient = ops.cross_entropy_backward(grad, logits, labels, sums, *options)
+    assert torch.equal(gradient[-32:], ops.cross_entropy_backward(last_grad, last, of_last, some_sums, *options))
+    del gradient, losses, sums
+    in_place = ops.cross_entropy_gradient_(logits, labels, grad, *options)
+    assert torch.equal(in_place[-32:], ops.cross_entropy_gradient_(last, of_last, last_grad, *options))
+    assert torch.equal(logits[-32:], last)
+
+
 def test_a_row_of_more_than_2_31_classes(loss: ModuleType, needs_memory: Callable[[int], None]) -> None:
     """All alike, so that the sum is their number; the label is the last."""
     ops, options, classes = loss.functions.compiled.ops, (-100, 0.0, 0.0), (1 << 31) + 8

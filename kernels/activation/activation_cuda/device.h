@@ -28,7 +28,7 @@ struct Device {
   int threads; // that one has at a time
   int shared; // bytes of shared memory that a block may have
   int cache; // bytes of the second cache
-  bool overlaps; // whether a launch may begin while the one before it ends (compute capability 9.0)
+  int capability; // its compute capability, 90 for 9.0
   void* stream;  // cudaStream_t
 };
 

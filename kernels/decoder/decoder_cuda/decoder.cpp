@@ -69,7 +69,7 @@ int64_t check(const char* name, const Tensor& x, const Tensor& gate, const Tenso
 }
 
 void check_capability(const Device& device) {
-  STD_TORCH_CHECK(device.overlaps, "expected a GPU of compute capability 9.0");
+  STD_TORCH_CHECK(device.capability == 90, "expected a GPU of compute capability 9.0");
 }
 
 // Of operands that fit; what `args` points to is kept here as long as it is asked for.

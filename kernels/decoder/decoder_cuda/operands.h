@@ -77,15 +77,16 @@ class OnDevice : public Device {
       int count = 0;
       STD_CUDA_CHECK(cudaGetDeviceCount(&count));
       for (int device = 0; device < std::min(count, MOST); ++device) {
-        int major = 0;
+        int major = 0, minor = 0;
         Device& of = found[device];
         STD_CUDA_CHECK(cudaDeviceGetAttribute(&of.multiprocessors, cudaDevAttrMultiProcessorCount, device));
         STD_CUDA_CHECK(cudaDeviceGetAttribute(&of.threads, cudaDevAttrMaxThreadsPerMultiProcessor, device));
         STD_CUDA_CHECK(cudaDeviceGetAttribute(&of.cache, cudaDevAttrL2CacheSize, device));
         STD_CUDA_CHECK(cudaDeviceGetAttribute(&of.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
         STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+        STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
         of.index = device;
-        of.overlaps = major >= 9;
+        of.capability = 10 * major + minor;
       }
       return found;
     }();

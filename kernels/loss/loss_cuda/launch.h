@@ -8,6 +8,9 @@
 
 namespace kernelhub {
 
+// Rows of a launch: as many as it has blocks. Where there are more, the logits' rows lie at one stride.
+constexpr int64_t AT_ONCE = 0x7fffffff;
+
 // `rows` rows of n logits. Pointers that an op has no use for are null.
 struct LossArgs {
   RowsAt logits;

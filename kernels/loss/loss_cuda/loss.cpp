@@ -30,12 +30,15 @@ LossArgs args_of(
   args.n = logits.size(logits.dim() - 1);
   args.rows = labels.numel();
   STD_TORCH_CHECK(args.n > 0, name, ": the logits are of no class");
-  STD_TORCH_CHECK(args.rows < (int64_t{1} << 31), name, ": expected fewer than 2**31 rows; there are ", args.rows);
   args.labels = static_cast<const int64_t*>(labels.data_ptr());
   args.ignore_index = ignore_index;
   args.smoothing = label_smoothing;
   args.z = z_loss;
   return args;
+}
+
+RowsOf rows_of(const Tensor& logits, int64_t rows) {
+  return RowsOf(rows > AT_ONCE ? torch::stable::contiguous(logits) : logits);
 }
 
 bool whole(const LossArgs& args, const Tensor& logits) {
@@ -76,7 +79,7 @@ std::tuple<Tensor, Tensor> cross_entropy(
     return {losses, sums};
   }
   const OnDevice device(logits);
-  const RowsOf rows(logits);
+  const RowsOf rows = rows_of(logits, args.rows);
   args.logits = rows.at;
   args.logits_leading = rows.leading;
   args.losses = static_cast<float*>(losses.data_ptr());
@@ -102,7 +105,7 @@ Tensor cross_entropy_backward(
     return made;
   }
   const OnDevice device(logits);
-  const RowsOf rows(logits);
+  const RowsOf rows = rows_of(logits, args.rows);
   args.logits = rows.at;
   args.logits_leading = rows.leading;
   args.kept = static_cast<float*>(sums.data_ptr());
@@ -126,7 +129,7 @@ Tensor cross_entropy_gradient_(
     return losses;
   }
   const OnDevice device(logits);
-  const RowsOf rows(logits);
+  const RowsOf rows = rows_of(logits, args.rows);
   args.logits = rows.at;
   args.logits_leading = rows.leading;
   args.losses = static_cast<float*>(losses.data_ptr());

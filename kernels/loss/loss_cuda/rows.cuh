@@ -324,7 +324,7 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared, c
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(device.stream);
   config.attrs = &overlap;
-  config.numAttrs = device.overlaps ? 1 : 0;
+  config.numAttrs = device.capability >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
