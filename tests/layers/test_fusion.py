@@ -347,6 +347,12 @@ def _own_forward(model: Model) -> None:
     model.layers[0].mlp.forward = lambda x: x
 
 
+def _own_call(model: Model) -> None:
+    norm = model.layers[0].norm
+    base = type(norm)
+    norm.__class__ = type("Other", (base,), {"__call__": lambda self, x: 3 * base.__call__(self, x)})
+
+
 def _shared(model: Model) -> None:
     model.layers[1].mlp = model.layers[0].mlp
     model.layers[1].norm = Model().layers[0].norm
@@ -360,6 +366,7 @@ def _shared(model: Model) -> None:
         (_hook_between, "layers.0.norm has hooks, which would see what the fused kernel hands on"),
         (_adapter, "layers.0.mlp: its up is adapted (Module), and the kernel would not call the adapter"),
         (_quantised, "layers.0.mlp: its up"),
+        (_own_call, "layers.0.norm has a __call__ of its own, which would see what the fused kernel hands on"),
         (_own_forward, "layers.0.mlp: somebody else put a forward of their own on this instance"),
     ],
 )

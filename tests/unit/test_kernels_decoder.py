@@ -503,17 +503,19 @@ def test_another_norm_in_the_place_of_one_is_called(decoder: ModuleType, place: 
         torch.testing.assert_close(both[0](x), both[1](x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["forward", "__call__"])
 @pytest.mark.parametrize("place", ["input_layernorm", "post_attention_layernorm", "mlp"])
 @pytest.mark.usefixtures("way", "marked")
 def test_a_class_that_comes_from_a_marked_one_with_a_forward_of_its_own_is_called(
-    decoder: ModuleType, place: str
+    decoder: ModuleType, place: str, method: str
 ) -> None:
     """It has the mark of the class that it comes from, and is what `mark` and `kernelize` leave alone."""
     both, x = layers(decoder), values(2, 5, HIDDEN)
     for layer in both:
         part = layer.layer.get_submodule(place)
         base = type(part)
-        part.__class__ = type("Other", (base,), {"forward": lambda self, y, base=base: 3 * base.forward(self, y)})
+        inner = getattr(base, method)
+        part.__class__ = type("Other", (base,), {method: lambda self, y, inner=inner: 3 * inner(self, y)})
     found, expected = (step(layer, x) for layer in both)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)

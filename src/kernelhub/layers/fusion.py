@@ -190,6 +190,9 @@ def unfit(group: Group, apart: Sequence[str | None]) -> str:
             return f"{path}: {reason}"
         if any(part.__dict__.get(hooks) for hooks in _HOOKS):
             return f"{path} has hooks, which would see what the fused kernel hands on"
+        kind: Any = type(part)
+        if kind.__call__ is not nn.Module.__call__:
+            return f"{path} has a __call__ of its own, which would see what the fused kernel hands on"
         if "_hf_hook" in part.__dict__ or "base_layer" in part._modules:
             return f"{path} is wrapped by another library, which the fused kernel would pass by"
     return f"one of them stands in {group.places} places of the model" if group.places > 1 else ""

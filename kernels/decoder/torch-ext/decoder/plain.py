@@ -282,7 +282,8 @@ def _is_marked(module: nn.Module, name: str) -> bool:
 def marked_as(cls: type[nn.Module]) -> str | None:
     """The name that the class, or one that it comes from, is marked with, if it has the forward that was marked.
 
-    Not where somebody put another one on the class since, or another method that it calls: the mark's condition knows.
+    Not where somebody put another one on the class since, or another method that it calls (the mark's condition knows), nor
+    where the class has a `__call__` of its own around it.
     """
     name = getattr(cls, "kernel_layer_name", None)
     if name is None:
@@ -297,7 +298,8 @@ def marked_as(cls: type[nn.Module]) -> str | None:
 def _has_marked_forward(cls: type[nn.Module]) -> bool:
     marked = next(base for base in cls.__mro__ if "kernel_layer_name" in base.__dict__)
     knows = _knows(_condition(cls))
-    return cls.forward is marked.forward and (knows is None or knows(cls))
+    same: Any = cls.forward is marked.forward and cls.__call__ is marked.__call__
+    return same and (knows is None or knows(cls))
 
 
 def _condition(cls: type[nn.Module]) -> Callable[[nn.Module], bool] | None:
