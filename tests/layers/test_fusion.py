@@ -785,6 +785,7 @@ def test_keys_that_name_nothing_right(key: Any, said: str, fuse: Callable[..., n
         ("lay*.0.norm", ["layers.0"]),
         ("**.0.norm", ["layers.0"]),
         ("layers.**.norm", ["layers.0", "layers.1"]),
+        ("lay**.norm", []),
         ("norm", [""]),
     ],
 )

@@ -13,7 +13,9 @@ from kernelhub.layers.plan import Selector
 
 NAMES = st.sampled_from(["a", "ab", "b", "0", "10", "+"])
 PATHS = st.lists(NAMES, min_size=1, max_size=5)
-PATTERNS = st.lists(st.one_of(NAMES, st.sampled_from(["*", "**", "a*", "*b", "*a*"])), min_size=1, max_size=5)
+PATTERNS = st.lists(
+    st.one_of(NAMES, st.sampled_from(["*", "**", "a*", "*b", "*a*", "a**", "**b", "***"])), min_size=1, max_size=5
+)
 
 
 def matches(pattern: list[str], path: list[str]) -> bool:
@@ -43,6 +45,9 @@ def test_a_pattern_chooses_what_the_plain_matcher_chooses(pattern: list[str], pa
         ("model.**", "model", False),
         ("model.**", "model.norm", True),
         ("a.b", "a+b", False),
+        ("model.lay**", "model.norm", False),
+        ("model.lay**", "model.layers", True),
+        ("*", "", False),
     ],
 )
 def test_patterns_as_they_are_written(pattern: str, path: str, chosen: bool) -> None:

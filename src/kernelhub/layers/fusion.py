@@ -28,6 +28,7 @@ from kernelhub.errors import InvalidReference, LayerContractError, NoKernelForLa
 from kernelhub.layers.keys import FusionKey, title
 from kernelhub.layers.layout import TABLES_OF_MODULES, Layout, lay_out, layout_class, made_of
 from kernelhub.layers.mode import Mode
+from kernelhub.layers.patterns import path_pattern
 from kernelhub.layers.sequence import broken_chain, follows
 from kernelhub.layers.survey import AwareClass, Site, Survey, places
 from kernelhub.layers.swap import MARKER, of_class
@@ -86,7 +87,7 @@ class Named(NamedTuple):
 def find(model: nn.Module, key: FusionKey) -> Named:
     """The modules that a key names under each of the parents that it names."""
     text = key[0][1].rpartition(".")[0]
-    regex = re.compile(parent_pattern(text))
+    regex = re.compile(path_pattern(text))
     found = Named([], [])
     parents = [(path, module) for path, module in model.named_modules() if regex.fullmatch(path)]
     for path, parent in parents:
@@ -151,18 +152,6 @@ def _check_apart(group: Group, within: dict[int, str]) -> None:
 def _above(found: Survey, index: int) -> Iterator[int]:
     while (index := found.tree.above[index]) >= 0:
         yield id(found.tree.modules[index])
-
-
-def parent_pattern(text: str) -> str:
-    """A parent's path as a regular expression: `*` is one segment or a part of one, `**` any number of segments."""
-    if not text:
-        return ""
-    parts = [r"(?:[^.]+\.)*" if part == "**" else rf"{_segment(part)}\." for part in text.split(".")]
-    return "".join(parts)[:-2] if not text.endswith("**") else "".join(parts[:-1]) + r"[^.]+(?:\.[^.]+)*"
-
-
-def _segment(text: str) -> str:
-    return "[^.]+" if text == "*" else "[^.]*".join(map(re.escape, text.split("*")))
 
 
 def _generalised(paths: Iterable[str]) -> list[str]:

@@ -24,6 +24,7 @@ from kernelhub.layers.keys import title
 from kernelhub.layers.mapping import Name, Row, Table, choose, current_table, needs_capability
 from kernelhub.layers.markers import calls_children
 from kernelhub.layers.mode import KernelizeFallback, Mode, serving
+from kernelhub.layers.patterns import path_pattern
 from kernelhub.layers.survey import Devices, Site, Survey, capability, device_type, site_class, survey
 from kernelhub.layers.tables import UNMARKED, table
 
@@ -63,7 +64,7 @@ class Selector:
         paths = {path for path, _ in root.named_modules()} | {site.path for site in found.sites}
         lines = []
         for argument, text in self._patterns:
-            pattern = re.compile(_pattern(text))
+            pattern = re.compile(path_pattern(text))
             if not any(map(pattern.fullmatch, paths)):
                 near = difflib.get_close_matches(text, sorted(paths), n=1)
                 lines.append(f"{argument}: no module is at {text!r}" + (f"; there is {near[0]!r}" if near else ""))
@@ -81,20 +82,9 @@ def _matcher(argument: str, listed: list[Any]) -> Callable[[str, nn.Module], boo
                 f"{argument}: {item!r} names no layers", hint='Expected paths such as "model.layers.*.mlp", or classes.'
             )
     classes = tuple(item for item in listed if isinstance(item, type))
-    patterns = [_pattern(item) for item in listed if isinstance(item, str)]
+    patterns = [path_pattern(item) for item in listed if isinstance(item, str)]
     regex = re.compile("|".join(patterns)) if patterns else None
     return lambda path, module: isinstance(module, classes) or bool(regex and regex.fullmatch(path))
-
-
-def _pattern(text: str) -> str:
-    """A path pattern as a regular expression; `**` also stands for no segment at all."""
-    parts = [r"(?:[^.]+\.)*" if part == "**" else f"{_segment(part)}\\." for part in text.split(".")]
-    whole = "".join(parts)
-    return f"(?:{whole[:-2]})" if not text.endswith("**") else f"(?:{''.join(parts[:-1])}[^.]+(?:\\.[^.]+)*)"
-
-
-def _segment(text: str) -> str:
-    return "[^.]*".join(re.escape(part) for part in text.split("*"))
 
 
 @dataclass(frozen=True)
