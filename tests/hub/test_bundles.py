@@ -22,7 +22,7 @@ from kernelhub.core.host import Host
 from kernelhub.core.lockfile import LockFile
 from kernelhub.core.manifest import ManifestDocument, ManifestVariant
 from kernelhub.core.refs import KernelRef, RepoId, Revision, Version
-from kernelhub.core.revocations import path_of
+from kernelhub.core.revocations import Revocations, path_of
 from kernelhub.core.trust import Origin, TrustedKey
 from kernelhub.core.variants import BuildVariant, VariantAccepted
 from kernelhub.errors import (
@@ -39,6 +39,7 @@ from kernelhub.hub import bundling, unbundling
 from kernelhub.hub.archive import pack, read
 from kernelhub.hub.bundles import installed, remove
 from kernelhub.hub.bundling import create
+from kernelhub.hub.files import LocalFiles
 from kernelhub.hub.locks import make_lock
 from kernelhub.hub.publish import publish, yank
 from kernelhub.hub.revocations import revoke
@@ -258,6 +259,66 @@ def test_a_list_that_the_key_did_not_sign_is_refused(bundle, make_hub, tmp_path,
         install(path, make_hub().store, keys=[signer.public])
 
 
+def test_a_wrong_revocation_list_has_nothing_installed(origin, web, make_hub, tmp_path, signer):
+    outside, path = make_hub("outside", hubs=(web.url,)), tmp_path / "a.khb"
+    lock = make_lock(outside, [TOP_V1], trust_remote_code=True)
+    revoke(str(origin), signer, time=TIME, keys={}, commits={lock.find(BASE).commit: "wrong results"})
+    create(outside, path, lock, time=TIME, trust_remote_code=True)
+    name = path_of(signer.public.id)
+    path = rewritten(path, tmp_path, lambda files: files.update({name: files[name].replace(b"results", b"Results")}))
+    store = make_hub().store
+    with pytest.raises(IntegrityError, match="not signed by its key"):
+        install(path, store, keys=[signer.public])
+    assert installed(store) == []
+    assert list((store.root / "bundles").iterdir()) == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_a_key_took_back_in_one_hub_counts_whatever_its_list_of_another_says(make_hub, tmp_path, signer, first):
+    """The other list is the one with the higher number."""
+    trusting = {"trusted_keys": (TrustedKey(signer.public),)}
+    paths = []
+    for name, commits in (("one", ["1" * 40, "2" * 40]), ("two", [])):
+        folder, repo = tmp_path / f"hub-{name}", RepoId("org", name)
+        kernel = write_kernel(tmp_path / name, code="VALUE = 1\n", name=name)
+        commit = publish(kernel, str(folder), repo, epoch=EPOCH, signer=signer).commit
+        hub = make_hub("outside", hubs=(str(folder),))
+        lock = make_lock(hub, [KernelRef(repo, Version(1))], trust_remote_code=True)
+        for taken_back in commits or [commit]:
+            revoke(str(folder), signer, time=TIME, keys={}, commits={taken_back: "wrong results"})
+        create(hub, tmp_path / f"{name}.khb", lock, time=TIME, trust_remote_code=True)
+        paths.append(tmp_path / f"{name}.khb")
+    for path in (paths[first], paths[1 - first]):
+        install(path, make_hub().store, keys=[signer.public])
+    assert make_hub(**trusting).load(KernelRef.parse("org/one@v1")).module.VALUE == 1
+    with pytest.raises(UntrustedKernel, match="wrong results"):
+        make_hub(**trusting).load(KernelRef.parse("org/two@v1"), trust_remote_code=True)
+
+
+def test_a_bundle_that_claims_to_be_a_commit_of_a_hub_does_not_take_its_place(bundle, make_hub, web, tmp_path, signer):
+    """Where no hub is asked it still does, but for what was revoked; a lock has digests."""
+    commit = make_lock(make_hub("outside", hubs=(web.url,)), [TOP_V1], trust_remote_code=True).find(BASE).commit
+    contents = kernel_files("VALUE = 'evil'\n", name="base")
+
+    def claim(files: dict[str, bytes]) -> None:
+        replace_base(files, contents, origin={"hub": "a hub", "commit": commit})
+        digests = {kernel["repo"]: kernel for kernel in json.loads(files["kernels.lock"])["kernels"]}
+        digests["org/base"] |= {"commit": commit, "variants": {}}
+        files["kernels.lock"] = json.dumps({"lock": 1, "kernels": [*digests.values()]}).encode()
+
+    path = rewritten(bundle, tmp_path, claim)
+    install(path, make_hub().store)
+    pinned = KernelRef(BASE, Revision(commit))
+    assert make_hub(hubs=(web.url,)).load(pinned, trust_remote_code=True).module.VALUE == 1
+    alone = make_hub("alone")
+    install(path, alone.store)
+    revocations = Revocations(signer.public.id, 1, TIME, {}, {commit: "wrong results"})
+    assert make_hub("alone", offline=True).load(pinned, trust_remote_code=True).module.VALUE == "evil"
+    alone.store.set_revocations(revocations)
+    with pytest.raises(UntrustedKernel, match="wrong results"):
+        make_hub("alone", offline=True, trusted_keys=(TrustedKey(signer.public),)).load(pinned, trust_remote_code=True)
+
+
 def test_kernels_inside_this_package_are_not_carried(web, make_hub, tmp_path):
     outside = make_hub("outside", hubs=(web.url,))
     with pytest.raises(KernelNotFound, match="nothing to bundle"):
@@ -293,9 +354,42 @@ def test_an_interrupted_install_leaves_nothing(bundle, make_hub, monkeypatch):
     monkeypatch.setattr(unbundling, "check", interrupted)
     with pytest.raises(KeyboardInterrupt):
         install(bundle, store)
-    assert [path.name for path in (store.root / "bundles").iterdir()] == [".lock"]
+    assert [path.name for path in (store.root / "bundles").iterdir()] == []
     with pytest.raises(KernelNotFound):
         make_hub(offline=True).load(TOP_V1, trust_remote_code=True)
+
+
+def test_an_install_that_is_interrupted_at_its_last_step_is_whole(bundle, make_hub, monkeypatch):
+    store, replaced = make_hub().store, LocalFiles.replace
+
+    def replace_one(self: LocalFiles, path: str, data: bytes) -> None:
+        replaced(self, path, data)
+        if "/refs/" in path:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalFiles, "replace", replace_one)
+    with pytest.raises(KeyboardInterrupt):
+        install(bundle, store)
+    assert [(str(repo), ref) for repo, ref, _ in installed(store)] == [("org/base", "v1"), ("org/top", "v1")]
+
+
+@pytest.mark.parametrize("end", ["install", "prune"])
+def test_what_a_killed_install_left_is_ended_by_the_next_one_and_by_prune(bundle, make_hub, kernelhub, end):
+    store = make_hub().store
+    install(bundle, store)
+    folder = store.root / "bundles"
+    ref = folder / "org/base/refs/v1"
+    commit, staging = ref.read_text().strip(), folder / ".install-abc"
+    ref.unlink()
+    (folder / ".refs.json").write_text(json.dumps({"org/base/refs/v1": commit}))
+    write_files(staging, {"blobs/sha256/half": b"x" * 1000})
+    if end == "install":
+        install(bundle, store)
+    else:
+        assert "1000 B" in kernelhub("cache", "prune", store="inside")[1]
+    assert ref.read_text().strip() == commit
+    assert [path for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
 # Hostile bundles
@@ -350,12 +444,12 @@ def other_archive(files: dict[str, bytes]) -> None:
     replace_base(files, contents)
 
 
-def replace_base(files: dict[str, bytes], contents: dict[str, bytes]) -> None:
+def replace_base(files: dict[str, bytes], contents: dict[str, bytes], **raw: object) -> None:
     archive = pack(contents)
     name = manifest_of(files, "org/base")
     old = ManifestDocument.parse(files.pop(name)).manifest
     variant = ManifestVariant(sha256_hex(archive), len(archive), contents["metadata.json"].decode())
-    new = replace(old, variants={"torch-cpu": variant}, benchmarks=None, raw={})
+    new = replace(old, variants={"torch-cpu": variant}, benchmarks=None, raw=raw)
     blob = f"blobs/sha256/{old.variants['torch-cpu'].archive[:2]}/{old.variants['torch-cpu'].archive}"
     del files[blob]
     files[f"blobs/sha256/{variant.archive[:2]}/{variant.archive}"] = archive
@@ -448,7 +542,7 @@ def test_what_is_not_as_bundles_are_is_refused_and_nothing_is_installed(bundle, 
     path = rewritten(bundle, tmp_path, change)
     with pytest.raises((IntegrityError, InvalidMetadata), match=words):
         install(path, store)
-    assert [item.name for item in (store.root / "bundles").iterdir()] == [".lock"]
+    assert [item.name for item in (store.root / "bundles").iterdir()] == []
     assert not (tmp_path / "inside" / "evil").exists()
 
 
@@ -487,7 +581,7 @@ def test_a_bundle_that_ends_early_is_refused(bundle, make_hub, tmp_path, share):
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises((IntegrityError, InvalidMetadata)):
         install(path, make_hub().store)
-    assert [item.name for item in (make_hub().store.root / "bundles").iterdir()] == [".lock"]
+    assert [item.name for item in (make_hub().store.root / "bundles").iterdir()] == []
 
 
 def test_no_changed_byte_gets_through(bundle, make_hub, tmp_path):

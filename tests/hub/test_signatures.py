@@ -18,13 +18,13 @@ from layout_fixtures import EPOCH, Web, agent, s3_bucket, serving
 import kernelhub
 from kernelhub import Hub, Settings
 from kernelhub.cli.main import run
-from kernelhub.core.canonical import canonical_json, sha256_hex
+from kernelhub.core.canonical import b64, canonical_json, sha256_hex
 from kernelhub.core.host import Host
 from kernelhub.core.lockfile import LockedKernel, LockFile
 from kernelhub.core.manifest import Manifest, ManifestDocument
 from kernelhub.core.refs import KernelRef, RepoId
 from kernelhub.core.revocations import Revocations, RevocationsDocument
-from kernelhub.core.signatures import PublicKey, Signature
+from kernelhub.core.signatures import MAX_SIGNATURES, PublicKey, Signature
 from kernelhub.core.trust import Origin, TrustedKey
 from kernelhub.errors import (
     HubUnavailable,
@@ -320,6 +320,16 @@ def test_signatures_that_a_hub_no_longer_shows_still_hold_offline(client, publis
     assert client(keys["alice"]).load(SMALL)
     resign(root, commit)
     refused(client(keys["bob"]))  # who asks the hub again, whether bob has signed it meanwhile
+    assert client(keys["alice"], offline=True).load(SMALL)
+
+
+def test_signatures_that_a_hub_no_longer_shows_still_hold_where_it_shows_as_many_others_as_there_may_be(
+    client, published, keys, root
+) -> None:
+    commit = published(keys["alice"])
+    assert client(keys["alice"]).load(SMALL)
+    resign(root, commit, *(Signature(f"{number:032x}", b64(b"x" * 64)) for number in range(MAX_SIGNATURES)))
+    assert client(keys["alice"]).load(SMALL, refresh=True)
     assert client(keys["alice"], offline=True).load(SMALL)
 
 

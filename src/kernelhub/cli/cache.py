@@ -78,6 +78,7 @@ def prune(
     What proofs found of kernels that are gone goes with them.
     """
     from kernelhub.core.refs import RepoId
+    from kernelhub.hub.bundles import tidy
     from kernelhub.hub.client import open_store
 
     store = open_store()
@@ -86,7 +87,7 @@ def prune(
     folders = list(store.prune(lambda repo: everything or repo in repos))
     verdicts = list(store.prune_verdicts(lambda verdict: everything or verdict.time < oldest))
     removed = [*folders, *verdicts]
-    freed = sum(count for _, count in removed)
+    freed = sum(count for _, count in removed) + tidy(store)
     if as_json:
         show_json({"store": str(store.root), "removed": [str(path) for path, _ in removed], "bytes": freed})
     else:

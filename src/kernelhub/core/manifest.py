@@ -16,7 +16,7 @@ from typing import Any
 from kernelhub.core.canonical import canonical_json, sha256_hex
 from kernelhub.core.reading import as_object, json_object, typed
 from kernelhub.core.refs import RepoId, is_commit
-from kernelhub.core.signatures import MAX_SIGNATURES, Signature, parse_signatures, signatures_to_json
+from kernelhub.core.signatures import Signature, parse_signatures, signatures_to_json
 from kernelhub.errors import IntegrityError, InvalidMetadata, InvalidReference
 
 LAYOUT = 1
@@ -185,11 +185,6 @@ class ManifestDocument:
     def signed(self, signature: Signature) -> ManifestDocument:
         """The document with a signature added; its commit stays the same."""
         return self if signature in self.signatures else replace(self, signatures=(*self.signatures, signature))
-
-    def with_signatures(self, others: Iterable[Signature]) -> ManifestDocument:
-        """The document with other signatures over the same manifest added, as many as there may be."""
-        found = dict.fromkeys((*self.signatures, *others))
-        return replace(self, signatures=tuple(found)[:MAX_SIGNATURES])
 
     def to_bytes(self) -> bytes:
         """The file's contents, in one canonical text."""

@@ -39,7 +39,8 @@ class Published:
     `hub` is what the user calls the place. `publisher_trusted` is the hub's own mark for the publisher; None where the
     hub has no such marks. `signers` are the ids of the keys, of those that the user trusts for this kernel, whose
     signatures over it are right, and `identity` is whom Sigstore says it was signed by, where the user trusts them for
-    this kernel. `revocations` are the lists of the keys that the user trusts for this kernel.
+    this kernel. `revocations` are the lists of the keys that the user trusts for this kernel. `claimed` is the commit of
+    another hub that it is said to be.
     """
 
     repo: RepoId
@@ -50,13 +51,15 @@ class Published:
     signers: tuple[str, ...] = ()
     identity: str | None = None
     revocations: tuple[Revocations, ...] = ()
+    claimed: str | None = None
 
     @property
     def revoked(self) -> str | None:
         """Why the commit no longer counts, where a list says so."""
         for item in self.revocations:
-            if self.commit is not None and self.commit in item.commits:
-                return f"key {item.key} revoked it ({item.commits[self.commit] or 'no reason given'})"
+            for commit in (self.commit, self.claimed):
+                if commit is not None and commit in item.commits:
+                    return f"key {item.key} revoked it ({item.commits[commit] or 'no reason given'})"
         return None
 
     @property

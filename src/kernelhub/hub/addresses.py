@@ -24,16 +24,21 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://", re.ASCII)
 
 @dataclass(frozen=True)
 class Address:
-    """A source's `name`, `key` and `origin`, as `sources.base.Source` has them."""
+    """A source's `name`, `key` and `origin`, as `sources.base.Source` has them.
+
+    `claims`: it answers for commits of other hubs, which nothing but a digest in a lock can tell to be those.
+    """
 
     name: str
     key: str
     origin: Origin
+    claims: bool = False
 
 
 # What was installed from bundles lies in a folder of this name in the store.
 BUNDLES = "bundles"
 BUNDLES_ADDRESS = Address("the installed bundles", BUNDLES, Origin.CACHE)
+CLAIMED_ADDRESS = Address("the installed bundles", BUNDLES, Origin.CACHE, claims=True)
 
 
 def hub_address(url: str) -> Address:

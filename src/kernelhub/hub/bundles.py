@@ -17,26 +17,30 @@ bundle says who may run: see `sources/bundle.py`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from kernelhub.core.lockfile import LockedKernel, LockFile
-from kernelhub.core.manifest import Manifest, ManifestDocument
+from kernelhub.core.manifest import Manifest, ManifestDocument, RefFile
 from kernelhub.core.refs import RepoId
 from kernelhub.errors import IntegrityError, InvalidMetadata, InvalidReference, context
 from kernelhub.hub.addresses import BUNDLES
-from kernelhub.hub.disk import writing
+from kernelhub.hub.files import LocalFiles
 from kernelhub.hub.sources.base import BENCHMARKS, SOURCE, UNAVAILABLE, Progress
 from kernelhub.hub.sources.bundle import BundleSource
 from kernelhub.hub.sources.project import EMBEDDED_ORG
 from kernelhub.hub.store import Store
-from kernelhub.hub.store_files import ELSEWHERE, remove_tree
+from kernelhub.hub.store_files import locked, read_json, remove_tree, write_json
 from kernelhub.hub.verify import verify
 
 FORMAT = 1
 FIRST = "bundle.json"
+
+# Where a bundle is unpacked, and the refs that are to be written when all else is there.
+STAGING = ".install-"
+_REFS = ".refs.json"
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,8 @@ def installed(store: Store) -> list[tuple[RepoId, str, str]]:
 
 def remove(store: Store, repos: Iterable[RepoId]) -> int:
     """Take out what bundles brought of these repositories, and the archives that no other needs; the bytes freed."""
-    folder, freed = store.root / BUNDLES, 0
-    if not folder.is_dir():
-        return 0
-    with writing(folder, ELSEWHERE), changing(folder):
+    freed = 0
+    with changing(store) as folder:
         for repo in repos:
             freed += remove_tree(folder / repo.org / repo.name)
             freed += remove_tree(store.root / "kernels" / BUNDLES / f"{repo.org}--{repo.name}")
@@ -148,9 +150,42 @@ def repo_named(text: str) -> RepoId:
 
 
 @contextmanager
-def changing(folder: Path) -> Iterator[None]:
-    """One process at a time changes what is installed."""
-    from filelock import FileLock
+def changing(store: Store) -> Iterator[Path]:
+    """The folder of what is installed, which one process at a time changes.
 
-    with FileLock(folder / ".lock"):
-        yield
+    What a process that was killed had begun is ended first. Raises `StoreError` where the folder cannot be written.
+    """
+    folder = store.root / BUNDLES
+    with locked(store.root, folder):
+        if folder.is_dir():
+            _end(folder)
+            for left in folder.glob(f"{STAGING}*"):
+                remove_tree(left)
+        yield folder
+
+
+def tidy(store: Store) -> int:
+    """Remove what killed processes left of bundles; the bytes freed."""
+    left = (path.stat().st_size for path in (store.root / BUNDLES).glob(f"{STAGING}*/**/*") if path.is_file())
+    freed = sum(left)
+    if freed or (store.root / BUNDLES / _REFS).exists():
+        with changing(store):
+            pass
+    return freed
+
+
+def set_refs(folder: Path, refs: Mapping[str, str]) -> None:
+    """Have refs (paths in the folder) name these commits: all of them, also where this is interrupted."""
+    try:
+        write_json(folder / _REFS, refs, must=True)
+        _end(folder)
+    except KeyboardInterrupt:
+        _end(folder)
+        raise
+
+
+def _end(folder: Path) -> None:
+    """Write the refs that were to be written."""
+    for path, commit in read_json(folder / _REFS).items():
+        LocalFiles(folder).replace(path, RefFile.parse(commit).to_bytes())
+    (folder / _REFS).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernelhub.core.metadata import Metadata
-from kernelhub.core.refs import version_of
+from kernelhub.core.refs import Revision, version_of
 from kernelhub.core.trust import Origin, Published
 from kernelhub.core.variants import BuildVariant
 from kernelhub.errors import HubUnavailable, IntegrityError, KernelHubWarning, UntrustedKernel, Violation
@@ -45,7 +45,10 @@ class Gate:
     def facts(self, found: Found, options: Options) -> tuple[Found, Published]:
         """What is known of who published it; and what was found, as it was signed where a signature decides."""
         policy = options.policy
-        published = Published(found.repo, found.source.origin, found.source.name, commit=_commit(found))
+        commit, asked = _commit(found), found.ref.pin.commit if isinstance(found.ref.pin, Revision) else None
+        published = Published(
+            found.repo, found.source.origin, found.source.name, commit=commit, claimed=asked if asked != commit else None
+        )
         if published.origin is not Origin.EMBEDDED:
             published = replace(published, revocations=self.resolver.lists.known(policy.keys_for(published)))
         if published.revoked or policy.reason(published) is not None:

@@ -112,7 +112,9 @@ class Resolver:
         if commit != LOCAL:
             there = listing.document is not None
             if listing.document is not None:
-                self.store.set_document(source.key, listing.document)  # first: the listing says that it is there
+                keys = options.policy.keys_for(Published(repo, source.origin, source.name))
+                # First: the listing says that it is there.
+                listing = replace(listing, document=self.store.set_document(source.key, listing.document, keys))
             self.store.set_listing(source.key, repo, commit, {**kept_of(listing), "manifest": there})
         return listing
 

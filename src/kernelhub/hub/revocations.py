@@ -57,7 +57,7 @@ class RevocationLists:
                 continue
             data = source.revocations(key.id)
             with context(f"{source.name}: {path_of(key.id)}"):
-                found = None if data is None else _checked(data, key)
+                found = None if data is None else checked(data, key)
             number = found.revocations.number if found else 0
             if seen is not None and number < seen.number:
                 self.warn(
@@ -67,14 +67,18 @@ class RevocationLists:
                 )
                 number = seen.number
             if found is not None:
-                self._keep(key, found)
+                self.keep(key, found)
             self.store.set_revocations_seen(source.key, key.id, number, now)
 
     def _known(self, key: PublicKey) -> Revocations | None:
         learnt, stored = self._learnt.get(key.id), self.store.revocations(key.id)
         return learnt.merged(stored) if learnt and stored else learnt or stored
 
-    def _keep(self, key: PublicKey, found: RevocationsDocument) -> None:
+    def keep(self, key: PublicKey, found: RevocationsDocument, *, must: bool = False) -> None:
+        """Have it count that a right list of the key said this. Where the store cannot be written only here, unless it `must`.
+
+        Raises `IntegrityError` where a store has no room for all of it.
+        """
         from kernelhub.core.revocations import MAX_BYTES, RevocationsDocument
 
         known = self._known(key)
@@ -87,10 +91,11 @@ class RevocationLists:
                 hint="Stop trusting the key, or ask whoever has it.",
             )
         self._learnt[key.id] = whole
-        self.store.set_revocations(whole)
+        self.store.set_revocations(whole, must=must)
 
 
-def _checked(data: bytes, key: PublicKey) -> RevocationsDocument:
+def checked(data: bytes, key: PublicKey) -> RevocationsDocument:
+    """The list in a file, which the key signed. Raises `InvalidMetadata` or `IntegrityError`."""
     from kernelhub.core.revocations import RevocationsDocument
     from kernelhub.hub.signing import right_signers
 
@@ -121,7 +126,7 @@ def revoke(
                 return before
             after = before.added(time, keys=keys, commits=commits)
             data = RevocationsDocument(after, (signer.sign(after.payload),)).to_bytes()
-            _checked(data, signer.public)  # what cannot be read back would stop every client that trusts the key
+            checked(data, signer.public)  # what cannot be read back would stop every client that trusts the key
             files.replace(path, data)
         raise HubUnavailable(f"{path} is written by others again and again", hub=files.name)
 
@@ -130,4 +135,4 @@ def _read(files: WritableFiles, path: str, key: PublicKey) -> Revocations:
     from kernelhub.core.revocations import MAX_BYTES, Revocations
 
     data = files.read(path, MAX_BYTES)
-    return Revocations(key.id) if data is None else _checked(data, key).revocations
+    return Revocations(key.id) if data is None else checked(data, key).revocations

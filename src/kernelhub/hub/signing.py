@@ -11,17 +11,19 @@ import binascii
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernelhub.core.canonical import b64
-from kernelhub.core.signatures import PublicKey, Signature
+from kernelhub.core.signatures import MAX_SIGNATURES, PublicKey, Signature
 from kernelhub.errors import InvalidReference, MissingDependency
 from kernelhub.hub.disk import writing
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from kernelhub.core.manifest import ManifestDocument
 
 PUBLIC_SUFFIX = ".pub"
 
@@ -49,6 +51,19 @@ def right_signers(payload: bytes, signatures: Iterable[Signature], keys: Sequenc
     return list(found.values())
 
 
+def merged(known: ManifestDocument, given: ManifestDocument, keys: Sequence[PublicKey]) -> ManifestDocument:
+    """The manifest with the signatures that it was known with and those that were given: as many as there may be.
+
+    Of more than that the right ones of the keys come first, so that others cannot take their places.
+    """
+    both = tuple(dict.fromkeys((*known.signatures, *given.signatures)))
+    if len(both) > MAX_SIGNATURES:
+        by_id = {key.id: key for key in keys}
+        right = [item for item in both if item.key in by_id and _right(given.payload, item, by_id[item.key])]
+        both = tuple(dict.fromkeys((*right, *both)))[:MAX_SIGNATURES]
+    return replace(given, signatures=both)
+
+
 def _right(payload: bytes, signature: Signature, key: PublicKey) -> bool:
     ed25519, exceptions = _library()
     try:
@@ -74,6 +89,8 @@ def generate(path: Path) -> PublicKey:
     pem = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+    if not path.name:
+        raise InvalidReference(f"{path} is no name for a key", hint="Expected a file's, such as ~/keys/acme.")
     beside = path.with_name(path.name + PUBLIC_SUFFIX)
     if os.path.lexists(beside):
         raise InvalidReference(f"{beside} is there already", hint="Keys are never overwritten: take another name.")

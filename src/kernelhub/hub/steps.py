@@ -48,6 +48,7 @@ from kernelhub.hub.resolve import Resolver
 from kernelhub.hub.revocations import Warn
 from kernelhub.hub.sources.base import LOCAL, SOURCE, UNAVAILABLE, Moved, Progress, Source
 from kernelhub.hub.sources.defaults import building_of
+from kernelhub.hub.sources.deferred import Deferred
 from kernelhub.hub.sources.local import LocalSource
 from kernelhub.hub.sources.project import EMBEDDED_ORG, ProjectSource
 from kernelhub.hub.store import Place, Store
@@ -329,13 +330,19 @@ def at_lock(ref: KernelRef, sources: Sequence[Source], options: Options) -> tupl
     """The kernel at the commit that the lock names, where there is one, and the hub that it came from first, after what
     lies here already (a cache, which says of what it lacks that others may have it).
 
-    The hub is no more than a place to look: only those that the user has are asked, and the bytes are compared.
+    The hub is no more than a place to look: only those that the user has are asked, and the bytes are compared. Where the
+    lock has nothing to compare them with, what only claims to be the commit stays last.
     """
     if options.lock is None:
         return ref, sources, options
     kernel = options.lock.find(ref.repo, ref.pin)
-    order = sorted(shared(sources), key=lambda item: item.origin is not Origin.CACHE and item.name != kernel.hub)
-    return kernel.ref, order, replace(options, expected=kernel.variants)
+
+    def place(source: Source) -> int:
+        if isinstance(source, Deferred) and source.address.claims and not kernel.variants:
+            return 3
+        return 0 if source.origin is Origin.CACHE else 1 if source.name == kernel.hub else 2
+
+    return kernel.ref, sorted(shared(sources), key=place), replace(options, expected=kernel.variants)
 
 
 def as_locked(found: Found, options: Options) -> Found:

@@ -21,8 +21,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +38,13 @@ from kernelhub.hub.store_files import (
     contents,
     inside,
     locked,
+    locked_unless_busy,
     make_read_only,
     read_json,
     remove,
     remove_tree,
     rename_aside,
+    target_of,
     write_file,
     write_json,
 )
@@ -56,6 +58,7 @@ MAX_VERDICT = 1 << 20
 if TYPE_CHECKING:
     from kernelhub.core.manifest import ManifestDocument
     from kernelhub.core.revocations import Revocations
+    from kernelhub.core.signatures import PublicKey
 
 # A commit's manifest with its signatures, beside its variants; no variant is called so.
 MANIFEST = "manifest.json"
@@ -161,12 +164,18 @@ class Store:
         except (OSError, InvalidMetadata, IntegrityError):
             return None
 
-    def set_document(self, hub: str, document: ManifestDocument) -> None:
-        """Keep a manifest with its signatures, and those that it was kept with: what a hub no longer shows still holds."""
+    def set_document(self, hub: str, document: ManifestDocument, keys: Sequence[PublicKey] = ()) -> ManifestDocument:
+        """Keep a manifest with its signatures, and those that it was kept with: what a hub no longer shows still holds.
+
+        Of too many those of the `keys` stay, which are those that the user trusts for it. Gives back what is kept.
+        """
+        from kernelhub.hub.signing import merged
+
         manifest = document.manifest
         known = self.document(hub, manifest.repo, manifest.commit)
-        document = document.with_signatures(known.signatures) if known else document
+        document = merged(known, document, keys) if known else document
         write_file(self._commit(hub, manifest.repo, manifest.commit) / MANIFEST, document.to_bytes())
+        return document
 
     # Revocation lists, whichever hub they came from
 
@@ -188,16 +197,19 @@ class Store:
                 f"{path} is damaged: {error}", hint="Delete it and load again with the network: the hub has it."
             ) from error
 
-    def set_revocations(self, found: Revocations) -> None:
-        """Keep what a key took back, with what other processes kept of it. A store that cannot be written keeps nothing."""
+    def set_revocations(self, found: Revocations, *, must: bool = False) -> None:
+        """Keep what a key took back, with what other processes kept of it.
+
+        A store that cannot be written keeps nothing; `StoreError` where it `must`.
+        """
         from kernelhub.core.revocations import RevocationsDocument
 
         path = self.root / _list_path(found.key)
-        with suppress(StoreError), locked(self.root, path):
+        with nullcontext() if must else suppress(StoreError), locked(self.root, path):
             known = self.revocations(found.key)
             whole = found if known is None else known.merged(found)
             if whole != known:
-                write_file(path, RevocationsDocument(whole).to_bytes())
+                write_file(path, RevocationsDocument(whole).to_bytes(), must=must)
 
     def revocations_seen(self, hub: str, key_id: str) -> SeenList | None:
         """Which list of a key the hub had when it was last asked."""
@@ -318,7 +330,8 @@ class Store:
                 with locked(self.root, found.file.parent):
                     yield found.file, remove(found.file)
         for left in inside(self.root, "verdicts/*/.*"):
-            yield left, remove(left)
+            with locked(self.root, left.parent):
+                yield left, remove(left)
         for folder in sorted((self.root / "verdicts").glob("*/")):
             if not any(folder.iterdir()):
                 with locked(self.root, folder), suppress(OSError):  # somebody may be writing into it just now
@@ -345,16 +358,20 @@ class Store:
     def prune(self, selected: Callable[[RepoId], bool]) -> Iterator[tuple[Path, int]]:
         """Remove what was left behind, and everything of the repositories `selected`; yields each folder and its bytes.
 
-        A folder that is removed is renamed first: a reader sees all of it or nothing, whenever this is interrupted.
+        A folder that is removed is renamed first: a reader sees all of it or nothing, whenever this is interrupted. What
+        another process is writing stays. Raises `StoreError` where the store cannot be written.
         """
         for folder, repo in list(self._folders()):
             if selected(repo):
                 with locked(self.root, folder):
-                    rename_aside(folder)
+                    if folder.is_dir():  # another process may prune too
+                        rename_aside(folder)
                     _record(folder).unlink(missing_ok=True)
         for pattern in _LEFT_BEHIND:
             for left in inside(self.root, pattern):
-                yield left, remove(left)
+                with locked_unless_busy(self.root, target_of(left)) as is_left:
+                    if is_left:
+                        yield left, remove(left)
 
     def _folders(self) -> Iterator[tuple[Path, RepoId]]:
         """The folders of every commit, variants and source trees, with the repository they are of."""

@@ -35,23 +35,39 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
 @contextmanager
 def locked(root: Path, folder: Path) -> Iterator[None]:
     """The lock of a folder of the store in `root`; errors of the file system become `StoreError`."""
+    with _acquired(root, folder, LOCK_TIMEOUT) as is_ours:
+        if not is_ours:
+            raise StoreError(f"another process has been writing {folder} for {LOCK_TIMEOUT / 60:.0f} minutes")
+        yield
+
+
+@contextmanager
+def locked_unless_busy(root: Path, folder: Path) -> Iterator[bool]:
+    """As `locked`, without waiting: false where another process writes the folder."""
+    with _acquired(root, folder, 0.0) as is_ours:
+        yield is_ours
+
+
+@contextmanager
+def _acquired(root: Path, folder: Path, timeout: float) -> Iterator[bool]:
     from filelock import FileLock, Timeout  # 20 ms, and needed only where something is written
 
     key = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
-    lock = FileLock(root / "locks" / f"{key}.lock", timeout=LOCK_TIMEOUT)
+    lock = FileLock(root / "locks" / f"{key}.lock", timeout=timeout)
+    is_ours = True
     with writing(f"to the store {root}", ELSEWHERE):
         try:
             (root / "locks").mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire()
+            except Timeout:
+                is_ours = False
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
                 # What appears by a rename is whole without a lock too; the same may then be fetched twice.
                 _log.info("files in %s cannot be locked: %s", root, error.strerror)
-            yield
-        except Timeout:
-            raise StoreError(f"another process has been writing {folder} for {LOCK_TIMEOUT / 60:.0f} minutes") from None
+            yield is_ours
         finally:
             lock.release()
 
@@ -98,9 +114,15 @@ def write_file(path: Path, data: bytes, *, must: bool = False) -> None:
     """Write a small file of ours. A store that cannot be written does without, unless it `must`."""
     beside = beside_of(path, "tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        beside.replace(path)
+        for tries_left in (1, 0):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(data)
+            try:
+                beside.replace(path)
+                break
+            except FileNotFoundError:  # somebody who prunes took it for what a killed process left
+                if not tries_left:
+                    raise
     except OSError:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -120,6 +142,11 @@ def inside(root: Path, pattern: str) -> list[Path]:
 def beside_of(folder: Path, suffix: str) -> Path:
     """A name in the same place that no reader looks at."""
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.{suffix}")
+
+
+def target_of(beside: Path) -> Path:
+    """What a name of `beside_of` is beside of."""
+    return beside.with_name(beside.name[1:].rsplit(".", 2)[0])
 
 
 def rename_aside(folder: Path) -> None:
@@ -145,8 +172,11 @@ def remove(path: Path) -> int:
 def remove_tree(folder: Path) -> int:
     """Remove a folder, read-only or not, or a file; the bytes that it held. Nothing there is nothing to do."""
     if not folder.is_symlink() and not folder.is_dir():
-        size = folder.stat().st_size if folder.exists() else 0
-        folder.unlink(missing_ok=True)
+        try:
+            size = folder.stat().st_size
+            folder.unlink()
+        except FileNotFoundError:  # gone, perhaps a moment ago
+            return 0
         return size
     size = 0
     for parent, _, files in os.walk(folder):

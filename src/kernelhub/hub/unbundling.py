@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
+import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,20 +21,20 @@ from kernelhub.core.reading import json_object
 from kernelhub.core.refs import RepoId
 from kernelhub.core.revocations import MAX_BYTES as MAX_REVOCATIONS
 from kernelhub.core.revocations import RevocationsDocument, path_of
-from kernelhub.core.signatures import MAX_SIGNATURES, PublicKey
+from kernelhub.core.signatures import PublicKey
 from kernelhub.errors import IntegrityError, InvalidMetadata, InvalidReference, context
 from kernelhub.hub.addresses import BUNDLES
 from kernelhub.hub.archive import Limits, entries
-from kernelhub.hub.bundles import FIRST, FORMAT, BundledKernel, changing, check, repo_named
-from kernelhub.hub.disk import writing
+from kernelhub.hub.bundles import FIRST, FORMAT, STAGING, BundledKernel, changing, check, repo_named, set_refs
 from kernelhub.hub.files import LocalFiles
 from kernelhub.hub.resolve import kept_of
+from kernelhub.hub.revocations import RevocationLists, checked
 from kernelhub.hub.sources.base import NoProgress, Progress
 from kernelhub.hub.sources.bundle import BundleSource
 from kernelhub.hub.sources.layout import blob_path
 from kernelhub.hub.sources.project import EMBEDDED_ORG
+from kernelhub.hub.signing import merged
 from kernelhub.hub.store import Store
-from kernelhub.hub.store_files import ELSEWHERE
 
 _MANIFEST = re.compile(r"([^/]+/[^/]+)/commits/([0-9a-f]{40})\.json", re.ASCII)
 _BLOB = re.compile(r"blobs/sha256/([0-9a-f]{2})/(\1[0-9a-f]{62})", re.ASCII)
@@ -59,18 +61,18 @@ def install(
     trusted because of it. Raises `IntegrityError` or `InvalidMetadata` for what is not as bundles are, `InvalidReference`
     where there is no such file or a version would become an older one, and `StoreError`.
     """
-    folder = store.root / BUNDLES
-    with context(str(path)), writing(folder, ELSEWHERE):
+    keys = list(keys)
+    with context(str(path)), _opened(path) as file, changing(store) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        with changing(folder), tempfile.TemporaryDirectory(prefix=".install-", dir=folder) as name:
+        with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder) as name:
             staging = Path(name)
-            with _opened(path) as file:
-                received = _receive(file, LocalFiles(staging))
+            received = _receive(file, LocalFiles(staging))
+            lists = _right_lists(received.revocations, keys)
             kernels = check(staging, received.lock, progress or NoProgress())
             if not accept_older:
                 _check_forward(LocalFiles(folder), kernels, received.documents)
-            _add(LocalFiles(folder), staging, received, kernels, store)
-            _add_revocations(LocalFiles(folder), received.revocations, keys)
+            _add_revocations(LocalFiles(folder), lists, store)  # first: nothing is found that they take back
+            _add(LocalFiles(folder), staging, received, kernels, store, keys)
     return received.lock, kernels
 
 
@@ -182,7 +184,12 @@ def _check_forward(
 
 
 def _add(
-    folder: LocalFiles, staging: Path, received: _Received, kernels: Sequence[BundledKernel], store: Store
+    folder: LocalFiles,
+    staging: Path,
+    received: _Received,
+    kernels: Sequence[BundledKernel],
+    store: Store,
+    keys: Sequence[PublicKey],
 ) -> None:
     """Move what was checked to where it is found: archives, then manifests, then refs. No reader sees half of it."""
     folder.create("hub.json", hub_file())
@@ -194,34 +201,37 @@ def _add(
     for (repo, commit), document in received.documents.items():
         path = f"{repo}/commits/{commit}.json"
         if (data := folder.read(path, MAX_MANIFEST)) is not None:
-            here = ManifestDocument.parse(data).signatures
-            more = tuple(item for item in here if item not in document.signatures)
-            document = replace(document, signatures=(*document.signatures, *more)[:MAX_SIGNATURES])
+            document = merged(ManifestDocument.parse(data), document, keys)
         folder.replace(path, document.to_bytes())
         listing = source.listing(repo, commit)  # what the store kept of it may have had fewer archives
-        store.set_document(BUNDLES, document)
+        store.set_document(BUNDLES, document, keys)
         store.set_listing(BUNDLES, repo, commit, {**kept_of(listing), "manifest": True})
+    refs = {}
     for kernel in kernels:
-        locked, ref = kernel.locked, RefFile(kernel.commit).to_bytes()
+        locked = kernel.locked
         for name in {locked.commit, *([locked.pin.ref] if locked.pin else [])} - {kernel.commit}:
-            folder.replace(f"{locked.repo}/refs/{name}", ref)
+            refs[f"{locked.repo}/refs/{name}"] = kernel.commit
+    set_refs(folder.root, refs)
 
 
-def _add_revocations(folder: LocalFiles, lists: Mapping[str, bytes], keys: Iterable[PublicKey]) -> None:
-    """Keep the lists of the keys, where they are right and newer. Of others nobody can tell whether they are right."""
-    from kernelhub.hub.signing import right_signers
-
+def _right_lists(lists: Mapping[str, bytes], keys: Iterable[PublicKey]) -> dict[PublicKey, RevocationsDocument]:
+    """The lists of the keys. Of others nobody can tell whether they are right. Raises `IntegrityError` for a wrong one."""
+    found = {}
     for key in keys:
-        if key.id not in lists:
-            continue
-        path = path_of(key.id)
-        with context(path):
-            document = RevocationsDocument.parse(lists[key.id], key.id)
-            if not right_signers(document.revocations.payload, document.signatures, [key]):
-                raise IntegrityError(f"the revocation list is not signed by its key {key.id}")
-        data = folder.read(path, MAX_REVOCATIONS)
+        if key.id in lists:
+            with context(path_of(key.id)):
+                found[key] = checked(lists[key.id], key)
+    return found
+
+
+def _add_revocations(folder: LocalFiles, lists: Mapping[PublicKey, RevocationsDocument], store: Store) -> None:
+    """Have the lists count with all that the store knows of the keys; the newest of each stays as it is, for other bundles."""
+    known = RevocationLists(store, time.time, warnings.warn)
+    for key, document in lists.items():
+        known.keep(key, document, must=True)
+        data = folder.read(path_of(key.id), MAX_REVOCATIONS)
         if data is None or RevocationsDocument.parse(data, key.id).revocations.number < document.revocations.number:
-            folder.replace(path, document.to_bytes())
+            folder.replace(path_of(key.id), document.to_bytes())
 
 
 def _read(contents: Iterator[bytes], limit: int) -> bytes:

@@ -22,8 +22,11 @@ from kernelhub.hub.sources.layout import LayoutSource, blob_path
 class BundleSource(LayoutSource):
     """The hub at `url`, a folder that bundles were installed into.
 
-    Kernels from hubs without manifests were given one; their own commit is a ref that leads to it.
+    Kernels from hubs without manifests were given one. With `claims` their own commit, as far as one can believe the bundle,
+    leads to it, and nothing else does.
     """
+
+    claims: bool = False
 
     @property
     def name(self) -> str:
@@ -39,13 +42,14 @@ class BundleSource(LayoutSource):
 
     def resolve(self, repo: RepoId, pin: Pin) -> str:
         """The commit. Raises `RepositoryNotFound` for all that no bundle brought: other sources may have it."""
+        nothing = RepositoryNotFound(f"no installed bundle has {repo}@{pin}")
         commit = pin.commit if isinstance(pin, Revision) else None
+        if self.claims and commit is None:
+            raise nothing
         try:
-            if commit is not None and self._document_or_none(repo, commit) is None:
-                return self.ref(repo, commit).commit
-            return super().resolve(repo, pin)
+            return self.ref(repo, commit).commit if self.claims and commit else super().resolve(repo, pin)
         except KernelNotFound as error:
-            raise RepositoryNotFound(f"no installed bundle has {repo}@{pin}") from error
+            raise nothing from error
 
     def refs(self, repo: RepoId) -> Mapping[str, str]:
         return {name: commit for name, commit in super().refs(repo).items() if not is_commit(name)}

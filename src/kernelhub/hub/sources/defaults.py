@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kernelhub.core.refs import RepoId
 from kernelhub.errors import context
-from kernelhub.hub.addresses import BUNDLES, BUNDLES_ADDRESS, endpoint_address, hub_address
+from kernelhub.hub.addresses import BUNDLES, BUNDLES_ADDRESS, CLAIMED_ADDRESS, endpoint_address, hub_address
 from kernelhub.hub.sources.base import Source
 from kernelhub.hub.sources.deferred import Deferred
 from kernelhub.hub.sources.local import local_source
@@ -32,10 +32,10 @@ def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]
 
         return LayoutSource(url, header)
 
-    def bundle(folder: Path) -> Source:
+    def bundle(folder: Path, *, claims: bool) -> Source:
         from kernelhub.hub.sources.bundle import BundleSource
 
-        return BundleSource(str(folder), header)
+        return BundleSource(str(folder), header, claims=claims)
 
     def hugging_face() -> Source:
         from kernelhub.hub.sources.huggingface import HuggingFaceSource
@@ -48,10 +48,12 @@ def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]
         with context(f"LOCAL_KERNELS: {name}={path}"):
             found.append(local_source(path, RepoId.parse(name), building)[0])
     found.append(ProjectSource.embedded(building))
-    if (
-        (bundles := settings.cache_folder / BUNDLES).joinpath("hub.json").is_file()
-    ):  # before hubs: what is here needs no network
-        found.append(Deferred(BUNDLES_ADDRESS, partial(bundle, bundles)))
+    bundles = settings.cache_folder / BUNDLES
+    bundled = bundles.joinpath("hub.json").is_file()
+    if bundled:  # before hubs: what is here needs no network
+        found.append(Deferred(BUNDLES_ADDRESS, partial(bundle, bundles, claims=False)))
     found += [Deferred(hub_address(url), partial(layout, url)) for url in settings.hubs]
     found.append(Deferred(endpoint_address(settings.hf_endpoint), hugging_face))
+    if bundled:  # after them: a bundle may claim that what it has is a commit of theirs
+        found.append(Deferred(CLAIMED_ADDRESS, partial(bundle, bundles, claims=True)))
     return found
