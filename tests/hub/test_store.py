@@ -149,6 +149,35 @@ def test_a_killed_process_leaves_what_prune_removes_and_no_lock(store):
     assert store.find(PLACE)
 
 
+def _prune(root: Path) -> None:
+    list(Store(root).prune(lambda repo: False))
+
+
+def test_prune_leaves_what_another_process_is_writing(store):
+    def write_slowly(folder: Path) -> None:
+        write(folder)
+        other = multiprocessing.get_context("fork").Process(target=_prune, args=(store.root,))
+        other.start()
+        other.join(60)
+        assert other.exitcode == 0
+
+    assert store.add(PLACE, write_slowly).path.is_dir()
+
+
+def test_a_small_file_is_written_though_somebody_prunes_it_meanwhile(store, monkeypatch):
+    replaced, pruned = Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        if not pruned:
+            pruned.extend(store.prune(lambda repo: False))
+        return replaced(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    store.set_checked("hub", 5.0)
+    assert len(pruned) == 1
+    assert store.checked("hub") == 5.0
+
+
 def test_prune_removes_what_is_selected(store):
     other = Place("hub", RepoId("org", "other"), "b" * 40, PLACE.variant)
     store.add(PLACE, write)
