@@ -185,13 +185,18 @@ def _keys(texts: Sequence[str], where: str, folder: Path | None = None) -> tuple
     return tuple(found)
 
 
+def _read_text(path: Path) -> str:
+    """A file's text. Raises `OSError`, also for what is no file: a device may have no end, and a pipe no beginning."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file")
+    return path.read_text(encoding="utf-8")
+
+
 def _key_file(text: str, folder: Path | None) -> list[str]:
     """The keys in a file: the first word of each line that is not empty and does not begin with `#`."""
     path = user_path(text if folder is None or text.startswith("~") else folder / text)
     try:
-        if path.exists() and not path.is_file():  # a device may have no end, and a pipe no beginning
-            raise OSError(errno.EINVAL, "it is no file")
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.split() for line in _read_text(path).splitlines()]
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidReference(
@@ -236,7 +241,7 @@ def _project(env: Mapping[str, str]) -> _Project:
 
     with context(f"KERNELHUB_PROJECT: {path}"):
         try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+            raw = tomllib.loads(_read_text(path))
         except OSError as error:
             raise InvalidReference(f"cannot read it: {error.strerror}") from error
         except (ValueError, RecursionError) as error:

@@ -360,6 +360,15 @@ def test_a_closed_pipe_ends_quietly(hub):
     assert done.stderr == ""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="bash closes the streams")
+def test_without_streams_it_ends_quietly(hub):
+    command = (
+        f"{sys.executable} -m kernelhub variants kernelhub/norm@v1 >&- && {sys.executable} -m kernelhub cache list 2>&-"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_interrupt_ends_with_130_and_no_traceback(kernelhub, monkeypatch):
     from kernelhub.hub.client import Hub
 

@@ -304,6 +304,24 @@ def test_the_next_page_is_on_the_same_origin(hub: LoopbackHub, patience: Patienc
     assert client.get("/b").next_page == f"{hub.url}/b?cursor=2"
     with pytest.raises(InvalidMetadata, match="another host"):
         client.get("/c")
+    for path, to in (("/d", "http://["), ("/e", "//[x]/")):
+        hub.break_with(path, link(to))
+        with pytest.raises(InvalidMetadata, match="no address of a next page"):
+            client.get(path)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70, "xn--a"])
+def test_redirects_to_what_is_no_name(hub: LoopbackHub, patience: Patience, host: str) -> None:
+    hub.break_with("/x", _redirect(f"http://{host}/"))
+    with pytest.raises(HubUnavailable):
+        client_of(hub, patience).get("/x")
+
+
+def test_json_that_has_no_canonical_text(hub: LoopbackHub, patience: Patience) -> None:
+    for path, value in (("/a", ["\ud800"]), ("/b", float("nan"))):
+        hub.break_with(path, lambda _, reply, value=value: reply.set_json(value))
+        with pytest.raises(InvalidMetadata, match="is not JSON"):
+            client_of(hub, patience).get_json(path)
 
 
 @pytest.fixture

@@ -594,6 +594,14 @@ def test_pages_that_never_end(hub: LoopbackHub, source: HuggingFaceSource, monke
         reply.headers["link"] = f'<{folder}?recursive=false&cursor={next(pages)}>; rel="next"'
         reply.set_json([{"type": "directory", "path": "build/torch-cpu", "oid": ""}])
 
+    def gone(_: Request, reply: Reply) -> None:
+        reply.headers["link"] = f'<{hub.url}/api/nothing>; rel="next"'
+
+    hub.break_with("/build?", gone)
+    with pytest.raises(InvalidMetadata, match="a page that is not there"):
+        source.listing(REPO, commit)
+    hub.faults.clear()
+    hub.requests.clear()
     hub.break_with("/build?", again)
     with pytest.raises(InvalidMetadata, match="one of them again"):
         source.listing(REPO, commit)
@@ -715,7 +723,13 @@ def _dangling(cached: HuggingFaceCacheSource, tmp_path: Path) -> None:
     _in_cache(cached, "__init__.py").resolve().unlink()
 
 
-@pytest.mark.parametrize("damage", [_link_to_file, _link_to_folder, _bytecode, _dangling])
+def _circle(cached: HuggingFaceCacheSource, tmp_path: Path) -> None:
+    path = _in_cache(cached, "__init__.py")
+    path.unlink()
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("damage", [_link_to_file, _link_to_folder, _bytecode, _dangling, _circle])
 def test_a_cache_that_leads_elsewhere(
     cached: HuggingFaceCacheSource,
     tmp_path: Path,

@@ -235,7 +235,9 @@ def test_names_and_keys(tmp_path: Path) -> None:
     assert source("https://kernels.example.org/hub").name == found[1].name
 
 
-@pytest.mark.parametrize("url", ["", "  ", "file://elsewhere/hub", "gopher-nope://x/y"])
+@pytest.mark.parametrize(
+    "url", ["", "  ", "file://elsewhere/hub", "gopher-nope://x/y", "http://[", "file://[", "http://x:99999"]
+)
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(InvalidReference):
         source(url).resolve(REPO, V1)
@@ -288,13 +290,21 @@ def test_a_web_host_that_lists_nothing(web: Web) -> None:
 def test_a_listing_may_link_anywhere(web: Web, hub: Path) -> None:
     commit = source(str(hub)).resolve(REPO, V1)
     page = """<a href="v1">v1</a> <a href='../../evil'>x</a> <A HREF="http://elsewhere/v9">x</A> <a href="%2e%2e">y</a>
-    <a href="/org/relu/refs/v1">v1</a> <a href="a/b">z</a> <a href="../">up</a> <a href="?sort=1">s</a>"""
+    <a href="/org/relu/refs/v1">v1</a> <a href="a/b">z</a> <a href="../">up</a> <a href="?sort=1">s</a>
+    <a href="http://[">no address</a>"""
     web.bodies[""] = page.encode()
     assert source(web.url).refs(REPO) == {"v1": commit}
     assert {path for path, _ in web.requests} == {"/org/relu/refs/", "/org/relu/refs/v1"}
 
 
 # What hosts do
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70, "xn--a"])
+def test_a_host_that_redirects_to_what_is_no_name(web: Web, hub: Path, host: str) -> None:
+    web.answers["v1"] = [(302, {"Location": f"http://{host}/"})] * 9
+    with pytest.raises(HubUnavailable):
+        source(web.url, Waits().patience()).resolve(REPO, V1)
 
 
 def test_a_host_is_asked_again_as_it_wishes(web: Web, hub: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from loopback_hub import LoopbackHub, write_kernel
@@ -278,6 +279,15 @@ def test_ranges(served: LoopbackHub, ask: Callable[..., Any], kernels: Path, nam
     for text in (f"bytes={size}-", "bytes=-0"):
         response = ask(target, Range=text)
         assert (response.status, response.getheader("Content-Range")) == (416, f"bytes */{size}"), text
+
+
+@pytest.mark.parametrize("cursor", ["-1", "x", "\u00b2", "9" * 5000])
+def test_a_page_that_there_is_not_is_the_first(
+    hub: LoopbackHub, kernels: Path, ask: Callable[..., Any], cursor: str
+) -> None:
+    write_kernel(kernels)
+    hub.app = app(kernels)
+    assert ask(f"{API}/tree/refs%2Fheads%2Fv1?cursor={quote(cursor)}").status == 200
 
 
 @pytest.mark.parametrize("page", [4, 7, 14])

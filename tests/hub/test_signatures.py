@@ -138,6 +138,12 @@ def refused(hub: Hub, match: str = "nobody who is trusted for it signed it", ref
 # Keys
 
 
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_key_needs_a_name(path: str) -> None:
+    with pytest.raises(InvalidReference, match="no name for a key"):
+        generate(Path(path))
+
+
 def test_a_key_is_two_files_and_only_its_owner_reads_the_private_one(tmp_path: Path) -> None:
     path = tmp_path / "keys" / "my key"
     before = os.umask(0)

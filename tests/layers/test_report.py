@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kernelhub import Mode, kernel_report, kernelize, register_kernel_mapping, unkernelize
+from kernelhub.errors import InvalidMetadata
 from kernelhub.layers import report
 from kernelhub.layers import survey as survey_module
 from kernelhub.layers.mapping import use_kernel_mapping
@@ -192,6 +193,14 @@ def test_a_diff_says_what_changed_between_two_machines_or_ranks(
     here, there = of(timed_on="norm"), of(timed_on="norm", **changes)
     assert here.diff(there) == expected
     assert len(there.diff(here)) == len(expected)
+
+
+@pytest.mark.parametrize("change", [{"max_error": 10**400}, {"speedup": 10**400}, {"speedup_low": None}])
+def test_numbers_that_have_no_text_are_no_report(change: dict[str, object]) -> None:
+    value = of().to_dict()
+    value["rows"][0].update(change)
+    with pytest.raises(InvalidMetadata, match="row 0"):
+        KernelReport.from_dict(value)
 
 
 def once(reason: str, **changes: object) -> KernelReport:

@@ -254,6 +254,11 @@ def test_a_project_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         Settings.from_env({"KERNELHUB_PROJECT": str(tmp_path)})
 
 
+def test_a_project_that_is_a_device_is_an_error() -> None:
+    with pytest.raises(InvalidReference, match="it is no file"):
+        Settings.from_env({"KERNELHUB_PROJECT": "/dev/zero"})
+
+
 def test_keys_come_as_text_or_in_files_each_for_all_or_for_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "a key.pub").write_text(f"{KEY} id\n")
     read = Settings.from_env({"KERNELHUB_TRUSTED_KEYS": f"{KEY}, org/*={tmp_path / 'a key.pub'}"}).trusted_keys

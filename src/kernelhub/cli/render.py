@@ -45,7 +45,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
         table.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
     natural = Console(width=sys.maxsize).measure(table)
     # Away from a terminal there is no width to keep to, and a wrapped table is hard to search.
-    console = Console() if sys.stdout.isatty() else Console(width=natural.maximum)
+    console = Console() if sys.stdout is not None and sys.stdout.isatty() else Console(width=natural.maximum)
     if natural.minimum <= console.width:
         for made in table.columns:  # of the others none needs to cut a word
             made.no_wrap = all(" " not in str(text) for text in (made.header, *made.cells))
@@ -143,7 +143,7 @@ def size(count: int) -> str:
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
     """A progress bar for a transfer, where standard error is a terminal; elsewhere lines of what is built."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield TerminalLine()
         return
     from rich.console import Console
@@ -158,7 +158,7 @@ def progress_bar(label: str) -> Iterator[Progress]:
 @contextmanager
 def step_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A bar that is told how many of how many steps are done, where standard error is a terminal."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield _nothing
         return
     from rich.console import Console

@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from kernelhub.core.canonical import sha256_hex
 from kernelhub.core.trust import Origin
@@ -52,7 +52,7 @@ def hub_address(url: str) -> Address:
 def endpoint_address(endpoint: str) -> Address:
     """Of a server that speaks the Hugging Face Hub's protocol; no two of them share a folder in the store."""
     endpoint = endpoint.rstrip("/")
-    parts = urlsplit(endpoint)
+    parts = _split(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InvalidReference(
             f"{endpoint!r} is not the address of a hub", hint="Expected such as https://huggingface.co."
@@ -72,7 +72,7 @@ def local_path(url: str) -> Path | None:
         return user_path(url)
     if scheme[1].lower() != "file":
         return None
-    parts = urlsplit(url)
+    parts = _split(url)
     if parts.netloc not in ("", "localhost"):
         raise InvalidReference(f"{url!r} names the machine {parts.netloc!r}", hint="Expected file:///path.")
     from urllib.request import url2pathname  # 10 ms, for the rarest spelling of a folder
@@ -80,10 +80,21 @@ def local_path(url: str) -> Path | None:
     return Path(url2pathname(unquote(parts.path) if os.name != "nt" else parts.path))
 
 
+def _split(url: str) -> SplitResult:
+    """The parts of a URL. Raises `InvalidReference` for what has none, also for a port that is no number of one."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - read only now
+    except ValueError as error:
+        shown = url.rpartition("@")[2]  # no credentials
+        raise InvalidReference(f"{shown!r} is not the address of a hub: {error}") from error
+    return parts
+
+
 def shown(url: str) -> str:
     """The address as users are shown it and told apart by: a whole path, or a URL without credentials."""
     local = local_path(url)
     if local is not None:
         return str(local)
-    parts = urlsplit(url.rstrip("/"))
+    parts = _split(url.rstrip("/"))
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

@@ -47,7 +47,11 @@ class Gate:
         policy = options.policy
         commit, asked = _commit(found), found.ref.pin.commit if isinstance(found.ref.pin, Revision) else None
         published = Published(
-            found.repo, found.source.origin, found.source.name, commit=commit, claimed=asked if asked != commit else None
+            found.repo,
+            found.source.origin,
+            found.source.name,
+            commit=commit,
+            claimed=asked if asked != commit else None,
         )
         if published.origin is not Origin.EMBEDDED:
             published = replace(published, revocations=self.resolver.lists.known(policy.keys_for(published)))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
+from kernelhub.core.canonical import canonical_json
 from kernelhub.errors import HubUnavailable, InvalidMetadata, KernelHubError, KernelNotFound, RepositoryNotFound
 from kernelhub.hub.patience import RETRIED, Budget, Interrupted, Patience, reason_of, retry_after, said
 
@@ -93,12 +94,17 @@ class HttpClient:
         return self.run_all([job], workers=1)[0]
 
     def get_json(self, target: str, *, absent: type[KernelNotFound] = EntryNotFound) -> tuple[Any, str | None]:
-        """A JSON value and the next page's address. Raises what `get` does, and `InvalidMetadata` for what is not JSON."""
+        """A JSON value and the next page's address. Raises what `get` does, and `InvalidMetadata` for what is not JSON.
+
+        So is what has no canonical text: half of a surrogate pair, NaN.
+        """
         answer = self.get(target, absent=absent)
         try:
-            return json.loads(answer.body), answer.next_page
+            value = json.loads(answer.body)
+            canonical_json(value)
         except (ValueError, RecursionError) as error:
             raise InvalidMetadata(f"{self.hub_name}: GET {target}: the answer is not JSON: {error}") from error
+        return value, answer.next_page
 
     def send(
         self,
@@ -159,6 +165,8 @@ class HttpClient:
             raise Interrupted(reason_of(error)) from error
         except (*_session_errors("HTTPError"), *_session_errors("InvalidURL")) as error:
             raise self._unavailable(target, reason_of(error)) from error
+        except UnicodeError as error:
+            raise self._unavailable(target, "it redirects to a name that is none") from error
 
     def _unavailable(self, target: str, reason: str, status: int | None = None) -> HubUnavailable:
         return HubUnavailable(
@@ -193,8 +201,12 @@ class HttpClient:
         link: str | None = response.links.get("next", {}).get("url")
         if link is None:
             return None
-        url = urljoin(str(response.url), link)
-        if _origin(url) != _origin(self.base_url):
+        try:
+            url = urljoin(str(response.url), link)
+            elsewhere = _origin(url) != _origin(self.base_url)
+        except ValueError as error:
+            raise InvalidMetadata(f"{self.hub_name}: GET {target}: no address of a next page: {said(link)}") from error
+        if elsewhere:
             raise InvalidMetadata(f"{self.hub_name}: GET {target}: the next page is on another host: {said(link)}")
         return url
 

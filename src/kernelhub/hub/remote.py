@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote, urljoin
@@ -39,6 +40,7 @@ _EXCLUSIVE = frozenset({"s3", "s3a"})
 
 def open_remote(url: str, user_agent: Callable[[], str], patience: Patience | None = None) -> Files:
     """The files at an address. Raises `InvalidReference`, or `MissingDependency` with the pip command."""
+    shown(url)  # of which not all is an address
     protocol = url.partition("://")[0].lower()
     try:
         fsspec.get_filesystem_class(protocol)
@@ -105,8 +107,10 @@ class WebFiles:
         if page is None:
             return None
         url = f"{self.url}/{folder}/"
-        links = {urljoin(url, link) for link in _HREF.findall(page.decode(errors="replace"))}
-        names = {unquote(link.removeprefix(url)) for link in links}
+        names = set()
+        for link in _HREF.findall(page.decode(errors="replace")):
+            with suppress(ValueError):  # what is no address leads to no file
+                names.add(unquote(urljoin(url, link).removeprefix(url)))
         return sorted(name for name in names if _is_plain(name))
 
     def check_root(self) -> None:
@@ -173,7 +177,7 @@ class WebFiles:
         while True:
             try:
                 return attempt(budget)
-            except (aiohttp.InvalidURL, aiohttp.ClientSSLError) as error:
+            except (aiohttp.InvalidURL, aiohttp.ClientSSLError, UnicodeError) as error:  # the last: a name that is none
                 raise self._unavailable(path, reason_of(error)) from error
             except KernelHubError:
                 raise

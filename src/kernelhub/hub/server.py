@@ -272,7 +272,7 @@ def _is_name(org: str) -> bool:
 
 def _number(request: Request, key: str, default: int) -> int:
     text = request.query_params.get(key, "")
-    return int(text) if text.isascii() and text.isdigit() and 0 < int(text[:9]) == int(text) else default
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0 else default
 
 
 def _rows(snapshot: Snapshot, path: str, *, recursive: bool) -> list[dict[str, Any]]:

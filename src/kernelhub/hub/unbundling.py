@@ -29,11 +29,11 @@ from kernelhub.hub.bundles import FIRST, FORMAT, STAGING, BundledKernel, changin
 from kernelhub.hub.files import LocalFiles
 from kernelhub.hub.resolve import kept_of
 from kernelhub.hub.revocations import RevocationLists, checked
+from kernelhub.hub.signing import merged
 from kernelhub.hub.sources.base import NoProgress, Progress
 from kernelhub.hub.sources.bundle import BundleSource
 from kernelhub.hub.sources.layout import blob_path
 from kernelhub.hub.sources.project import EMBEDDED_ORG
-from kernelhub.hub.signing import merged
 from kernelhub.hub.store import Store
 
 _MANIFEST = re.compile(r"([^/]+/[^/]+)/commits/([0-9a-f]{40})\.json", re.ASCII)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -165,7 +166,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "bool": lambda value: isinstance(value, bool),
     "int": lambda value: type(value) is int,
-    "float": lambda value: type(value) in (int, float),
+    "float": lambda value: type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max),
     "None": lambda value: value is None,
     "tuple[str, ...]": lambda value: isinstance(value, (list, tuple)) and _texts(value),
 }
@@ -189,7 +190,10 @@ def _read_row(number: int, value: Any) -> ReportRow:
     if missing:
         raise InvalidMetadata(f"row {number} has no {', '.join(missing)}")
     read: Any = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
-    return ReportRow(**read)
+    row = ReportRow(**read)
+    if len({one is None for one in (row.speedup, row.speedup_low, row.speedup_high)}) > 1:
+        raise InvalidMetadata(f"row {number} has some of speedup, speedup_low and speedup_high; expected all or none")
+    return row
 
 
 def _texts(values: Any) -> bool:

@@ -260,7 +260,12 @@ class HuggingFaceSource:
         seen: set[str] = set()
         while True:
             seen.add(page)
-            value, next_page = http.get_json(page)
+            try:
+                value, next_page = http.get_json(page)
+            except EntryNotFound as error:
+                if page == target:
+                    raise
+                raise self._malformed(target, "a page that is not there") from error
             if not isinstance(value, list):
                 raise self._malformed(target, f"expected a list, got {type(value).__name__}")
             count += len(value)

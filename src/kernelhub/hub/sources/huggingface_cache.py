@@ -169,7 +169,10 @@ class HuggingFaceCacheSource:
 
     def _inside(self, path: Path) -> Path:
         """The regular file that a path in a snapshot stands for, which must lie in the cache."""
-        real = path.resolve()
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError) as error:  # a link that leads to itself
+            raise IntegrityError(f"{path} leads to no file") from error
         if not real.is_file() or not real.is_relative_to(self.root.resolve()):
             raise IntegrityError(f"{path} leads to {real}, which is not a file in {self.name}")
         return real
@@ -177,11 +180,14 @@ class HuggingFaceCacheSource:
 
 def _files(folder: Path) -> Iterator[str]:
     """Relative paths of the files below a folder; a link to a folder is not followed and counts as a file."""
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            yield from (f"{entry.name}/{name}" for name in _files(Path(entry.path)))
-        else:
-            yield entry.name
+    waiting = [""]
+    while waiting:
+        above = waiting.pop()
+        for entry in os.scandir(folder / above):
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(f"{above}{entry.name}/")
+            else:
+                yield f"{above}{entry.name}"
 
 
 def _copy(source: Path, target: Path) -> None:
