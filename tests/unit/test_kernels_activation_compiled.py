@@ -179,20 +179,36 @@ def views(x: Tensor) -> list[Tensor]:
     ]
 
 
+def steps(x: Tensor) -> list[int]:
+    """The strides of dimensions that have any."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
 @pytest.mark.parametrize("name", [*PRODUCTS, *SINGLES])
 def test_any_strides_and_empty_inputs(activation: ModuleType, name: str) -> None:
+    """The results lie in memory as those of PyTorch's operations do."""
     function = getattr(activation, name)
     calls = [function] if name in SINGLES else [function, lambda x: function(x, x.flip(0)), lambda x: function(x, x)]
+    usual = [F.silu] if name in SINGLES else [F.glu, lambda x: F.silu(x) * x.flip(0), lambda x: F.silu(x) * x]
     for view in views(values(torch.float32, (4, 6, 96))):
-        for call in calls:
+        for call, as_usual in zip(calls, usual, strict=True):
             strided = view.detach().requires_grad_()
             dense = view.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
             got, expected = call(strided), call(dense)
             assert torch.equal(got, expected)
+            assert steps(got) == steps(as_usual(view))
             seed = torch.randn_like(expected)
             other = seed.mT.contiguous().mT if seed.dim() > 1 else seed
             first, second = torch.autograd.grad(got, strided, other), torch.autograd.grad(expected, dense, seed)
             assert torch.equal(first[0], second[0])
+
+
+def test_compiled_the_results_lie_as_pytorchs(activation: ModuleType) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: (activation.gelu_tanh(x), activation.silu_and_mul(x, x)), fullgraph=True)
+    for x in (torch.randn(2, 7, 9, 5).to(memory_format=torch.channels_last), torch.randn(2, 8, 7).transpose(1, 2)):
+        for got in compiled(x):
+            assert got.stride() == x.stride()
 
 
 def test_a_scalar_has_its_value(activation: ModuleType) -> None:

@@ -226,22 +226,43 @@ def views(shape: tuple[int, int, int], x: Tensor) -> list[Tensor]:
     ]
 
 
+def steps(x: Tensor) -> list[int]:
+    """The strides of dimensions that have any."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
 @pytest.mark.parametrize("layer", ALL)
 def test_any_strides_and_empty_inputs(norm: ModuleType, layer: str) -> None:
-    shape, (_, kernelized) = (4, 6, 96), pair(norm, layer, 96, torch.float32)
+    """The results lie in memory as the model's own do. The weight's gradient is a sum over rows in the order of memory."""
+    shape, (original, kernelized) = (4, 6, 96), pair(norm, layer, 96, torch.float32)
     for operands in zip(*(views(shape, x) for x in inputs(layer, shape, torch.float32)), strict=True):
         leaves = [operand.detach().requires_grad_() for operand in operands]
         got = kernelized(*leaves)
+        assert steps(got) == steps(original(*leaves))
         dense = [operand.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for operand in operands]
         expected = kernelized(*dense)
         assert torch.equal(got, expected)
         seed = torch.randn_like(expected)
-        for a, b in zip(
-            torch.autograd.grad(got, [*leaves, kernelized.weight], seed.mT.contiguous().mT if seed.dim() > 1 else seed),
-            torch.autograd.grad(expected, [*dense, kernelized.weight], seed),
-            strict=True,
-        ):
-            assert torch.equal(a, b)
+        *found, of_weight = torch.autograd.grad(
+            got, [*leaves, kernelized.weight], seed.mT.contiguous().mT if seed.dim() > 1 else seed
+        )
+        *others, expected_weight = torch.autograd.grad(expected, [*dense, kernelized.weight], seed)
+        assert all(torch.equal(a, b) for a, b in zip(found, others, strict=True))
+        torch.testing.assert_close(of_weight, expected_weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("layer", RMS)
+def test_compiled_the_results_lie_as_the_models_own(norm: ModuleType, layer: str, grad: bool) -> None:
+    torch._dynamo.reset()
+    _, kernelized = pair(norm, layer, 96, torch.float32)
+    compiled = torch.compile(kernelized, fullgraph=True, dynamic=True, backend="aot_eager")
+    for heads in (3, 5):
+        for x in (torch.randn(2, 7, heads, 96).transpose(1, 2), torch.randn(2, 96, heads).transpose(1, 2)):
+            x.requires_grad_(grad)
+            got, expected = compiled(x), kernelized(x)
+            assert torch.equal(got, expected)
+            assert got.stride() == expected.stride() == x.stride()
 
 
 @pytest.mark.parametrize("layer", ALL)

@@ -20,7 +20,7 @@ def test_copies_of_cuda_headers_are_alike(name: str) -> None:
     assert len(set(found.values())) == 1, f"{name} differs between {', '.join(found)}: copy one over the others"
 
 
-@pytest.mark.parametrize("name", ["direct.py", "once.py"])
+@pytest.mark.parametrize("name", ["direct.py", "once.py", "order.py"])
 def test_copies_of_python_files_are_alike(name: str) -> None:
     found = {path.parent.name: path.read_bytes() for path in sorted(ROOT.glob(f"*/torch-ext/*/{name}"))}
     assert len(found) >= 2

@@ -141,8 +141,8 @@ def kernelize(
             _swap_layers(found.sites, outcomes, transaction)
             told = _swap_functions(found.sites, outcomes, transaction, fallback)
             check_same(ranks, "swapping", lambda: [f"{path}: {reason}" for path, reason in told.items()])
-    remember(model, Run(mode, None, {**_kept(found.sites, outcomes), **told}, _evidence(found.sites, outcomes)))
-    _say(model, outcomes, registered=bool(request.table))
+            _say(model, outcomes, registered=bool(request.table))  # a warning may be an error
+            remember(model, Run(mode, None, {**_kept(found.sites, outcomes), **told}, _evidence(found.sites, outcomes)))
     return model
 
 
@@ -168,8 +168,8 @@ def _warn_of_paths(selector: Selector, found: Survey) -> None:
 
 def _restore(model: nn.Module, selector: Selector) -> Survey:
     """Give the layers that are selected their forwards back; what was found in the model before. Marks stay."""
-    found = survey(model)
     with functions_lock, Transaction() as transaction:
+        found = survey(model)
         for path, module in found.marked:
             if selector.refuses(path, module) is None:
                 transaction.take(module)

@@ -10,6 +10,7 @@ before it in the module's `__dict__`, so it is read first, and puts the kernel's
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import threading
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet, WeakValueDictionary, finalize, ref
 
 from torch import nn
+from torch._guards import CompileContext
 
 from kernelhub.errors import KernelHubError
 from kernelhub.layers import contract
@@ -197,10 +199,9 @@ class Transaction:
     """Changes to modules that are all made, or all taken back."""
 
     def __init__(self) -> None:
-        # Of layers it is enough to know which, and the marker that was there (see plan.Tree for why no more is made).
-        self._put: list[nn.Module] = []
-        self._taken: list[Marker] = []
-        self._before: list[tuple[nn.Module, dict[str, Any]]] = []
+        # In their order: a layer that a forward was put on, the marker of one that it was taken from (see plan.Tree for why
+        # no more is made), and of functions and who has a stake in them all that they had.
+        self._done: list[nn.Module | Marker | tuple[nn.Module, dict[str, Any]]] = []
 
     def __enter__(self) -> Transaction:
         return self
@@ -210,8 +211,10 @@ class Transaction:
             self.undo()
 
     def put(self, module: nn.Module, swap: Swap, function: Any, fusion: Fusion | None = None) -> None:
-        """Let a layer run a kernel's forward. It has its own forward now."""
-        self._put.append(module)
+        """Let a layer run a kernel's forward, whatever kernel another thread has put there meanwhile."""
+        if MARKER in module.__dict__:
+            self._take(module)
+        self._done.append(module)
         put(module, swap, function, fusion)
 
     def take(self, module: nn.Module) -> None:
@@ -225,7 +228,7 @@ class Transaction:
         if marker is None:
             self._remember(module)
         else:
-            self._taken.append(marker)
+            self._done.append(marker)
         take(module)
 
     def use(self, function: nn.Module, swap: Swap, forward: Any) -> None:
@@ -261,18 +264,20 @@ class Transaction:
 
     def undo(self) -> None:
         """Make every module what it was."""
-        for module in reversed(self._put):
-            take(module)
-        for module, before in reversed(self._before):
-            _reinstate(module, before)
-        for marker in reversed(self._taken):
-            put(marker.module, marker.swap, marker.function, marker.fusion)
-            marker.module.__dict__[MARKER].users = marker.users
-        self._put, self._taken, self._before = [], [], []
+        while self._done:
+            done = self._done[-1]  # taken off when it is undone: whoever interrupts this may undo the rest
+            if isinstance(done, nn.Module):
+                take(done)
+            elif isinstance(done, Marker):
+                put(done.module, done.swap, done.function, done.fusion)
+                done.module.__dict__[MARKER].users = done.users
+            else:
+                _reinstate(*done)
+            self._done.pop()
 
     def _remember(self, module: nn.Module) -> None:
         attributes = module.__dict__
-        self._before.append((module, {name: attributes[name] for name in _OURS if name in attributes}))
+        self._done.append((module, {name: attributes[name] for name in _OURS if name in attributes}))
 
 
 def _reinstate(module: nn.Module, before: Mapping[str, Any]) -> None:
@@ -317,8 +322,14 @@ def _join(uses: Uses, function: nn.Module, swap: Swap) -> None:
 def _gone(function: nn.Module, joined: ref[Marker]) -> None:
     """A module with a stake is gone: if it was the last, its function must not run the kernel for everybody else.
 
-    The collector calls this anywhere, so it waits for nobody: whoever is changing functions just now looks for himself.
+    The collector calls this anywhere, so it waits for nobody: whoever is changing functions just now looks for himself, and a
+    trace of Dynamo, which reads functions more than once, must find what it has found.
     """
+    if _is_traced():
+        _waiting.append((function, joined))
+        if _take_later not in gc.callbacks:
+            gc.callbacks.append(_take_later)
+        return
     if not functions_lock.acquire(blocking=False):
         return
     try:
@@ -327,6 +338,22 @@ def _gone(function: nn.Module, joined: ref[Marker]) -> None:
             take(function)
     finally:
         functions_lock.release()
+
+
+_waiting: list[tuple[nn.Module, ref[Marker]]] = []
+
+
+def _take_later(phase: str, _: Any) -> None:
+    """At the end of a later collection, outside of traces."""
+    if phase != "stop" or _is_traced():
+        return
+    gc.callbacks.remove(_take_later)
+    while _waiting:
+        _gone(*_waiting.pop())
+
+
+def _is_traced() -> bool:
+    return CompileContext.try_get() is not None
 
 
 # Reading models from files: each of these is called by pickle while the module is still empty.

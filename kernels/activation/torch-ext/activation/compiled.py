@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from . import direct, triton_here
 from ._ops import add_op_namespace_prefix, ops
 from .once import differentiable_once
+from .order import in_order, other_order
 
 __all__ = [
     "DIRECT",
@@ -124,15 +125,21 @@ def _inside(name: str, op: Any) -> Callable[..., Any]:
 
 def apply(x: Tensor, function: int) -> Tensor:
     """f(x), of x's shape."""
+    if (order := other_order(x)) is not None:
+        found: Tensor = in_order(order, False, lambda x: apply(x, function), x)
+        return found
     # The op by itself has no gradient. It is called where none can be asked for, because it costs half as much.
     if torch.is_grad_enabled() and x.requires_grad:
-        apply = _Apply.apply if is_dynamo_compiling() else _apply_plainly
-        return apply(x, function)
+        run = _Apply.apply if is_dynamo_compiling() else _apply_plainly
+        return run(x, function)
     return _apply(x, function) if is_dynamo_compiling() else _apply_now(x, function)
 
 
 def multiply(a: Tensor, b: Tensor, function: int) -> Tensor:
     """f(a) * b, of a's shape."""
+    if (order := other_order(a)) is not None:
+        found: Tensor = in_order(order, False, lambda a, b: multiply(a, b, function), a, b)
+        return found
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         apply = _Multiply.apply if is_dynamo_compiling() else _multiply_plainly
         return apply(a, b, function)
@@ -141,6 +148,9 @@ def multiply(a: Tensor, b: Tensor, function: int) -> Tensor:
 
 def halves(x: Tensor, function: int) -> Tensor:
     """f(a) * b for the halves a and b of the last dimension: (..., 2 * hidden) -> (..., hidden)."""
+    if (order := other_order(x)) is not None:
+        found: Tensor = in_order(order, True, lambda x: halves(x, function), x)
+        return found
     if torch.is_grad_enabled() and x.requires_grad:
         apply = _Halves.apply if is_dynamo_compiling() else _halves_plainly
         return apply(x, function)

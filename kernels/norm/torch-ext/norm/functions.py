@@ -1,6 +1,7 @@
 """Normalisation over the last dimension, rounded where the models' own code rounds.
 
-Every function takes any leading shape, any strides, and float16, bfloat16, float32 or float64. The statistics are
+Every function takes any leading shape, any strides, and float16, bfloat16, float32 or float64; in memory a result's
+dimensions lie as the input's, but for `layer_norm`'s, which are contiguous as PyTorch's are. The statistics are
 computed in float32 (float64 inputs: in float64). What the compiled ops take, where the build has any, they compute; their
 gradients have none of their own. All else is plain PyTorch, as are its gradients, vmap and forward-mode AD. Operands on
 several devices and weights of another length are RuntimeErrors; a weight of more dimensions than one is a ValueError.
@@ -17,6 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import compiled
 from .compiled import CAST_FIRST, CAST_LAST, CUDA, DIRECT, SIGMOID, SILU, SILU_FIRST, ZERO_CENTERED, takes, takes_too
+from .order import in_order, other_order
 
 __all__ = [
     "add_rms_norm",
@@ -53,6 +55,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         and (y := DIRECT.rms_norm(x, weight, eps, CAST_FIRST)) is not None
     ):
         return y
+    if (order := other_order(x)) is not None:
+        return in_order(order, True, lambda x: rms_norm(x, weight, eps), x)
     if takes(x, weight):
         return compiled.rms_norm(x, weight, eps, CAST_FIRST)
     row = _row("rms_norm", weight)
@@ -75,6 +79,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
         and (both := DIRECT.add_rms_norm(x, residual, weight, eps, CAST_FIRST)) is not None
     ):
         return both
+    if (order := other_order(x, residual)) is not None:
+        return in_order(order, True, lambda x, residual: add_rms_norm(x, residual, weight, eps), x, residual)
     if takes(x, weight) and takes_too(x, residual):
         return compiled.add_rms_norm(x, residual, weight, eps, CAST_FIRST)
     total = x + residual
@@ -92,6 +98,8 @@ def rms_norm_cast_last(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         and (y := DIRECT.rms_norm(x, weight, eps, CAST_LAST)) is not None
     ):
         return y
+    if (order := other_order(x)) is not None:
+        return in_order(order, True, lambda x: rms_norm_cast_last(x, weight, eps), x)
     if takes(x, weight):
         return compiled.rms_norm(x, weight, eps, CAST_LAST)
     row = _row("rms_norm_cast_last", weight)
@@ -111,6 +119,8 @@ def rms_norm_zero_centered(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tens
         and (y := DIRECT.rms_norm(x, weight, eps, ZERO_CENTERED)) is not None
     ):
         return y
+    if (order := other_order(x)) is not None:
+        return in_order(order, True, lambda x: rms_norm_zero_centered(x, weight, eps), x)
     if takes(x, weight):
         return compiled.rms_norm(x, weight, eps, ZERO_CENTERED)
     row = _row("rms_norm_zero_centered", weight)
@@ -132,6 +142,8 @@ def rms_norm_weight_dtype(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tenso
         and (y := DIRECT.rms_norm(x, weight, eps, CAST_FIRST)) is not None
     ):
         return y
+    if (order := other_order(x)) is not None:
+        return in_order(order, True, lambda x: rms_norm_weight_dtype(x, weight, eps), x)
     if takes(x, weight):  # of one dtype
         return compiled.rms_norm(x, weight, eps, CAST_FIRST)
     row = _row("rms_norm_weight_dtype", weight)
@@ -148,6 +160,8 @@ def rms_norm_gated(
 
     x, gate: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype. `activation`: silu, swish or sigmoid.
     """
+    if (order := other_order(x, gate)) is not None:
+        return in_order(order, True, lambda x, gate: rms_norm_gated(x, weight, gate, eps, activation), x, gate)
     if activation in _KINDS and takes(x, weight) and takes_too(x, gate):
         return compiled.rms_norm_gated(x, gate, weight, eps, CAST_FIRST, _KINDS[activation])
     return (rms_norm(x, weight, eps) * _gate("rms_norm_gated", gate, activation)).to(x.dtype)
@@ -160,6 +174,10 @@ def rms_norm_gated_cast_last(
 
     x, gate: (..., hidden), weight: (hidden,) -> (..., hidden) in x's dtype. `activation`: silu, swish or sigmoid.
     """
+    if (order := other_order(x, gate)) is not None:
+        return in_order(
+            order, True, lambda x, gate: rms_norm_gated_cast_last(x, weight, gate, eps, activation), x, gate
+        )
     if activation in _KINDS and takes(x, weight) and takes_too(x, gate):
         return compiled.rms_norm_gated(x, gate, weight, eps, CAST_LAST, _KINDS[activation])
     normalized = F.rms_norm(_wide(x), _row("rms_norm_gated_cast_last", weight), _wide(weight), eps)
@@ -173,6 +191,8 @@ def rms_norm_gate_first(x: Tensor, weight: Tensor, gate: Tensor | None, eps: flo
     """
     if gate is None:
         return rms_norm(x, weight, eps)
+    if (order := other_order(x, gate)) is not None:
+        return in_order(order, True, lambda x, gate: rms_norm_gate_first(x, weight, gate, eps), x, gate)
     if takes(x, weight) and takes_too(x, gate):
         return compiled.rms_norm_gated(x, gate, weight, eps, CAST_FIRST, SILU_FIRST)
     row = _row("rms_norm_gate_first", weight)
@@ -220,6 +240,8 @@ def layer_norm_cast_last(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor
         and (y := DIRECT.layer_norm(x, weight, None, eps, None)) is not None
     ):
         return y
+    if (order := other_order(x)) is not None:
+        return in_order(order, True, lambda x: layer_norm_cast_last(x, weight, eps), x)
     if compiled.takes_layer(x, weight, None, None):
         return compiled.layer_norm(x, weight, None, eps)
     row = _row("layer_norm_cast_last", weight)

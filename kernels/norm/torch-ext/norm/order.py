@@ -1,0 +1,58 @@
+"""The order in which dimensions lie in memory: PyTorch's elementwise operations, and so the models' formulas, keep it.
+
+Whoever takes a view of a result, or set its model to channels last, counts on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["in_order", "other_order"]
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
+def other_order(x: Tensor, *others: Tensor | None) -> tuple[int, ...] | None:
+    """x's dimensions from the outermost in memory to the innermost; None where they lie as they are counted.
+
+    None too for subclasses, and where one of the others has another shape.
+    """
+    if x.is_contiguous() or type(x) not in _PLAIN or any(y is not None and y.shape != x.shape for y in others):
+        return None
+    strides = x.stride()
+    counted = [dim for dim in range(x.dim()) if x.shape[dim] > 1 and strides[dim] > 0]
+    lie: list[int] = []
+    for dim in counted:  # Dynamo sorts no strides that it does not know
+        place = len(lie)
+        while place > 0 and strides[lie[place - 1]] < strides[dim]:
+            place -= 1
+        lie.insert(place, dim)
+    if lie == counted:
+        return None
+    order = list(range(x.dim()))
+    for place, dim in zip(counted, lie, strict=True):
+        order[place] = dim
+    return tuple(order)
+
+
+def in_order(order: tuple[int, ...], by_rows: bool, compute: Callable[..., Any], *operands: Tensor | None) -> Any:
+    """`compute(*operands)`, whose results, of the operands' shape but for the last dimension, lie in that order.
+
+    `by_rows`: it computes along the last dimension.
+    """
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    if by_rows and order[-1] != len(order) - 1:
+        found = compute(*(x if x is None else x.contiguous() for x in operands))
+
+        def lay(y: Tensor) -> Tensor:
+            return y.permute(order).contiguous().permute(inverse)
+    else:
+        found = compute(*(x if x is None else x.permute(order) for x in operands))
+
+        def lay(y: Tensor) -> Tensor:
+            return y.permute(inverse)
+
+    return lay(found) if isinstance(found, Tensor) else tuple(map(lay, found))
