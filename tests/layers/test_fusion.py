@@ -353,6 +353,22 @@ def _own_call(model: Model) -> None:
     norm.__class__ = type("Other", (base,), {"__call__": lambda self, x: 3 * base.__call__(self, x)})
 
 
+def test_hooks_of_all_modules_see_what_the_modules_give(fuse: Callable[..., nn.Module]) -> None:
+    model, seen = fuse(Model().eval()), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, _, result: seen.append((module, result)))
+    try:
+        outputs(model)
+        fused, seen = seen, []
+        handle.remove()
+        handle = nn.modules.module.register_module_forward_hook(lambda module, _, result: seen.append((module, result)))
+        outputs(unkernelize(model))
+    finally:
+        handle.remove()
+    assert [module for module, _ in fused] == [module for module, _ in seen]
+    for (_, found), (_, expected) in zip(fused, seen, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def _shared(model: Model) -> None:
     model.layers[1].mlp = model.layers[0].mlp
     model.layers[1].norm = Model().layers[0].norm

@@ -152,9 +152,13 @@ def test_a_difference_anywhere_in_the_result_is_named(register: Register, forwar
     assert f"not equal: {expected}" in row.reason or expected in row.reason
 
 
-def test_the_strides_of_results_are_the_kernel_s_own_affair(register: Register) -> None:
+def test_results_that_lie_in_memory_as_the_original_s_do_not_are_a_difference(register: Register) -> None:
+    """A view that the model takes of them would fail. Where the original's have gaps, the kernel's need none."""
     register("Act", "def forward(self, x):\n        return torch.relu(x).t().contiguous().t()")
-    assert checked(layers.Act(), torch.randn(3, 8), T).outcome == "kernel"
+    row = checked(layers.Act(), torch.randn(3, 8), T)
+    assert "output: its strides are (1, 3), the original's (8, 1)" in row.reason
+    register("Half", "def forward(self, x):\n        return torch.relu(x)[:, :4].contiguous()")
+    assert checked(layers.Half(), torch.randn(3, 8), T).outcome == "kernel"
 
 
 def test_an_effect_that_the_kernel_lacks_is_a_difference(register: Register) -> None:

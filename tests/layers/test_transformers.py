@@ -40,6 +40,7 @@ from kernelhub.layers.mode import Mode
 from kernelhub.layers.plan import plan_kernels
 from kernelhub.layers.report import KernelReport, kernel_report
 from kernelhub.layers.repositories import LayerRepository
+from kernelhub.layers.swap import MARKER
 from kernelhub.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("unnamed")
@@ -803,9 +804,9 @@ def test_a_compiled_decoder_layer_sees_that_its_parts_run_kernels(mode: Mode) ->
 # What is left of it
 
 
-def attributes(model: nn.Module) -> list[dict[str, object]]:
+def attributes(model: nn.Module, *without: str) -> list[dict[str, object]]:
     """Of each module, in their order."""
-    return [dict(module.__dict__) for module in model.modules()]
+    return [{name: value for name, value in vars(module).items() if name not in without} for module in model.modules()]
 
 
 def orders(model: nn.Module) -> list[list[str]]:
@@ -834,6 +835,30 @@ def test_unkernelize_leaves_nothing_on_a_pretrained_model(make: Callable[[], nn.
             assert not marked(one)
         assert attributes(model) == before
         assert pickle.dumps(model) == file
+
+
+@pytest.mark.parametrize("warns", [False, True])
+def test_a_call_that_fails_at_its_end_leaves_a_model_that_runs_a_kernel_itself_and_uses_functions_as_it_was(
+    warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(ranks: object, step: str, same: object) -> None:
+        if step == "swapping":
+            raise RuntimeError("the ranks disagree")
+
+    model = llama().train()
+    kernelize_pretrained(model, exclude="model.norm") if warns else mark(model)
+    before, kernels = attributes(model, MARKER), kernel_report(model).kernels
+    if warns:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(KernelHubWarning):
+                kernelize_pretrained(model, fuse_loss=True, exclude=nn.Module)
+    else:
+        monkeypatch.setattr("kernelhub.layers.kernelize.check_same", fail)
+        with pytest.raises(RuntimeError, match="disagree"):
+            kernelize_pretrained(model, fuse_loss=True)
+    assert attributes(model, MARKER) == before
+    assert kernel_report(model).kernels == kernels
 
 
 def test_what_fails_or_is_refused_leaves_no_marks() -> None:

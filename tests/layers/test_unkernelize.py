@@ -11,6 +11,7 @@ import models_for_tests as models
 import pytest
 import torch
 from torch import nn
+from torch._guards import CompileContext, CompileId, compile_context
 
 from kernelhub import Mode, kernel_report, kernelize, kernelized, register_kernel_mapping, unkernelize
 from kernelhub.layers.repositories import Repository
@@ -238,6 +239,19 @@ def test_a_second_model_that_asks_for_another_choice_is_told(
     unkernelize(other)
     assert rotated(), "it is not the other model's to take back"
     unkernelize(one)
+    assert not rotated()
+
+
+@pytest.mark.usefixtures("rotary")
+def test_a_model_that_goes_while_a_trace_is_under_way_leaves_functions_alone_until_that_is_done() -> None:
+    """A trace reads the function more than once, and must find what it has found."""
+    model = models.Attention()
+    kernelize(model, mode=Mode.INFERENCE)
+    with compile_context(CompileContext(CompileId(frame_id=0, frame_compile_id=0))):
+        del model
+        gc.collect()
+        assert rotated()
+    gc.collect()
     assert not rotated()
 
 

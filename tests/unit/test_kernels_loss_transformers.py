@@ -190,7 +190,13 @@ def test_marking_twice_is_marking_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [llama, lambda: llama(tie_word_embeddings=True), lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)).train()]
+    "make",
+    [
+        llama,
+        lambda: llama(tie_word_embeddings=True),
+        lambda: llama().double(),
+        lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)).train(),
+    ],
 )
 def test_the_projection_is_fused_on_request(make: Callable[[], nn.Module]) -> None:
     model = make()

@@ -65,6 +65,8 @@ def compare(kernel: Effects, original: Effects, precise: Effects | None, given: 
             computed = precise is not None and name.startswith(COMPUTED)
             reference = precise.values.get(name) if precise is not None and computed else None
             comparison = _leaf(kernel.values[name], original.values[name], reference, given)
+            if not comparison.difference and name.startswith("output"):
+                comparison = replace(comparison, difference=_lies_elsewhere(kernel.values[name], original.values[name]))
         if comparison.difference:
             note = " (the kernel has no gradient there)" if name in kernel.missing - original.missing else ""
             comparison = replace(comparison, difference=f"{name}: {comparison.difference}{note}")
@@ -87,6 +89,20 @@ def _leaf(kernel: Any, original: Any, precise: Any, given: Tolerance | None) -> 
         return _bits(kernel, original)
     fits = isinstance(precise, torch.Tensor) and precise.shape == original.shape
     return _numbers(kernel, original, precise if fits else None, tolerance)
+
+
+def _lies_elsewhere(kernel: Any, original: Any) -> str:
+    """How the dimensions of a result lie in memory, where those of the original's lie in another way and have no gaps.
+
+    A view of it that the model takes would fail, and the format that it was set to be lost.
+    """
+    if not isinstance(original, torch.Tensor) or original.layout is not torch.strided or original.numel() < 2:
+        return ""
+    there = [(step, size) for step, size in zip(original.stride(), original.shape, strict=True) if size > 1]
+    here = [(step, size) for step, size in zip(kernel.stride(), kernel.shape, strict=True) if size > 1]
+    if here == there or sum(step * (size - 1) for step, size in there) + 1 != original.numel():
+        return ""
+    return f"its strides are {tuple(kernel.stride())}, the original's {tuple(original.stride())}"
 
 
 def _equal(one: Any, other: Any) -> bool:

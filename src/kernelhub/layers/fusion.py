@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules import module as everywhere
 
 from kernelhub.errors import InvalidReference, LayerContractError, NoKernelForLayer
 from kernelhub.layers.keys import FusionKey, title
@@ -187,6 +188,13 @@ def unfit(group: Group, apart: Sequence[str | None]) -> str:
     return f"one of them stands in {group.places} places of the model" if group.places > 1 else ""
 
 
+# Hooks of all modules, in the tables that torch has of them.
+_HOOKS_OF_ALL = (
+    everywhere._global_forward_hooks,
+    everywhere._global_forward_pre_hooks,
+    everywhere._global_backward_hooks,
+    everywhere._global_backward_pre_hooks,
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -253,6 +261,8 @@ class Fusion:
 
     def together(self) -> bool:
         """Whether the modules still stand where they were fused; and nobody has put a hook, a forward or a parametrization on one of them, or a forward on the parent, since."""
+        if any(_HOOKS_OF_ALL):
+            return False
         held = self.parent.__dict__  # tables of instances: this is on the call path
         if "forward" in held and "_hf_hook" not in held and not of_class(self.parent, held["forward"]):
             return False

@@ -106,7 +106,7 @@ def _why_not(site: Site, kept: _Kept) -> tuple[str, Mode | None]:
         not holds(uses, *stake) for stake in uses.functions.values() if stake[0] is site.module
     ):
         return "somebody else gave the function its original back; kernelize again", kept.mode
-    return (kept.reason or "its original was given back", kept.mode)
+    return (kept.reason or "its original was given back, or it was added later", kept.mode)
 
 
 def _stale(site: Site, marker: Marker, device: torch.device | None) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from kernelhub.errors import InvalidReference
 from kernelhub.layers.markers import FUNCS, FunctionModule, always
-from kernelhub.layers.swap import MARKER, USES
+from kernelhub.layers.swap import MARKER, USES, settle
 
 if TYPE_CHECKING:
     from kernelhub.layers.fusion import Group
@@ -87,6 +87,7 @@ class Survey(NamedTuple):
 
 def survey(model: nn.Module) -> Survey:
     """Walk the model once; a module that is reached twice is met once. A compiled model is walked inside."""
+    settle()
     found = Survey(Tree([], []), [], [], [])
     (modules, above), sites = found.tree, found.sites
     classes: dict[type, AwareClass | None] = {}

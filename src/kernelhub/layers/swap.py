@@ -343,13 +343,17 @@ def _gone(function: nn.Module, joined: ref[Marker]) -> None:
 _waiting: list[tuple[nn.Module, ref[Marker]]] = []
 
 
+def settle() -> None:
+    """Take the kernels off functions whose last users went while a trace was under way."""
+    while _waiting and not _is_traced():
+        _gone(*_waiting.pop())
+
+
 def _take_later(phase: str, _: Any) -> None:
     """At the end of a later collection, outside of traces."""
-    if phase != "stop" or _is_traced():
-        return
-    gc.callbacks.remove(_take_later)
-    while _waiting:
-        _gone(*_waiting.pop())
+    if phase == "stop" and not _is_traced():
+        gc.callbacks.remove(_take_later)
+        settle()
 
 
 def _is_traced() -> bool:

@@ -99,7 +99,7 @@ class FusedForCausalLM(nn.Module):
             head.bias,
             ignore_index=ignore_index,
             reduction="mean" if items is None else "sum",
-        )
+        ).float()  # which the original's is whatever the model's dtype
         found = CausalLMOutputWithPast(
             loss=loss if items is None else loss / _divisor(items, loss),
             past_key_values=outputs.past_key_values,
