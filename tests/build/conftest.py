@@ -19,7 +19,8 @@ Build = Callable[[str], tuple[Path, list[Built]]]
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The tests' own store, and none of the user's choices."""
-    for name in [name for name in os.environ if name.startswith(("KERNEL", "LOCAL_KERNELS"))] + ["CXX", "CUDA_HOME"]:
+    ours = [name for name in os.environ if name.startswith(("KERNEL", "LOCAL_KERNELS"))]
+    for name in [*ours, "CXX", "CUDA_HOME", "CUDA_PATH"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KERNELHUB_CACHE", str(tmp_path / "cache"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from build_projects import copied
 from kernelhub.build.assemble import Workshop
 from kernelhub.build.project import build_project
 from kernelhub.build.toolchain import find_toolchain, missing, ready
+from kernelhub.cli.main import run
 from kernelhub.core.metadata import Metadata
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +52,21 @@ def test_cuda_is_compiled_where_torch_has_none(toolchain, tmp_path):
     library = abi.read(next(built.path.glob("*.so")))
     assert {"libtorch_cpu.so", "libtorch_cuda.so", f"libcudart.so.{major}"} <= set(library.needed)
     assert "aoti_torch_get_current_cuda_stream" in {symbol.name for symbol in library.undefined}
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_cuda_is_compiled_with_the_toolkit_that_the_user_names(variable, toolchain, tmp_path, capsys, monkeypatch):
+    if toolchain.cuda_root is None or not (toolchain.cuda_root / "bin" / "nvcc").is_file():
+        pytest.skip("no CUDA toolkit")
+    project = copied("scale-cuda", tmp_path)
+    monkeypatch.setenv(variable, str(toolchain.cuda_root))
+    assert run(["build", str(project), "--backend", "cuda", "--json"]) == 0
+    (built,) = json.loads(capsys.readouterr().out)["built"]
+    assert built["path"]
+    monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
+    assert run(["build", str(project), "--backend", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'nowhere'}, which CUDA_HOME or CUDA_PATH names, has no bin/nvcc that runs" in error
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kernelhub.build.recipe import Recipe, Section
-from kernelhub.build.toolchain import Toolchain, missing
+from kernelhub.build.toolchain import Toolchain, missing, missing_nvcc
 from kernelhub.core.archs import covers
 from kernelhub.core.backends import BY_NAME, VersionPair
 from kernelhub.core.variants import CPUS, SYSTEMS, BuildVariant, Compiled, Framework, NoArch
@@ -143,7 +143,7 @@ def _refuse_torch(recipe: Recipe, backend: str, toolchain: Toolchain) -> str | N
 def _refuse_cuda(recipe: Recipe, toolchain: Toolchain) -> str | None:
     assert toolchain.torch is not None
     if toolchain.nvcc is None or toolchain.nvcc.version is None:
-        return "no nvcc was found: install the CUDA toolkit, or set CUDA_HOME"
+        return missing_nvcc(toolchain)
     have, torch_has = toolchain.nvcc.version, toolchain.torch.cuda
     if torch_has and torch_has[0] != have[0]:
         return f"nvcc here is of CUDA {_dotted(have)}, torch was built for CUDA {_dotted(torch_has)}"

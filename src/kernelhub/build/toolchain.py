@@ -64,8 +64,9 @@ class Toolchain:
     own_runtime: bool = False
     # The shared C++ library, where the compiler does not find it by itself.
     runtime: str = ""
-    # The C++ compiler that was asked for.
+    # The C++ compiler and the CUDA toolkit that were asked for.
     wanted: str | None = None
+    wanted_cuda: Path | None = None
 
     @property
     def identity(self) -> list[str]:
@@ -99,6 +100,7 @@ def find_toolchain(
         portable=portable,
         own_runtime=portable,
         wanted=None if portable else cxx,
+        wanted_cuda=cuda_home,
     )
 
 
@@ -127,6 +129,13 @@ def broken_cxx(toolchain: Toolchain) -> str | None:
     if toolchain.cxx is not None or not toolchain.wanted:
         return None
     return f"CXX is {toolchain.wanted!r}, and `{toolchain.wanted} --version` says nothing: is it there, and a compiler?"
+
+
+def missing_nvcc(toolchain: Toolchain) -> str:
+    """What to do about an nvcc that was not found: of the toolkit that was asked for, or of any."""
+    if toolchain.wanted_cuda:
+        return f"{toolchain.wanted_cuda}, which CUDA_HOME or CUDA_PATH names, has no bin/nvcc that runs"
+    return "no nvcc was found: install the CUDA toolkit, or set CUDA_HOME"
 
 
 def missing(toolchain: Toolchain) -> str | None:
@@ -172,7 +181,8 @@ def _zig(cpu: str) -> Compiler | None:
 
 
 def _nvcc(cuda_home: Path | None) -> Compiler | None:
-    places = [cuda_home / "bin" / "nvcc"] if cuda_home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    # As text: before Python 3.12 `which` gives a path back as it came, and commands are joined as text.
+    places = [str(cuda_home / "bin" / "nvcc")] if cuda_home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     for place in places:
         path = shutil.which(place)
         text = _ask([path, "--version"]) if path else None
