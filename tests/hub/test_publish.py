@@ -37,6 +37,7 @@ from kernelhub.hub.archive import pack_tar, read
 from kernelhub.hub.declared import declared_layers
 from kernelhub.hub.files import LocalFiles, WritableFiles
 from kernelhub.hub.publish import Published, publish, yank
+from kernelhub.hub.signing import generate
 from kernelhub.hub.sources.base import NoProgress
 from kernelhub.hub.sources.layout import LayoutSource, blob_path
 
@@ -472,6 +473,30 @@ def test_links_are_refused(name: str, target: str, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="is a link"):
         publish(folder, str(tmp_path / "hub"), REPO, epoch=EPOCH)
     assert not (tmp_path / "hub/org").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["acme", "torch-ext/key.txt", "CARD.md", "benchmarks/key", "build/torch-cpu/data.json"]
+)
+@pytest.mark.parametrize("key", ["ours", "RSA", "words before"])
+def test_private_keys_are_not_published(name: str, key: str, tmp_path: Path) -> None:
+    generate(tmp_path / "ours")
+    pem = (tmp_path / "ours").read_bytes().partition(b"\n")[2]
+    keys = {
+        "ours": (tmp_path / "ours").read_bytes()[:60],
+        "RSA": pem.replace(b"PRIVATE", b"RSA PRIVATE").replace(b"\n", b"\r\n"),
+        "words before": b"localKeyID: 01\n" + pem,
+    }
+    folder = write(repository(tmp_path / "repo"), {"build.toml": b"", name: keys[key]})
+    error = nothing_published(tmp_path, folder, IntegrityError, "is a private key, which is never published")
+    assert str(folder / name) in error.message
+
+
+def test_public_keys_and_what_speaks_of_private_ones_are_published(tmp_path: Path) -> None:
+    generate(tmp_path / "key")
+    code = b'PEM = "-----BEGIN PRIVATE KEY-----"\n'
+    files = {"build.toml": b"", "key.pub": (tmp_path / "key.pub").read_bytes(), "torch-ext/relu/pem.py": code}
+    assert publish(write(repository(tmp_path / "repo"), files), str(tmp_path / "hub"), REPO, epoch=EPOCH).changed
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

@@ -48,7 +48,7 @@ from kernelhub.hub.files import WritableFiles, open_files
 from kernelhub.hub.signing import Signer
 from kernelhub.hub.sources.layout import blob_path
 from kernelhub.hub.sources.project import EMBEDDED_ORG
-from kernelhub.hub.unpublished import CARDS, check_repository, read_folder, read_source, read_variant, variant_folders
+from kernelhub.hub.unpublished import check_repository, read_beside, read_variant, variant_folders
 
 _SMALL = 64 * 1024
 _MAX_BLOB = 16 * 1024**3
@@ -312,18 +312,16 @@ def _draft(chain: _Chain, folder: Path, version: int, time: str) -> Manifest:
             metadata=contents["metadata.json"].decode(),
             layers=declared_layers(contents),
         )
-    card = next((folder / name for name in CARDS if (folder / name).is_file()), None)
-    benchmarks = read_folder(folder / "benchmarks", bytecode=False) if (folder / "benchmarks").is_dir() else {}
-    source = read_source(folder) if (folder / "build.toml").is_file() else {}
+    beside = read_beside(folder)
     return Manifest(
         repo=chain.repo,
         version=version,
         parent=None,
         time=time,
         variants=variants,
-        card=_write_blob(files, card.read_bytes()) if card else None,
-        source=_write_blob(files, pack(source)) if source else None,
-        benchmarks=_write_blob(files, pack(benchmarks)) if benchmarks else None,
+        card=_write_blob(files, beside.card) if beside.card is not None else None,
+        source=_write_blob(files, pack(beside.source)) if beside.source else None,
+        benchmarks=_write_blob(files, pack(beside.benchmarks)) if beside.benchmarks else None,
     )
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kernelhub.core.manifest import ManifestDocument
 
 PUBLIC_SUFFIX = ".pub"
+# How a private key's file begins; PEM may have text before the key.
+HEADER = b"kernelhub signing key "
 
 _MAX_KEY_FILE = 16 * 1024
 
@@ -96,7 +98,7 @@ def generate(path: Path) -> PublicKey:
         raise InvalidReference(f"{beside} is there already", hint="Keys are never overwritten: take another name.")
     with writing(f"the key {path}"):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _create(path, b"kernelhub signing key " + public.id.encode() + b"\n" + pem, 0o600)
+    _create(path, HEADER + public.id.encode() + b"\n" + pem, 0o600)
     _create(beside, f"{public} {public.id}\n".encode(), 0o644)
     return public
 

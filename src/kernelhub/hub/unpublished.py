@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from kernelhub.core.digest import Digest
@@ -20,16 +22,27 @@ from kernelhub.errors import (
     context,
 )
 from kernelhub.hub.archive import check_paths
+from kernelhub.hub.signing import HEADER
 from kernelhub.hub.sources.local import edited
 
 CARDS = ("CARD.md", "README.md")
+_PRIVATE_KEY = re.compile(rb"^(?:\xef\xbb\xbf)?-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is published beside the variants."""
+
+    card: bytes | None
+    source: dict[str, bytes]
+    benchmarks: dict[str, bytes]
 
 
 def check_repository(folder: Path) -> int:
     """Look whether a kernel repository's folder is fit to be published; the version that all of its variants name.
 
     Raises `InvalidReference`, `InvalidMetadata` or `IntegrityError`, which name the variant and the file; also where the
-    sources, which are published too, are not those that the variants were made of.
+    sources, which are published too, are not those that the variants were made of, and for a private key.
     """
     names: dict[str, tuple[str, int]] = {}
     for path in variant_folders(folder):
@@ -43,6 +56,7 @@ def check_repository(folder: Path) -> int:
             f"the sources in {folder} were changed since they were built",
             hint=f"Run: kernelhub build {shlex.quote(str(folder))}",
         )
+    read_beside(folder)
     return next(iter(names.values()))[1]
 
 
@@ -94,7 +108,18 @@ def _violations(digest: Digest, contents: Mapping[str, bytes]) -> list[Violation
     return digest.violations(Digest.of(contents, digest.algorithm).files)
 
 
-def read_source(folder: Path) -> dict[str, bytes]:
+def read_beside(folder: Path) -> Beside:
+    """The card, the project's own files where there is a `build.toml`, and the benchmarks. Raises as `read_folder` does."""
+    card = next((folder / name for name in CARDS if (folder / name).is_file()), None)
+    benchmarks = folder / "benchmarks"
+    return Beside(
+        card=_read(card) if card else None,
+        source=_read_source(folder) if (folder / "build.toml").is_file() else {},
+        benchmarks=read_folder(benchmarks, bytecode=False) if benchmarks.is_dir() else {},
+    )
+
+
+def _read_source(folder: Path) -> dict[str, bytes]:
     """The project's own files: not what was built, is published beside them, is hidden, or bytecode."""
     found: dict[str, bytes] = {}
     for path in sorted(folder.iterdir()):
@@ -104,14 +129,14 @@ def read_source(folder: Path) -> dict[str, bytes]:
             found |= {f"{path.name}/{name}": data for name, data in read_folder(path, bytecode=False).items()}
         else:
             _check_kind(path)
-            found[path.name] = path.read_bytes()
+            found[path.name] = _read(path)
     return found
 
 
 def read_folder(top: Path, *, bytecode: bool = True) -> dict[str, bytes]:
     """The files of a folder, by their paths in it.
 
-    Raises `IntegrityError` for a link, a device or the like. Bytecode is an error too, or passed over where `bytecode`
+    Raises `IntegrityError` for a link, a device or the like, and for a private key. Bytecode is an error too, or passed over where `bytecode`
     is False (importing a benchmark leaves some behind).
     """
     found: dict[str, bytes] = {}
@@ -122,10 +147,20 @@ def read_folder(top: Path, *, bytecode: bool = True) -> dict[str, bytes]:
         if is_bytecode(name):
             compiled.append(Violation("bytecode", name))
         else:
-            found[name] = path.read_bytes()
+            found[name] = _read(path)
     if compiled and bytecode:
         raise IntegrityError("there is bytecode, which is never published", compiled, hint="Delete it.")
     return found
+
+
+def _read(path: Path) -> bytes:
+    """A file to be published. Raises `IntegrityError` for a private key: who has it signs in its owner's name."""
+    data = path.read_bytes()
+    if data.startswith(HEADER) or _PRIVATE_KEY.search(data):
+        raise IntegrityError(
+            f"{path} is a private key, which is never published", hint="Move it out of the folder that is published."
+        )
+    return data
 
 
 def _walk(top: Path) -> Iterator[Path]:
