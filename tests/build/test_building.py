@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from build_projects import BINDING, TOML, copied, tiny
+from kernelfiles import write_files
 
 from kernelhub import Hub, Settings
 from kernelhub.build.assemble import Workshop
@@ -202,6 +203,15 @@ def test_sources_are_inside_the_project(path, toolchain, tmp_path):
     project = tiny(tmp_path / "tiny", toml=TOML.replace("torch-ext/binding.cpp", path))
     with pytest.raises(InvalidMetadata, match=r"\[torch\] src"):
         build_project(project, Workshop(toolchain, tmp_path / "work"))
+
+
+@pytest.mark.parametrize("path", ["tiny.py", "tiny/__init__.py", "tiny/inner/one.py"])
+def test_a_module_of_the_kernels_own_name_is_refused(path, toolchain, tmp_path):
+    """The builder's package of that name would be imported for it, again and again."""
+    project = write_files(tiny(tmp_path / "tiny", noarch=True), {f"torch-ext/tiny/{path}": b""})
+    with pytest.raises(InvalidMetadata, match=f"torch-ext/tiny: {path} would never be imported"):
+        build_project(project, Workshop(toolchain, tmp_path / "work"))
+    assert not (tmp_path / "work").exists(), "before anything is compiled"
 
 
 # What a build leaves

@@ -67,6 +67,8 @@ def test_init_takes_spaces_and_says_what_a_shell_takes(capsys, tmp_path):
 def test_init_refuses_names_folders_and_backends(project, capsys, tmp_path):
     for arguments in (
         ["init", str(tmp_path / "Bad_Name")],
+        ["init", str(tmp_path / "con")],
+        ["init", str(tmp_path / "layers")],
         ["init", str(project)],
         ["init", str(tmp_path / "x-y"), "--backends", "tpu"],
     ):

@@ -199,6 +199,7 @@ WRONG = [
     (GENERAL + "[general.cuda]\n[general.neuron]\nminver = '1.0'\n[torch-noarch]\n", 9, "general.neuron.minver: unknown key"),
     (GENERAL + '[torch]\nstable-abi = {vulkan = "2.10"}\n', 8, "torch.stable-abi.vulkan: unknown key"),
     (GENERAL.replace('"small"', '"Small"') + "[torch-noarch]\n", 2, "general.name: expected lower-case"),
+    (GENERAL.replace('"small"', '"con"') + "[torch-noarch]\n", 2, "general.name: 'con' cannot be a folder's name on every system"),
     (GENERAL.replace('name = "small"\n', "") + "[torch-noarch]\n", 1, "general.name: expected lower-case"),
     (GENERAL.replace("version = 1", 'version = "1"') + "[torch-noarch]\n", 3, "general.version: expected a whole number, got '1'"),
     (GENERAL.replace("version = 1", "version = -1") + "[torch-noarch]\n", 3, "general.version: expected a whole number, got -1"),

@@ -17,6 +17,7 @@ from kernelhub.build.toolchain import Toolchain, ready
 from kernelhub.core.backends import BY_NAME
 from kernelhub.core.digest import Digest
 from kernelhub.core.metadata import BackendInfo, Metadata, Provenance
+from kernelhub.core.paths import safe_path
 from kernelhub.errors import InvalidMetadata
 
 # The key of metadata.json under which a build says what it was made from; readers that do not know it keep it.
@@ -74,6 +75,7 @@ def make_variant(
     """
     digest = source_digest(project, recipe)
     files = python_files(project, recipe)
+    _check_shadowed(files, recipe.python_name)
     built_with: dict[str, Any] = {"version": __version__, "sources": digest}
     load = ""
     if target.compiled:
@@ -103,7 +105,17 @@ def _add(files: dict[str, bytes], path: str, data: bytes) -> None:
     """A file that the builder makes; a project that has it too would get another than it wrote."""
     if path in files:
         raise InvalidMetadata(f"torch-ext: {path} is a file that the builder makes", hint="Give yours another name.")
-    files[path] = data
+    files[safe_path(path)] = data
+
+
+def _check_shadowed(files: Mapping[str, bytes], python_name: str) -> None:
+    """Refuse a module of the kernel's own name: the package that the builder makes would be imported for it."""
+    for path in files:
+        if path == f"{python_name}.py" or path.startswith(f"{python_name}/"):
+            raise InvalidMetadata(
+                f"torch-ext/{python_name}: {path} would never be imported: the builder makes a package {python_name} there",
+                hint="Give yours another name.",
+            )
 
 
 def _metadata(

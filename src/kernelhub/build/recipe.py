@@ -17,6 +17,7 @@ from typing import Any
 from kernelhub.build.toml import Table, key_line
 from kernelhub.core.backends import BY_NAME, VersionPair
 from kernelhub.core.metadata import KernelDepend
+from kernelhub.core.paths import safe_path
 from kernelhub.core.refs import RepoId, Revision, Version
 from kernelhub.errors import InvalidMetadata, InvalidReference
 
@@ -314,7 +315,10 @@ def _name(general: Table) -> str:
     name = general.string("name")
     if name is None or not _NAME.fullmatch(name):
         raise general.error("name", f"expected lower-case letters, digits and hyphens, got {name!r}")
-    return name
+    try:
+        return safe_path(name)
+    except InvalidMetadata:
+        raise general.error("name", f"{name!r} cannot be a folder's name on every system") from None
 
 
 def _backend_table(general: Table, key: str) -> Table | None:

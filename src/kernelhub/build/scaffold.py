@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
-from kernelhub.errors import InvalidReference
+from kernelhub.core.paths import safe_path
+from kernelhub.errors import InvalidMetadata, InvalidReference
 
 BACKENDS = ("cpu", "cuda")
 _NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]", re.ASCII)
@@ -33,13 +34,28 @@ def create(folder: Path, backends: Sequence[str]) -> list[Path]:
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidReference(f"{folder} is there already", hint="Name a folder that is not there, or is empty.")
+    made = files(name, list(dict.fromkeys(backends)))
+    _check_name(name, made)
     written = []
-    for path, text in files(name, list(dict.fromkeys(backends))).items():
+    for path, text in made.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
         written.append(target)
     return written
+
+
+def _check_name(name: str, made: Mapping[str, str]) -> None:
+    """Refuse a name that systems reserve, and that of a module which a new project has."""
+    python_name = name.replace("-", "_")
+    try:
+        safe_path(name)
+    except InvalidMetadata as error:
+        raise InvalidReference(
+            f"{name!r} cannot be a folder's name on every system", hint="Name it otherwise."
+        ) from error
+    if f"torch-ext/{python_name}/{python_name}.py" in made:
+        raise InvalidReference(f"a new project has a module {python_name}.py", hint="Name the kernel otherwise.")
 
 
 def files(name: str, backends: Sequence[str]) -> dict[str, str]:
