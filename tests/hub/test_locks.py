@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -484,6 +485,7 @@ build-backend = "setuptools.build_meta"
 packages = ["tiny_package"]
 """,
 }
+SRC_LAYOUT = 'package-dir = {"" = "src"}\n'
 
 
 def build(project: Path, backend: str) -> subprocess.CompletedProcess[str]:
@@ -527,8 +529,31 @@ def test_a_built_wheel_has_the_lock_and_kernels_are_loaded_by_it(kernelhub_, pro
         sys.modules.pop("tiny_package", None)
 
 
+@pytest.mark.parametrize(
+    ("module", "more"), [("hatchling.build", ""), ("setuptools.build_meta", ""), ("setuptools.build_meta", SRC_LAYOUT)]
+)
+def test_a_wheel_is_built_from_a_source_distribution(kernelhub_, project, module, more, tmp_path):
+    assert kernelhub_("lock", project)[0] == 0
+    with (project / "pyproject.toml").open("a") as file:
+        file.write(f'[project]\nname = "tiny-project"\nversion = "1.0"\n{BUILDS[module.partition(".")[0]]}{more}')
+    write_files(project / "src" if more else project, {"tiny_package/__init__.py": b""})
+
+    def build(what: str, folder: Path) -> Path:
+        code = f"from {module} import *; build_{what}({str(tmp_path)!r})"
+        ran = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        (made,) = tmp_path.glob("tiny_project-1.0*.tar.gz" if what == "sdist" else "tiny_project-1.0*.whl")
+        return made
+
+    shutil.unpack_archive(build("sdist", project), tmp_path / "unpacked")
+    wheel = build("wheel", tmp_path / "unpacked" / "tiny_project-1.0")
+    (lock,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/kernels.lock")]
+    assert zipfile.ZipFile(wheel).read(lock).decode() == (project / "kernels.lock").read_text()
+
+
 @pytest.mark.parametrize("backend", sorted(BUILDS))
 def test_a_project_without_its_lock_is_not_built(kernelhub_, project, backend):
+    write_files(project, {"tiny_project.egg-info/kernels.lock": LockFile(()).to_text().encode()})  # of another time
     built = build(project, backend)
     assert built.returncode != 0
     assert "names kernels and has no kernels.lock" in built.stdout + built.stderr

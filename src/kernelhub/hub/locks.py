@@ -138,10 +138,10 @@ def _pyproject(path: Path) -> dict[str, Any]:
 # Packing and finding
 
 
-def lock_to_package(project: Path) -> Path | None:
+def lock_to_package(project: Path, carried: Path | None = None) -> Path | None:
     """The lock that belongs into a project's package; None for a project that names no kernels.
 
-    Raises `InvalidReference` where there is none, `InvalidMetadata` where it cannot be read, and `KernelNotFound` where
+    `carried` is where an unpacked source distribution has it; the project's own comes first. Raises `InvalidReference` where there is none, `InvalidMetadata` where it cannot be read, and `KernelNotFound` where
     it lacks a kernel that the project names.
     """
     pyproject = project / "pyproject.toml"
@@ -151,8 +151,8 @@ def lock_to_package(project: Path) -> Path | None:
         wanted = dependencies_of(_pyproject(pyproject))
     if not wanted:
         return None
-    path = project / NAME
-    if not path.is_file():
+    path = next((path for path in (project / NAME, carried) if path and path.is_file()), None)
+    if path is None:
         raise InvalidReference(f"{project} names kernels and has no {NAME}", hint="Make it with `kernelhub lock`.")
     from kernelhub.hub.client import read_lock
 

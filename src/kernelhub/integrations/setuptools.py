@@ -19,6 +19,14 @@ from kernelhub.hub.locks import lock_to_package
 
 def write_lock(command: Any, basename: str, filename: str) -> None:
     """An `egg_info.writers` entry point: `command` is the `egg_info` command, `filename` the file to write."""
-    path = lock_to_package(Path.cwd())
+    path = lock_to_package(Path.cwd(), _carried(command, basename))
     if path is not None:
         command.write_or_delete_file(basename, filename, path.read_text(encoding="utf-8"))
+
+
+def _carried(command: Any, basename: str) -> Path | None:
+    """Where a source distribution has its lock: setuptools packs what was written here, and nobody the project's own."""
+    if not Path("PKG-INFO").is_file():
+        return None
+    sources = (command.distribution.package_dir or {}).get("", "")
+    return Path(sources, Path(command.egg_info).name, basename)
