@@ -275,6 +275,22 @@ def test_sources_that_were_edited_are_not_published_with_what_was_built_of_other
     assert publish(project, hub, NAME.repo, epoch=0).changed
 
 
+@pytest.mark.parametrize("change", ["renamed", "unreadable"])
+def test_what_was_built_does_not_stand_in_for_a_project_that_is_broken(change, make_hub, toolchain, tmp_path):
+    project = tiny(tmp_path / "tiny")
+    build_project(project, Workshop(toolchain, tmp_path / "work"))
+    if change == "renamed":
+        (project / "torch-ext/binding.cpp").rename(project / "torch-ext/renamed.cpp")
+    else:
+        (project / "build.toml").write_text("[general\n")
+    problem = r"binding\.cpp: No such file" if change == "renamed" else r"build\.toml: .*line 1"
+    with pytest.raises(InvalidMetadata, match=problem):
+        make_hub().load_local(project)
+    with pytest.raises(InvalidMetadata, match=problem):
+        publish(project, str(tmp_path / "hub"), NAME.repo, epoch=0)
+    assert not (tmp_path / "hub").exists()
+
+
 def test_builds_of_other_tools_are_taken_as_they_are(make_hub, compiler, toolchain, tmp_path):
     project = tiny(tmp_path / "tiny")
     (built,) = build_project(project, Workshop(toolchain, tmp_path / "work"))

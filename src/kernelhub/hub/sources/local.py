@@ -107,7 +107,10 @@ def _folders(builds: Path) -> list[Path]:
 
 
 def edited(project: Path) -> bool:
-    """Whether what lies in `build/` was made here, and from other sources; builds of other tools are taken as they are."""
+    """Whether what lies in `build/` was made here, and from other sources; builds of other tools are taken as they are.
+
+    Raises `InvalidMetadata` where it was made here and the sources cannot be read any more.
+    """
     from kernelhub.build.assemble import BUILT_WITH
     from kernelhub.build.recipe import Recipe
     from kernelhub.build.sources import source_digest
@@ -118,10 +121,7 @@ def edited(project: Path) -> bool:
             made_of.add(Metadata.parse(file.read_bytes()).raw[BUILT_WITH]["sources"])
         except (InvalidMetadata, KeyError, TypeError):
             return False
-    try:
-        return bool(made_of) and made_of != {source_digest(project, Recipe.load(project))}
-    except InvalidMetadata:  # a build.toml of another time; the builds need none
-        return False
+    return bool(made_of) and made_of != {source_digest(project, Recipe.load(project))}
 
 
 def _name(path: Path) -> str:
