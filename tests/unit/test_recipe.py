@@ -234,6 +234,9 @@ WRONG = [
     (GENERAL + '[torch]\n[kernel.a]\nbackend = "xpu"\nsrc = ["a"]\n', 9, "kernel.a.backend: 'xpu' is not in general.backends"),
     (GENERAL + '[torch]\n[kernel.a]\nbackend = "cpu"\nsrc = ["a"]\ndepends = ["boost"]\n', 11, "kernel.a.depends: expected torch"),
     (GENERAL + '[torch]\n[kernel.a]\nbackend = "cpu"\n', 8, "kernel.a.src: expected a list of source files, got none"),
+    (GENERAL + '[torch]\ninclude = ["/tmp/ext"]\n', 8, "torch.include: expected folders inside the project, got '/tmp/ext'"),
+    (GENERAL + '[torch]\n[kernel.a]\nbackend = "cpu"\nsrc = ["a"]\ninclude = ["a", "../shared"]\n', 11, "kernel.a.include: expected folders inside the project, got '../shared'"),
+    (GENERAL + '[torch]\ninclude = ["a/../../b"]\n', 8, "torch.include: expected folders inside"),
     ("[torch-noarch]\n", 1, "general: expected this section, got nothing"),
     ('[general]\nname = "x"\nlanguage = "cuda"\n', 3, "general.language: this build.toml is older than edition 3"),
     ("[general]\n[torch]\nuniversal = true\n", 3, "torch.universal: this build.toml is older"),
@@ -247,6 +250,12 @@ def test_what_is_wrong_is_named_with_line_and_key(text: str, line: int, message:
         Recipe.parse(text)
     assert caught.value.message.startswith(f"line {line}: ")
     assert message in caught.value.message
+
+
+def test_include_folders_are_relative_and_the_project_is_one() -> None:
+    binding = Recipe.parse(GENERAL + '[torch]\ninclude = [".", "./", "a/b/", "./c"]\n').binding
+    assert binding is not None
+    assert binding.include == (".", "./", "a/b/", "./c")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kernelhub.build.toml import Table, key_line
@@ -333,12 +333,29 @@ def _binding(table: Table) -> Binding:
     table.known(_TORCH if torch else _TVM_FFI)
     return Binding(
         sources=table.texts("src"),
-        include=table.texts("include"),
+        include=_include(table),
         cxx_flags=table.texts("cxx-flags"),
         minver=table.version("minver") if torch else None,
         maxver=table.version("maxver") if torch else None,
         stable_abi=_stable_abi(table) if torch else {},
     )
+
+
+def _include(table: Table) -> tuple[str, ...]:
+    """The include folders. They are inside the project: a header elsewhere is in no digest, and may change unseen."""
+    found = table.texts("include")
+    for text in found:
+        path = str(PurePosixPath(text))
+        try:
+            if path != ".":
+                safe_path(path)
+        except InvalidMetadata:
+            error = table.error("include", f"expected folders inside the project, got {text!r}")
+            error.hint = (
+                "Put the headers into the project; those of the system are the compiler's to find, as with CXX."
+            )
+            raise error from None
+    return found
 
 
 def _stable_abi(table: Table) -> dict[str, VersionPair]:
@@ -386,7 +403,7 @@ def _section(name: str, table: Table, backends: tuple[str, ...], key: str, prefi
         backend=backend,
         sources=table.texts("src"),
         depends=depends,
-        include=table.texts("include"),
+        include=_include(table),
         cxx_flags=table.texts("cxx-flags"),
         flags=table.texts(flags) if flags else (),
         archs=table.texts(archs) if archs else (),
