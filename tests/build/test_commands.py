@@ -109,6 +109,17 @@ def test_update_toml(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["changed"] == []
 
 
+def test_update_toml_keeps_the_ends_of_lines_and_writes_nothing_wrong(capsys, tmp_path):
+    file = tmp_path / "build.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + TOML.replace("edition = 5\n", "").replace("\n", "\r\n").encode())
+    assert run(["build", str(tmp_path), "--update-toml"]) == 0
+    assert file.read_bytes().count(b"\r\n") == file.read_bytes().count(b"\n")
+    file.write_bytes(before := b'general.name = "old"\ngeneral.backends = ["cpu"]\n')
+    assert run(["build", str(tmp_path), "--update-toml"]) == 4
+    assert "it is laid out so that it cannot be rewritten\n  Write by hand: edition = 5" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
 def test_an_older_build_toml_is_built_with_a_note(toolchain, capsys, tmp_path):
     tiny(tmp_path / "tiny", toml=TOML.replace("edition = 5\n", ""))
     assert run(["build", str(tmp_path / "tiny")]) == 0

@@ -179,6 +179,7 @@ def test_edition_3_without_a_framework_is_noarch_and_may_lack_version_and_licens
         '# mine\n[general]\nname = "old"  # this\nbackends = ["cuda"]\n',
         '[general]\nbackends = ["cuda"]\nname = "old"\nversion = 3\nlicense = "MIT"\n\n[torch]\nsrc = ["a.cpp"]\n',
         GENERAL.replace("edition = 5", "edition = 4 # of then") + "[torch-noarch]\n",
+        '[general]\r\nname = "old"\r\nbackends = ["cuda"]',
     ],
 )
 def test_update_keeps_what_is_said(text: str) -> None:
@@ -189,6 +190,25 @@ def test_update_keeps_what_is_said(text: str) -> None:
     assert [getattr(after, key) for key in unchanged] == [getattr(before, key) for key in unchanged]
     assert [line for line in text.splitlines() if "edition" not in line and line not in update(text)] == []
     assert update(update(text)) == update(text)
+    assert update(text).count("\r\n") == (update(text).count("\n") if "\r" in text else 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'general.name = "old"\ngeneral.backends = ["cpu"]\n',
+        'general = {name = "old", backends = ["cpu"]}\n',
+        '[general]\nname = """\nold"""\nbackends = ["cpu"]\n',
+        '[general]\nupstream = """\nname = 1\n"""\nname = "old"\nbackends = ["cpu"]\n',
+        GENERAL.replace("edition = 5", "edition = 0x4") + "[torch-noarch]\n",
+    ],
+)
+def test_what_lines_cannot_be_put_into_is_not_rewritten(text: str) -> None:
+    """Each is read; written line by line it would say something else, or be no TOML."""
+    assert Recipe.parse(text).notes
+    with pytest.raises(InvalidMetadata) as caught:
+        update(text)
+    assert "edition = 5" in (caught.value.hint or "")
 
 
 WRONG = [
@@ -268,6 +288,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     file.write_text("[general\n")
     with pytest.raises(InvalidMetadata, match=r"build\.toml: .*line 1"):
         Recipe.load(tmp_path)
+    file.write_bytes(b"\xef\xbb\xbf" + (GENERAL + "[torch-noarch]\n").encode())  # as some editors begin files
+    assert Recipe.load(tmp_path).name == "small"
     file.write_text(GENERAL + "x = 1\n")
     with pytest.raises(InvalidMetadata, match=r"build\.toml: line 7: general\.x"):
         Recipe.load(tmp_path)

@@ -125,7 +125,7 @@ class Recipe:
         """Read `<project>/build.toml`. Raises `InvalidMetadata`, which names the file, the line and the key."""
         path = project / "build.toml"
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise InvalidMetadata(f"{project} has no build.toml", hint="`kernelhub init` makes a project.") from None
         except UnicodeDecodeError as error:
@@ -178,29 +178,45 @@ class Recipe:
 
 
 def update(text: str) -> str:
-    """The text of a build.toml in edition 5; what it says, its comments and its order stay.
+    """The text of a build.toml in edition 5; what it says, its comments, its order and its ends of lines stay.
 
-    Raises `InvalidMetadata` where it cannot be read.
+    Raises `InvalidMetadata` where it cannot be read, and where it is laid out so that lines cannot be put into it.
     """
-    raw = tomllib.loads(text)
     recipe = Recipe.parse(text)
     if not recipe.notes:
         return text
-    general = raw["general"]
+    raw = tomllib.loads(text)
+    general, noarch = raw["general"], not any(key in raw for key in FRAMEWORKS)
     added = [f"edition = {EDITION}"] if "edition" not in general else []
     if "version" not in general:
         added.append(f"version = {recipe.version}")
     if "license" not in general:
         added.append(f'license = "{recipe.license}"')
-    lines = text.splitlines()
+    newline = "\r\n" if text.partition("\n")[0].endswith("\r") else "\n"
+    lines = (text if text.endswith("\n") else text + newline).splitlines(keepends=True)
     if "edition" in general:
         at = key_line(text, ("general", "edition")) - 1
         lines[at] = re.sub(r"=\s*\d+", f"= {EDITION}", lines[at], count=1)
     at = key_line(text, ("general", "name"))
-    lines[at:at] = added
-    if not any(key in raw for key in FRAMEWORKS):
-        lines += ["", "[torch-noarch]"]
-    return "\n".join(lines) + "\n"
+    lines[at:at] = [line + newline for line in added]
+    if noarch:
+        lines += [newline, f"[torch-noarch]{newline}"]
+    updated = "".join(lines)
+    meant = {"version": recipe.version, "license": recipe.license, **general, "edition": EDITION}
+    if not _says(updated, {**raw, "general": meant, **({"torch-noarch": {}} if noarch else {})}):
+        by_hand = ", ".join(dict.fromkeys((f"edition = {EDITION}", *added)))
+        raise InvalidMetadata(
+            f"line {key_line(text, ('general',))}: general: it is laid out so that it cannot be rewritten",
+            hint=f"Write by hand: {by_hand}{', and a section [torch-noarch]' if noarch else ''}.",
+        )
+    return updated
+
+
+def _says(text: str, meant: Mapping[str, Any]) -> bool:
+    try:
+        return tomllib.loads(text) == meant
+    except tomllib.TOMLDecodeError:
+        return False
 
 
 def _refuse_ancient(raw: Mapping[str, Any], text: str) -> None:

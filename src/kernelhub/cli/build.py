@@ -9,7 +9,7 @@ import typer
 
 from kernelhub.cli.options import Json
 from kernelhub.cli.render import show_json, show_line, show_note, step_bar
-from kernelhub.errors import InvalidReference
+from kernelhub.errors import InvalidReference, context
 
 if TYPE_CHECKING:
     from kernelhub.build.recipe import Recipe
@@ -75,9 +75,11 @@ def _update(folder: Path, recipe: Recipe, as_json: bool) -> None:
     from kernelhub.hub.disk import writing
 
     path = folder / "build.toml"
-    text = update(path.read_text(encoding="utf-8"))
-    with writing(path):
-        path.write_text(text, encoding="utf-8")
+    with context(str(path)):
+        text = update(path.read_bytes().decode("utf-8-sig"))  # read_text would make other ends of lines
+    if recipe.notes:
+        with writing(path):
+            path.write_bytes(text.encode())
     if as_json:
         show_json({"file": str(path), "changed": list(recipe.notes)})
     for note in recipe.notes if not as_json else ():
