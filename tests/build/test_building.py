@@ -208,10 +208,10 @@ def test_sources_are_inside_the_project(path, toolchain, tmp_path):
 @pytest.mark.parametrize("path", ["tiny.py", "tiny/__init__.py", "tiny/inner/one.py"])
 def test_a_module_of_the_kernels_own_name_is_refused(path, toolchain, tmp_path):
     """The builder's package of that name would be imported for it, again and again."""
-    project = write_files(tiny(tmp_path / "tiny", noarch=True), {f"torch-ext/tiny/{path}": b""})
+    project = tiny(tmp_path / "tiny", binding="int broken = ;\n")  # to be seen before anything is compiled
+    write_files(project, {f"torch-ext/tiny/{path}": b""})
     with pytest.raises(InvalidMetadata, match=f"torch-ext/tiny: {path} would never be imported"):
         build_project(project, Workshop(toolchain, tmp_path / "work"))
-    assert not (tmp_path / "work").exists(), "before anything is compiled"
 
 
 # What a build leaves
@@ -231,7 +231,44 @@ def test_a_build_replaces_what_other_sources_made_and_nothing_else(toolchain, tm
     (others / "metadata.json").write_text(json.dumps(raw))
     build_project(project, Workshop(toolchain, tmp_path / "work"))
     assert {path.name for path in (project / "build").iterdir()} == {built.path.name, others.name}
-    assert list((tmp_path / "work").iterdir()) == []
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["locks"]
+
+
+BUILDS_OFTEN = """
+import sys
+from pathlib import Path
+from kernelhub.build.assemble import Workshop
+from kernelhub.build.project import build_project
+from kernelhub.build.toolchain import find_toolchain
+project, work = map(Path, sys.argv[1:])
+toolchain = find_toolchain(with_cuda=False)
+input()
+for _ in range(40):
+    build_project(project, Workshop(toolchain, work), variants=["torch-cpu"])
+"""
+
+
+def test_builds_of_one_project_at_the_same_time(tmp_path):
+    project = tiny(tmp_path / "tiny", noarch=True)
+    command = [sys.executable, "-c", BUILDS_OFTEN, str(project), str(tmp_path / "work")]
+    running = [subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * 4, said
+    assert [path.name for path in (project / "build").iterdir()] == ["torch-cpu"]
+
+
+def test_what_was_built_is_there_until_the_new_one_is(tmp_path, toolchain, monkeypatch):
+    project = tiny(tmp_path / "tiny", noarch=True)
+    workshop, removed = Workshop(toolchain, tmp_path / "work"), []
+    (built,) = build_project(project, workshop, variants=["torch-cpu"])
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: removed.append((Path(path), built.path.is_dir())))
+    build_project(project, workshop, variants=["torch-cpu"])
+    assert removed
+    assert all(path != built.path and there for path, there in removed)
 
 
 def test_provenance_is_the_git_commit(toolchain, tmp_path):

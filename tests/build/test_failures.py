@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from build_projects import BINDING, TOML, tiny
+from kernelfiles import write_files
 
 from kernelhub.build.assemble import Workshop
-from kernelhub.build.compile import _error, read_failure
+from kernelhub.build.compile import _error, keep, read_failure
 from kernelhub.build.project import build_project
 from kernelhub.errors import BuildFailed, InvalidMetadata
 
@@ -35,8 +37,20 @@ def test_a_project_has_one_failed_build_at_most_and_a_build_that_works_leaves_no
     project = tiny(tmp_path / "tiny", binding="int broken = ;\n")
     failure(project, toolchain, tmp_path)
     failure(project, toolchain, tmp_path)
-    (kept,) = (tmp_path / "work").iterdir()
-    assert kept.name.endswith(".failed")
+    assert len(list((tmp_path / "work").glob("*.failed"))) == 1
+    assert [path.name for path in (tmp_path / "work").iterdir() if path.suffix != ".failed"] == ["locks"]
+
+
+def test_builds_that_fail_at_the_same_time_leave_one(tmp_path):
+    def fail(number: int) -> None:
+        for round_ in range(20):
+            work = write_files(tmp_path / f".work.{number}.{round_}", {"build.ninja": str(number).encode()})
+            assert keep(work, tmp_path / "one.failed") == tmp_path / "one.failed"
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(fail, range(8)))
+    assert {path.name for path in tmp_path.iterdir()} == {"one.failed", "locks"}
+    assert [path.name for path in (tmp_path / "one.failed").iterdir()] == ["build.ninja"]
 
 
 def test_a_header_that_is_not_there(toolchain, tmp_path):

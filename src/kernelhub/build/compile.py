@@ -13,6 +13,7 @@ from pathlib import Path
 from kernelhub.build.ninja import Plan
 from kernelhub.build.toolchain import Toolchain
 from kernelhub.errors import BuildFailed
+from kernelhub.hub.store_files import locked, replace_folder
 
 # Told how many of how many steps are done.
 Steps = Callable[[int, int], None]
@@ -73,12 +74,16 @@ def compile_plan(
         failed = _run(toolchain, work, jobs, steps)
         if failed is None:
             return _checked((work / plan.output).read_bytes(), toolchain)
-        kept = folder / f"{plan.ident}.failed"
-        shutil.rmtree(kept, ignore_errors=True)
-        work.rename(kept)
-        raise _error(failed, kept)
+        raise _error(failed, keep(work, folder / f"{plan.ident}.failed"))
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def keep(work: Path, kept: Path) -> Path:
+    """Rename the folder of a failed build, over that of the one before, which another process may be doing too."""
+    with locked(kept.parent, kept):
+        replace_folder(work, kept)
+    return kept
 
 
 def _checked(library: bytes, toolchain: Toolchain) -> bytes:

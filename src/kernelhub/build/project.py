@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from kernelhub.build.sources import source_digest
 from kernelhub.build.targets import Skipped, Target, targets
 from kernelhub.core.metadata import Metadata, Provenance
 from kernelhub.errors import BuildFailed, InvalidMetadata, InvalidReference
+from kernelhub.hub.store_files import beside_of, locked, replace_folder
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,21 @@ def build_project(
     """Build a project's variants into its `build` folder; those that it had from other sources are removed.
 
     `variants` and `backends` choose; what is chosen and cannot be built is an error, all else is skipped with a reason.
-    `devices` are the architectures to build for, None all that a release has.
-    Raises `BuildFailed`, `InvalidMetadata` or `InvalidReference`.
+    `devices` are the architectures to build for, None all that a release has. Of several processes one builds at a time.
+    Raises `BuildFailed`, `InvalidMetadata`, `InvalidReference` or `StoreError`.
     """
     recipe = Recipe.load(project)
     chosen = _chosen(recipe, targets(recipe, workshop.toolchain, devices), variants, backends)
-    _remove_stale(project, recipe)
     provenance = _provenance(project)
     done = []
-    for item in chosen:
-        if isinstance(item, Skipped):
-            done.append(Built(item.backend, str(item.variant) if item.variant else None, reason=item.reason))
-            continue
-        files = make_variant(project, recipe, item, workshop, provenance)
-        done.append(Built(item.backend, str(item.variant), _write(project / "build" / str(item.variant), files)))
+    with locked(workshop.folder, (project / "build").resolve()):
+        _remove_stale(project, recipe)
+        for item in chosen:
+            if isinstance(item, Skipped):
+                done.append(Built(item.backend, str(item.variant) if item.variant else None, reason=item.reason))
+                continue
+            files = make_variant(project, recipe, item, workshop, provenance)
+            done.append(Built(item.backend, str(item.variant), _write(project / "build" / str(item.variant), files)))
     if not any(item.path for item in done):
         reasons = "".join(f"\n    {item.backend}: {item.reason}" for item in done)
         raise BuildFailed(f"nothing of {project} can be built here{reasons}", error="nothing can be built here")
@@ -98,16 +99,14 @@ def _remove_stale(project: Path, recipe: Recipe) -> None:
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> Path:
-    """Put a variant in its place, whole or not at all."""
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    """Put a variant in its place, whole or not at all; the one before is removed when the new one is there."""
+    beside = beside_of(folder, "tmp")
     try:
         for path, data in files.items():
             target = beside / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
+        replace_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder

@@ -153,6 +153,21 @@ def rename_aside(folder: Path) -> None:
     folder.rename(beside_of(folder, "bad"))
 
 
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename a folder to where another may be, which is removed then: between two renames there is none."""
+    old = beside_of(folder, "old")
+    there = folder.exists()
+    if there:
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if there:
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def make_read_only(folder: Path) -> None:
     """Take write permission from everything in a folder, and from the folder."""
     for parent, _, files in os.walk(folder, topdown=False):
