@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 
 # Relative and absolute differences that pass, per dtype: those of torch.testing.assert_close, twice.
 TOLERANCES = {"float16": (2e-3, 2e-5), "bfloat16": (3.2e-2, 2e-5), "float32": (2.6e-6, 2e-5), "float64": (2e-7, 2e-7)}
+TOLERANCES |= {
+    "complex32": TOLERANCES["float16"],
+    "complex64": TOLERANCES["float32"],
+    "complex128": TOLERANCES["float64"],
+}
 
 
 class Benchmark:
@@ -184,7 +189,10 @@ def _synchronizer(device: str) -> Callable[[], None]:
 
 
 def compare(given: Any, expected: Any) -> tuple[float | None, bool]:
-    """The largest difference, and whether it is within the tolerance of the dtype; of several tensors the worst."""
+    """The largest difference, and whether it is within the tolerance of the dtype; of several tensors the worst.
+
+    Whole numbers are compared exactly. Infinities and NaNs in the same places are equal; else the difference is infinite.
+    """
     import torch
 
     if isinstance(expected, torch.Tensor):
@@ -202,9 +210,19 @@ def _compare_tensors(given: torch.Tensor, expected: torch.Tensor) -> tuple[float
     import torch
 
     relative, absolute = TOLERANCES.get(str(given.dtype).removeprefix("torch."), (0.0, 0.0))
-    one, other = given.detach().cpu().to(torch.float64), expected.detach().cpu().to(torch.float64)
-    error = (one - other).abs().max().item() if one.numel() else 0.0
-    return error, torch.allclose(one, other, rtol=relative, atol=absolute, equal_nan=True)
+    whole = not any(item.is_floating_point() or item.is_complex() for item in (given, expected))
+    dtype = torch.complex128 if given.is_complex() or expected.is_complex() else torch.float64
+    given, expected = given.detach().cpu(), expected.detach().cpu()
+    one, other = given.to(dtype), expected.to(dtype)
+    same = (one == other) | (one.isnan() & other.isnan())
+    error = (one - other).abs()
+    if whole:  # float64 has 53 bits
+        difference = given.to(torch.int64) - expected.to(torch.int64)
+        same &= difference == 0
+        error = torch.where(error < 2.0**62, difference.abs().to(torch.float64), error)
+    error = error.masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+    close = same | (error.isfinite() & (error <= absolute + relative * other.abs()))
+    return (error.max().item() if error.numel() else 0.0), bool(close.all())
 
 
 class _SourceLoader(SourceFileLoader):

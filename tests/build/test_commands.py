@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from build_projects import TOML, tiny
+from kernelfiles import write_files
 
 from kernelhub.build.recipe import Recipe
 from kernelhub.cli.main import run
@@ -55,6 +56,22 @@ def test_a_new_project_builds_tests_and_benchmarks(project, toolchain, capsys, t
     monkeypatch.chdir(project)
     assert run(["benchmark", "--backend", "cpu", "--rounds", "3"]) == 0
     assert capsys.readouterr().out.startswith(f"{project.name} on cpu\n"), "not '. on cpu'"
+
+
+def test_an_error_that_is_not_finite_is_null(toolchain, capsys, tmp_path):
+    script = """
+import torch
+from kernelhub import Benchmark
+class Wrong(Benchmark):
+    def benchmark_nan(self):
+        return torch.tensor([float("nan")])
+    def verify_nan(self):
+        return torch.tensor([1.0])
+"""
+    write_files(tiny(tmp_path / "tiny"), {"benchmarks/benchmark.py": script.encode()})
+    assert run(["benchmark", str(tmp_path / "tiny"), "--rounds", "3", "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["benchmarks"]
+    assert (row["max_error"], row["equal"]) == (None, False)
 
 
 def test_init_takes_spaces_and_says_what_a_shell_takes(capsys, tmp_path):

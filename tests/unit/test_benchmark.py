@@ -154,3 +154,35 @@ def test_comparing() -> None:
     assert compare(torch.tensor([1, 2]), torch.tensor([1, 3])) == (1.0, False)
     assert compare(torch.empty(0), torch.empty(0)) == (0.0, True)
     assert compare(3, 3) == (None, True)
+
+
+def test_complex_numbers_are_compared_whole() -> None:
+    one = torch.tensor([1 + 1j, 2 - 1j])
+    assert compare(one, one.conj())[1] is False
+    assert compare(one, one + 1e-6j) == (pytest.approx(1e-6, rel=0.1), True)
+    assert compare(one, one + 3j) == (3.0, False)
+    assert compare(one, one.real)[1] is False
+    assert compare(torch.complex(one.real, one.real * float("nan")), one)[1] is False
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64])
+def test_whole_numbers_are_compared_exactly(dtype: torch.dtype) -> None:
+    large = torch.tensor([2**53, 2**62], dtype=dtype)
+    assert compare(large, large) == (0.0, True)
+    assert compare(torch.tensor([2**53 + 1, 2**62], dtype=dtype), large) == (1.0, False)
+    assert compare(torch.tensor([2**53, 0], dtype=dtype), large) == (2.0**62, False)
+    assert compare(torch.tensor([2**63 - 1]), torch.tensor([-(2**63)])) == (2.0**64, False)
+    assert compare(torch.tensor([True, False]), torch.tensor([True, True])) == (1.0, False)
+    assert compare(torch.tensor([-1]), torch.tensor([2**64 - 1], dtype=torch.uint64))[1] is False
+
+
+def test_what_is_not_finite() -> None:
+    inf, nan = float("inf"), float("nan")
+    given = torch.tensor([1.0, inf, -inf, nan])
+    assert compare(given, given.clone()) == (0.0, True)
+    for place, value in ((0, inf), (0, nan), (1, -inf), (1, 1.0), (3, 1.0)):
+        expected = given.clone()
+        expected[place] = value
+        assert compare(given, expected) == (inf, False)
+        assert compare(expected, given) == (inf, False)
+        assert compare((given, expected), (given, given)) == (inf, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,7 +108,7 @@ def _row(item: Measurement) -> dict[str, Any]:
         "kernel": _seconds(item.kernel),
         "reference": _seconds(item.reference) if item.reference else None,
         "speedup": item.speedup,
-        "max_error": item.max_error,
+        "max_error": item.max_error if item.max_error is not None and math.isfinite(item.max_error) else None,
         "equal": item.equal,
     }
 
