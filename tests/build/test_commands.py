@@ -12,8 +12,10 @@ import pytest
 from build_projects import TOML, tiny
 from kernelfiles import write_files
 
+from kernelhub import Hub, Settings
 from kernelhub.build.recipe import Recipe
 from kernelhub.cli.main import run
+from kernelhub.errors import KernelHubWarning, NoCompatibleVariant
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,27 @@ def test_init_refuses_names_folders_and_backends(project, capsys, tmp_path):
     assert "projects are not made for tpu\n  Expected cpu or cuda, or both." in error
     assert run(["benchmark", "org/none@v1", "--plot", str(tmp_path / "a.xyz")]) == 2, "before anything is looked for"
     assert "a.xyz is neither a .svg nor a .png" in capsys.readouterr().err
+    assert run(["benchmark", "org/none@v1", "--plot", str(tmp_path / "nope" / "a.svg")]) == 2
+    assert "a.svg cannot be written\n  Name a file in a folder that is there." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_init_says_what_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert run(["init", str(tmp_path / "file" / "my-relu")]) == 1
+    assert f"error: cannot write {tmp_path / 'file' / 'my-relu'}: Not a directory" in capsys.readouterr().err
+
+
+def test_a_compiler_whose_quotation_is_not_closed_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", 'g++ "')
+    problem = "CXX is 'g++ \"', which no shell takes for a command: is a quotation mark missing?"
+    assert run(["build", str(tiny(tmp_path / "tiny")), "--backend", "cpu"]) == 2
+    assert problem in capsys.readouterr().err
+    assert run(["doctor", "--json"]) == 1
+    (finding,) = [item for item in json.loads(capsys.readouterr().out) if item["name"] == "CXX"]
+    assert finding["value"] == problem
+    with pytest.raises(NoCompatibleVariant, match="is a quotation mark missing"), pytest.warns(KernelHubWarning):
+        Hub(Settings(cache=tmp_path / "store", offline=True, cxx='g++ "')).load_local(tmp_path / "tiny")
 
 
 def test_build_says_what_is_skipped_and_refuses_it_by_name(toolchain, capsys, tmp_path):

@@ -10,10 +10,11 @@ import pytest
 from build_projects import BINDING, TOML, tiny
 from kernelfiles import write_files
 
+from kernelhub import Hub, Settings
 from kernelhub.build.assemble import Workshop
 from kernelhub.build.compile import _error, keep, read_failure
 from kernelhub.build.project import build_project
-from kernelhub.errors import BuildFailed, InvalidMetadata
+from kernelhub.errors import BuildFailed, InvalidMetadata, StoreError
 
 
 def failure(project, toolchain, tmp_path) -> BuildFailed:
@@ -134,6 +135,32 @@ def test_a_library_with_a_second_cxx_runtime_is_not_handed_out(toolchain, tmp_pa
         pytest.skip("for g++")
     with pytest.raises(BuildFailed, match="was linked into the kernel"):
         build_project(tiny(tmp_path / "tiny"), Workshop(static, tmp_path / "work"))
+
+
+def test_a_command_that_compiles_nothing_is_named(tmp_path, toolchain):
+    script = tmp_path / "nothing"
+    script.write_text("#!/bin/sh\necho nothing 1.2\n")
+    script.chmod(0o755)
+    idle = replace(toolchain, cxx=replace(toolchain.cxx, command=(str(script),)))
+    error = failure(tiny(tmp_path / "tiny"), idle, tmp_path)
+    assert f"{script} made no library, and no error\n  Is it a C++ compiler?" in str(error)
+
+
+@pytest.mark.parametrize("path", ["value.h", "torch-ext/nowhere.h", "torch-ext/tiny/nowhere.py"])
+def test_links_to_nothing_are_named(path, toolchain, tmp_path):
+    project = tiny(tmp_path / "tiny", noarch=True)
+    (project / path).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InvalidMetadata, match=f"{path} cannot be read: No such file"):
+        build_project(project, Workshop(toolchain, tmp_path / "work"))
+    with pytest.raises(InvalidMetadata, match=f"{path} cannot be read: No such file"):
+        Hub(Settings(cache=tmp_path / "store")).load_local(project)
+
+
+def test_a_project_that_cannot_be_written(toolchain, tmp_path):
+    project = tiny(tmp_path / "tiny", noarch=True)
+    (project / "build").write_text("")  # as a folder that is read-only
+    with pytest.raises(StoreError, match=f"cannot write {project / 'build' / 'torch-cpu'}: "):
+        build_project(project, Workshop(toolchain, tmp_path / "work"), variants=["torch-cpu"])
 
 
 def test_steps_are_counted(toolchain, tmp_path):

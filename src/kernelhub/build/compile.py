@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import uuid
@@ -73,10 +74,24 @@ def compile_plan(
         _write(plan, work)
         failed = _run(toolchain, work, jobs, steps)
         if failed is None:
-            return _checked((work / plan.output).read_bytes(), toolchain)
+            return _checked(_made(work / plan.output, toolchain), toolchain)
         raise _error(failed, keep(work, folder / f"{plan.ident}.failed"))
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _made(library: Path, toolchain: Toolchain) -> bytes:
+    """What was compiled; a command that compiles nothing ends without an error too."""
+    try:
+        return library.read_bytes()
+    except FileNotFoundError:
+        assert toolchain.cxx is not None
+        command = shlex.join(toolchain.cxx.command)
+        raise BuildFailed(
+            f"{command} made no library, and no error",
+            error="the compiler made no library, and no error",
+            hint="Is it a C++ compiler? CXX names another.",
+        ) from None
 
 
 def keep(work: Path, kept: Path) -> Path:

@@ -14,6 +14,7 @@ from kernelhub.build.sources import source_digest
 from kernelhub.build.targets import Skipped, Target, targets
 from kernelhub.core.metadata import Metadata, Provenance
 from kernelhub.errors import BuildFailed, InvalidMetadata, InvalidReference
+from kernelhub.hub.disk import writing
 from kernelhub.hub.store_files import beside_of, locked, replace_folder
 
 
@@ -93,7 +94,8 @@ def _remove_stale(project: Path, recipe: Recipe) -> None:
     for file in sorted((project / "build").glob("*/metadata.json")):
         try:
             if Metadata.parse(file.read_bytes()).raw[BUILT_WITH]["sources"] != digest:
-                shutil.rmtree(file.parent)
+                with writing(file.parent):
+                    shutil.rmtree(file.parent)
         except (InvalidMetadata, KeyError, TypeError):
             continue  # another tool's
 
@@ -102,11 +104,12 @@ def _write(folder: Path, files: dict[str, bytes]) -> Path:
     """Put a variant in its place, whole or not at all; the one before is removed when the new one is there."""
     beside = beside_of(folder, "tmp")
     try:
-        for path, data in files.items():
-            target = beside / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        replace_folder(beside, folder)
+        with writing(folder):
+            for path, data in files.items():
+                target = beside / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+            replace_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder

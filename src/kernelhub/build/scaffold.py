@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kernelhub.core.paths import safe_path
 from kernelhub.errors import InvalidMetadata, InvalidReference
+from kernelhub.hub.disk import writing
 
 BACKENDS = ("cpu", "cuda")
 _NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]", re.ASCII)
@@ -18,7 +19,8 @@ _SUFFIX = {"cpu": "cpp", "cuda": "cu"}
 def create(folder: Path, backends: Sequence[str]) -> list[Path]:
     """Write a project into a new folder, which names it; the files, in order.
 
-    Raises `InvalidReference` where the name is none, or the folder has something in it already.
+    Raises `InvalidReference` where the name is none, or the folder has something in it already, and `StoreError` where it
+    cannot be written.
     """
     name = folder.name
     if not _NAME.fullmatch(name):
@@ -32,16 +34,19 @@ def create(folder: Path, backends: Sequence[str]) -> list[Path]:
             f"projects are not made for {wrong}" if wrong else "no backend is named",
             hint=f"Expected {' or '.join(BACKENDS)}, or both.",
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    with writing(folder):
+        there = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if there:
         raise InvalidReference(f"{folder} is there already", hint="Name a folder that is not there, or is empty.")
     made = files(name, list(dict.fromkeys(backends)))
     _check_name(name, made)
     written = []
-    for path, text in made.items():
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-        written.append(target)
+    with writing(folder):
+        for path, text in made.items():
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+            written.append(target)
     return written
 
 

@@ -24,12 +24,15 @@ _NOT_SOURCES = {"build", "dist", "result", "tests", "benchmarks", "docs"}
 
 
 def python_files(project: Path, recipe: Recipe) -> dict[str, bytes]:
-    """The files of the Python package, by their path in it. Raises `InvalidMetadata` where there is no `__init__.py`."""
+    """The files of the Python package, by their path in it.
+
+    Raises `InvalidMetadata` where there is no `__init__.py`, and for a file that cannot be read.
+    """
     package = project / "torch-ext" / recipe.python_name
     found = {
-        safe_path(path.relative_to(package).as_posix()): path.read_bytes()
+        safe_path(path.relative_to(package).as_posix()): _read(path)
         for path in sorted(package.rglob("*"))
-        if path.suffix.removeprefix(".") in recipe.pyext and path.is_file() and not is_bytecode(path.as_posix())
+        if path.suffix.removeprefix(".") in recipe.pyext and _is_file(path) and not is_bytecode(path.as_posix())
     }
     if "__init__.py" not in found:
         raise InvalidMetadata(f"{package} has no __init__.py", hint="It is the kernel's Python: what users import.")
@@ -42,7 +45,7 @@ def native_files(project: Path, recipe: Recipe) -> dict[str, bytes]:
         return {}
     listed = [("torch", path) for path in recipe.binding.sources]
     listed += [(f"kernel.{section.name}", path) for section in recipe.sections for path in section.sources]
-    found = {path: (project / path).read_bytes() for path in _headers(project)}
+    found = {path: _read(project / path) for path in _headers(project)}
     for section, text in listed:
         path = str(PurePosixPath(text))
         try:
@@ -60,7 +63,7 @@ def source_digest(project: Path, recipe: Recipe) -> str:
     """The hash (64 hex digits) of all that is in the project and in its variants."""
     files = {f"python/{path}": data for path, data in python_files(project, recipe).items()}
     files.update((f"native/{path}", data) for path, data in native_files(project, recipe).items())
-    files["build.toml"] = (project / "build.toml").read_bytes()
+    files["build.toml"] = _read(project / "build.toml")
     return digest_of(files)
 
 
@@ -79,5 +82,18 @@ def _headers(project: Path) -> Iterator[str]:
             name for name in folders if not name.startswith((".", "__")) and not (top and name in _NOT_SOURCES)
         )
         for name in sorted(names):
-            if name.endswith(_HEADERS) and not name.startswith("."):
-                yield (Path(parent) / name).relative_to(project).as_posix()
+            path = Path(parent) / name
+            if name.endswith(_HEADERS) and not name.startswith(".") and _is_file(path):
+                yield path.relative_to(project).as_posix()
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, or a link to nothing, which is to be said and not passed over."""
+    return path.is_file() or not path.exists()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidMetadata(f"{path} cannot be read: {error.strerror}", hint="Mend it, or take it away.") from error

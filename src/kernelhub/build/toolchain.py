@@ -128,6 +128,8 @@ def broken_cxx(toolchain: Toolchain) -> str | None:
     """What is wrong with the C++ compiler that was asked for; None where it runs, or none was asked for."""
     if toolchain.cxx is not None or not toolchain.wanted:
         return None
+    if not _words(toolchain.wanted):
+        return f"CXX is {toolchain.wanted!r}, which no shell takes for a command: is a quotation mark missing?"
     return f"CXX is {toolchain.wanted!r}, and `{toolchain.wanted} --version` says nothing: is it there, and a compiler?"
 
 
@@ -160,13 +162,21 @@ def missing(toolchain: Toolchain) -> str | None:
 
 def _cxx(wanted: str | None) -> Compiler | None:
     """The first C++ compiler that runs; `wanted` may have arguments, as CXX has them (`ccache g++`)."""
-    for name, *arguments in (shlex.split(wanted),) if wanted else (["g++"], ["clang++"]):
+    for name, *arguments in filter(None, [_words(wanted)]) if wanted else (["g++"], ["clang++"]):
         path = shutil.which(name)
         text = _ask([path, *arguments, "--version"]) if path else None
         if path and text:
             kind = "clang" if "clang" in text.lower() else "gcc"
             return Compiler(kind, (path, *arguments), _identity(text), _version(text))
     return None
+
+
+def _words(command: str) -> list[str]:
+    """A command as a shell reads it; empty where a quotation mark is missing."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
 
 
 def _zig(cpu: str) -> Compiler | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,11 +124,13 @@ def _seconds(summary: Summary) -> dict[str, Any]:
 
 
 def _figures(path: Path) -> Any:
-    """What draws into such a file. Raises `InvalidReference` for another ending, `MissingDependency`."""
+    """What draws into such a file. Raises `InvalidReference` for one that cannot be written, `MissingDependency`."""
     from kernelhub.errors import InvalidReference, MissingDependency
 
     if path.suffix not in (".svg", ".png"):
         raise InvalidReference(f"--plot {path} is neither a .svg nor a .png", hint="Such as --plot times.svg.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
+        raise InvalidReference(f"--plot {path} cannot be written", hint="Name a file in a folder that is there.")
     try:
         return importlib.import_module("matplotlib.figure")
     except ImportError as error:
@@ -136,6 +139,8 @@ def _figures(path: Path) -> Any:
 
 def _plot(figures: Any, found: list[Measurement], path: Path, title: str) -> None:
     """Bars of the medians with their intervals, the kernel beside its reference."""
+    from kernelhub.hub.disk import writing
+
     figure = figures.Figure(figsize=(8, 1.2 + 0.6 * len(found)), layout="constrained")
     axes = figure.subplots()
     for offset, label in ((0.2, "kernel"), (-0.2, "reference")):
@@ -155,4 +160,5 @@ def _plot(figures: Any, found: list[Measurement], path: Path, title: str) -> Non
     axes.set_xlabel("milliseconds a call (median, 95 % interval)")
     axes.set_title(title)
     axes.legend()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with writing(path):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
