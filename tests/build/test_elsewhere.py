@@ -54,6 +54,16 @@ def test_cuda_is_compiled_where_torch_has_none(toolchain, tmp_path):
     assert "aoti_torch_get_current_cuda_stream" in {symbol.name for symbol in library.undefined}
 
 
+def test_capabilities_that_nvcc_does_not_know_are_said(toolchain, tmp_path, capsys):
+    if toolchain.nvcc is None or "3.5" in toolchain.nvcc.devices:
+        pytest.skip("no nvcc, or one of another time")
+    project = copied("scale-cuda", tmp_path)
+    toml = project / "build.toml"
+    toml.write_text(toml.read_text().replace('["9.0"]', '["3.5", "9.0", "3.7"]'))
+    assert run(["build", str(project), "--backend", "cuda"]) == 0
+    assert "is not for 3.5, 3.7: nvcc here does not compile for them" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
 def test_cuda_is_compiled_with_the_toolkit_that_the_user_names(variable, toolchain, tmp_path, capsys, monkeypatch):
     if toolchain.cuda_root is None or not (toolchain.cuda_root / "bin" / "nvcc").is_file():

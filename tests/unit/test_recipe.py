@@ -257,6 +257,12 @@ WRONG = [
     (GENERAL + '[torch]\ninclude = ["/tmp/ext"]\n', 8, "torch.include: expected folders inside the project, got '/tmp/ext'"),
     (GENERAL + '[torch]\n[kernel.a]\nbackend = "cpu"\nsrc = ["a"]\ninclude = ["a", "../shared"]\n', 11, "kernel.a.include: expected folders inside the project, got '../shared'"),
     (GENERAL + '[torch]\ninclude = ["a/../../b"]\n', 8, "torch.include: expected folders inside"),
+    *(
+        (GENERAL + f'[torch]\n[kernel.a]\nbackend = "cuda"\nsrc = ["a"]\ncuda-capabilities = ["9.0", "{wrong}"]\n', 11,
+         f"kernel.a.cuda-capabilities: expected capabilities such as 9.0, 9.0a or 10.0+PTX, got '{wrong}'")
+        for wrong in ("75", "sm_80", "9", "9.0b", "10.0+ptx", "")
+    ),
+    (GENERAL + '[torch-noarch]\ncuda_capabilities = ["sm_80"]\n', 8, "torch-noarch.cuda_capabilities: expected capabilities such as"),
     ("[torch-noarch]\n", 1, "general: expected this section, got nothing"),
     ('[general]\nname = "x"\nlanguage = "cuda"\n', 3, "general.language: this build.toml is older than edition 3"),
     ("[general]\n[torch]\nuniversal = true\n", 3, "torch.universal: this build.toml is older"),

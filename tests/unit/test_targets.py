@@ -149,6 +149,10 @@ def test_devices_that_nvcc_does_not_know_are_left_out(machine: Toolchain) -> Non
     found = compiled_target(listed, "cuda", machine, None)
     assert isinstance(found, Target)
     assert found.archs == ("8.0", "9.0a", "10.0+PTX")
+    assert found.left_out == ("7.0", "11.8")
+    released = compiled_target(recipe(), "cuda", machine, None)
+    assert isinstance(released, Target)
+    assert (released.archs, released.left_out) == (("8.0", "9.0", "10.0+PTX"), ())  # the project names none
 
     none = compiled_target(recipe(kernel='cuda-capabilities = ["7.0"]'), "cuda", machine, None)
     assert isinstance(none, Skipped)

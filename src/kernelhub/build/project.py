@@ -20,12 +20,13 @@ from kernelhub.hub.store_files import beside_of, locked, replace_folder
 
 @dataclass(frozen=True)
 class Built:
-    """What became of one variant: the folder it lies in, or why it was not built."""
+    """What became of one variant: the folder it lies in, or why it was not built. `left_out` are architectures."""
 
     backend: str
     variant: str | None
     path: Path | None = None
     reason: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def build_project(
@@ -53,7 +54,8 @@ def build_project(
                 done.append(Built(item.backend, str(item.variant) if item.variant else None, reason=item.reason))
                 continue
             files = make_variant(project, recipe, item, workshop, provenance)
-            done.append(Built(item.backend, str(item.variant), _write(project / "build" / str(item.variant), files)))
+            path = _write(project / "build" / str(item.variant), files)
+            done.append(Built(item.backend, str(item.variant), path, left_out=item.left_out))
     if not any(item.path for item in done):
         reasons = "".join(f"\n    {item.backend}: {item.reason}" for item in done)
         raise BuildFailed(f"nothing of {project} can be built here{reasons}", error="nothing can be built here")

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kernelhub.build.toml import Table, key_line
+from kernelhub.core.archs import is_cuda_arch
 from kernelhub.core.backends import BY_NAME, VersionPair
 from kernelhub.core.metadata import KernelDepend
 from kernelhub.core.paths import safe_path
@@ -270,7 +271,7 @@ def _recipe(top: Table, general: Table) -> Recipe:
         tvm_ffi="tvm-ffi" in frameworks,
         sections=_sections(top, backends, edition),
         archs={
-            "cuda": noarch.texts("cuda_capabilities") if noarch else (),
+            "cuda": _capabilities(noarch, "cuda_capabilities") if noarch else (),
             "rocm": noarch.texts("rocm_archs") if noarch else (),
         },
         upstream=general.string("upstream"),
@@ -413,7 +414,6 @@ def _section(name: str, table: Table, backends: tuple[str, ...], key: str, prefi
     if not table.texts("src"):
         raise table.error("src", "expected a list of source files, got none")
     flags = {"cuda": "cuda-flags", "rocm": "hip-flags", "xpu": "sycl-flags"}.get(backend)
-    archs = {"cuda": "cuda-capabilities", "rocm": "rocm-archs"}.get(backend)
     return Section(
         name=name,
         backend=backend,
@@ -422,9 +422,17 @@ def _section(name: str, table: Table, backends: tuple[str, ...], key: str, prefi
         include=_include(table),
         cxx_flags=table.texts("cxx-flags"),
         flags=table.texts(flags) if flags else (),
-        archs=table.texts(archs) if archs else (),
+        archs=_capabilities(table, "cuda-capabilities") if backend == "cuda" else table.texts("rocm-archs"),
         minver=table.version("cuda-minver") if backend == "cuda" else None,
     )
+
+
+def _capabilities(table: Table, key: str) -> tuple[str, ...]:
+    found = table.texts(key)
+    for text in found:
+        if not is_cuda_arch(text):
+            raise table.error(key, f"expected capabilities such as 9.0, 9.0a or 10.0+PTX, got {text!r}")
+    return found
 
 
 def _kernel_depends(table: Table) -> tuple[KernelDepend, ...]:

@@ -22,6 +22,7 @@ class Target:
     """One variant to build. `sections` are the source groups with the device architectures of each.
 
     `stable_abi` is the torch version whose stable ABI is used; None: the build is for the installed torch alone.
+    `left_out` are the architectures that the project names and the compiler here does not know.
     """
 
     variant: BuildVariant
@@ -29,6 +30,7 @@ class Target:
     stable_abi: VersionPair | None = None
     sections: tuple[tuple[Section, tuple[str, ...]], ...] = ()
     cuda: VersionPair | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def compiled(self) -> bool:
@@ -92,7 +94,12 @@ def compiled_target(
         if backend == "cuda" and not archs:
             return Skipped(backend, _no_arch(section, devices, toolchain), variant)
         sections.append((section, archs))
-    return Target(variant, backend, recipe.stable_abi_of(backend), tuple(sections), cuda)
+    left_out = tuple(
+        arch for section, _ in sections for arch in section.archs if backend == "cuda" and not _known(arch, toolchain)
+    )
+    return Target(
+        variant, backend, recipe.stable_abi_of(backend), tuple(sections), cuda, tuple(dict.fromkeys(left_out))
+    )
 
 
 def _variant(recipe: Recipe, backend: str, toolchain: Toolchain) -> BuildVariant | None:
@@ -161,13 +168,17 @@ def _cuda_tag(toolchain: Toolchain) -> VersionPair | None:
 def _archs(section: Section, devices: Sequence[str] | None, toolchain: Toolchain) -> tuple[str, ...]:
     """What a section is compiled for: of what it names, what the compiler knows and, given devices, they can run."""
     wanted = section.archs or (tuple(dict.fromkeys(devices)) if devices is not None else RELEASE_ARCHS)
-    known = toolchain.nvcc.devices if toolchain.nvcc else ()
     return tuple(
         arch
         for arch in wanted
-        if (not known or _DEVICE.sub("", arch) in known)
-        and (devices is None or any(covers((arch,), device) for device in devices))
+        if _known(arch, toolchain) and (devices is None or any(covers((arch,), device) for device in devices))
     )
+
+
+def _known(arch: str, toolchain: Toolchain) -> bool:
+    """Whether nvcc compiles for an architecture; where it does not say, it is tried."""
+    known = toolchain.nvcc.devices if toolchain.nvcc else ()
+    return not known or _DEVICE.sub("", arch) in known
 
 
 def _no_arch(section: Section, devices: Sequence[str] | None, toolchain: Toolchain) -> str:

@@ -66,6 +66,8 @@ def build(
     for item in done:
         if item.path:
             show_line(f"built    {item.path}")
+            if item.left_out:
+                show_note(f"{item.variant} is not for {', '.join(item.left_out)}: nvcc here does not compile for them")
         else:
             show_line(f"skipped  {item.variant or item.backend}: {item.reason}")
 

@@ -13,6 +13,11 @@ from kernelhub.errors import InvalidMetadata
 _CUDA = re.compile(r"([1-9][0-9]?)\.([0-9])([af])?(\+PTX)?", re.ASCII)
 
 
+def is_cuda_arch(text: str) -> bool:
+    """Whether it is written as a CUDA architecture: `9.0`, `9.0a`, `10.0f` or `10.0+PTX`."""
+    return _CUDA.fullmatch(text) is not None
+
+
 def covers(archs: tuple[str, ...], device: str) -> bool:
     """Whether a build for `archs` runs on a device of architecture `device` (`"9.0"`, or AMD's `"gfx942"`).
 
