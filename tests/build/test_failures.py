@@ -99,6 +99,8 @@ PRINTED = [
     ("b.cpp:1:10: fatal error: 'x.cuh' file not found", "b.cpp:1: 'x.cuh' file not found", "`include`"),
     ("/t/CUDAContextLight.h:10:10: fatal error: cusparse.h: No such file or directory", "/t/CUDAContextLight.h:10: cusparse.h: No such file or directory", "CUDA toolkit"),
     ("/t/c10.h:3:2: error: #error You need C++20 to compile PyTorch", "/t/c10.h:3: #error You need C++20 to compile PyTorch", "C++20"),
+    ("a (1).cpp:12:5: error: 'x' was not declared", "a (1).cpp:12: 'x' was not declared", None),
+    ("a(copy)/(b).cu(7): error: no", "a(copy)/(b).cu:7: no", None),
     ("g++: error: unrecognized command-line option '-std=c++20'", "unrecognized command-line option '-std=c++20'", "C++20"),
     ("nvcc fatal   : Unsupported gpu architecture 'compute_99'", "Unsupported gpu architecture 'compute_99'", "cuda-capabilities"),
     ("/c/host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later than 15 are not supported!", None, "set CXX"),
@@ -127,6 +129,29 @@ def test_what_compilers_print(printed, first, hint, tmp_path):
     error = _error(found, tmp_path)
     assert error.hint.endswith(f"To repeat it: cd {tmp_path} && g++ -c b.cpp -o _objects/b.o")
     assert (hint in error.hint) if hint else error.hint.startswith("To repeat it")
+
+
+def test_the_command_that_repeats_it_runs_where_the_store_has_a_space(toolchain, tmp_path):
+    project = tiny(tmp_path / "tiny", binding="int broken = missing_name;\n")
+    error = failure(project, toolchain, tmp_path / "sp ace")
+    again = subprocess.run(error.command, shell=True, capture_output=True, text=True, timeout=120)
+    assert "missing_name" in again.stderr
+
+
+def test_where_no_step_was_begun_ninja_is_what_repeats_it(toolchain, tmp_path):
+    script = tmp_path / "ninja"
+    script.write_text("#!/bin/sh\necho ninja: error: out of luck; exit 1\n")
+    script.chmod(0o755)
+    error = failure(tiny(tmp_path / "tiny"), replace(toolchain, ninja=(str(script),)), tmp_path)
+    assert error.error == "out of luck"
+    assert error.command.endswith(f".failed && {script}")
+
+
+@pytest.mark.parametrize("twice", ["torch-ext/binding.cpp", "./torch-ext//binding.cpp"])
+def test_a_source_that_is_listed_twice(twice, toolchain, tmp_path):
+    toml = TOML.replace('binding.cpp"]', f'binding.cpp", "torch-ext/value.h", "torch-ext/value.h", "{twice}"]')
+    with pytest.raises(InvalidMetadata, match=r"\[torch\] src: .*binding\.cpp is there twice"):
+        build_project(tiny(tmp_path / "tiny", toml=toml), Workshop(toolchain, tmp_path / "work"))
 
 
 def test_a_library_with_a_second_cxx_runtime_is_not_handed_out(toolchain, tmp_path):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernelhub.build.ninja import Plan
@@ -21,7 +21,7 @@ Steps = Callable[[int, int], None]
 
 _STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
 _COMPILER = re.compile(
-    r"^(?P<where>[^\s:(][^:(]*)(?::(?P<line>\d+)(?::\d+)?|\((?P<nvcc>\d+)\)):?\s(?:fatal |catastrophic )?error:? (?P<text>.+)$"
+    r"^(?P<where>[^\s:][^:]*?)(?::(?P<line>\d+)(?::\d+)?|\((?P<nvcc>\d+)\)):?\s(?:fatal |catastrophic )?error:? (?P<text>.+)$"
 )
 _LINKER = re.compile(r"(undefined reference to .*|undefined symbol: .*|cannot find -l\S+.*|multiple definition of .*)")
 _DRIVER = re.compile(r"^(?:\S+: (?:fatal )?error: |nvcc fatal\s*: )(.+)$")
@@ -135,7 +135,10 @@ def _run(toolchain: Toolchain, work: Path, jobs: int | None, steps: Steps | None
         except BaseException:
             ran.terminate()  # it ends its compilers; their folder is about to go
             raise
-    return None if ran.returncode == 0 else read_failure(lines)
+    if ran.returncode == 0:
+        return None
+    failure = read_failure(lines)
+    return failure if failure.command else replace(failure, command=shlex.join(toolchain.ninja))  # no step was begun
 
 
 def read_failure(lines: list[str]) -> Failure:
@@ -166,7 +169,7 @@ def _error(failure: Failure, folder: Path) -> BuildFailed:
     hint = next((text for pattern, text in _HINTS if re.search(pattern, failure.text)), None) or next(
         (text for pattern, text in _HINTS if re.search(pattern, failure.log)), None
     )
-    command = f"cd {folder} && {failure.command}"
+    command = f"cd {shlex.quote(str(folder))} && {failure.command}"
     return BuildFailed(
         f"the kernel's sources do not compile\n    {failure.text}",
         error=failure.text,

@@ -99,6 +99,8 @@ def _steps(recipe: Recipe, target: Target, toolchain: Toolchain) -> Iterator[Ste
                 _check_header(source, name)
                 continue
             output = f"{OBJECTS}/{name}/{PurePosixPath(source)}.o"
+            if output in objects:
+                raise InvalidMetadata(f"[{name}] src: {source} is there twice", hint="Name each source once.")
             cuda = suffix in _CUDA
             if cuda and target.backend != "cuda":
                 raise InvalidMetadata(f"[{name}] src: {source} is CUDA, the section is for {target.backend}")
