@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from build_projects import copied
+from build_projects import copied, counting_compiler, tiny
 
 from kernelhub.build.assemble import Workshop
 from kernelhub.build.project import build_project
@@ -52,6 +52,23 @@ def test_cuda_is_compiled_where_torch_has_none(toolchain, tmp_path):
     library = abi.read(next(built.path.glob("*.so")))
     assert {"libtorch_cpu.so", "libtorch_cuda.so", f"libcudart.so.{major}"} <= set(library.needed)
     assert "aoti_torch_get_current_cuda_stream" in {symbol.name for symbol in library.undefined}
+
+
+@pytest.mark.parametrize("before", ["", "env "])
+def test_the_host_compiler_of_cuda_is_the_compiler_whatever_is_given_to_it(before, toolchain, tmp_path, monkeypatch):
+    if toolchain.nvcc is None:
+        pytest.skip("no nvcc")
+    monkeypatch.setenv("CXX", f"{before}g++ -isystem {tmp_path}")
+    assert run(["build", str(copied("scale-cuda", tmp_path)), "--backend", "cuda"]) == 0
+
+
+@pytest.mark.parametrize("before", ["", "env "])
+def test_a_compiler_is_found_from_the_folder_where_it_is_named(before, toolchain, tmp_path, monkeypatch):
+    counting_compiler(tmp_path / "bin")
+    monkeypatch.chdir(tmp_path / "bin")
+    monkeypatch.setenv("CXX", f"{before}./counting-g++")
+    assert run(["build", str(tiny(tmp_path / "tiny"))]) == 0
+    assert (tmp_path / "bin" / "compiled.log").read_text()
 
 
 def test_capabilities_that_nvcc_does_not_know_are_said(toolchain, tmp_path, capsys):

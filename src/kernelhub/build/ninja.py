@@ -236,8 +236,7 @@ def _ninja(steps: tuple[Step, ...], toolchain: Toolchain) -> str:
     assert toolchain.cxx is not None
     assert toolchain.torch is not None
     places = {
-        # CXX may be `ccache g++` or `g++ -m64`; nvcc wants the compiler alone
-        "@cxx@": next(part for part in reversed(toolchain.cxx.command) if not part.startswith("-")),
+        "@cxx@": toolchain.cxx.program,
         "@torch@": str(toolchain.torch.root),
         "@python@": str(toolchain.python_include),
         "@cuda@": str(toolchain.cuda_root or ""),

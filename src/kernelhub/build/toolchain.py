@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 from kernelhub.core.backends import VersionPair
@@ -34,6 +35,12 @@ class Compiler:
     identity: str
     version: VersionPair | None
     devices: tuple[str, ...] = ()
+
+    @property
+    def program(self) -> str:
+        """The compiler alone, of a command such as `ccache g++ -isystem folder`."""
+        *_, program = takewhile(_no_option, self.command)
+        return program
 
 
 @dataclass(frozen=True)
@@ -163,7 +170,7 @@ def missing(toolchain: Toolchain) -> str | None:
 def _cxx(wanted: str | None) -> Compiler | None:
     """The first C++ compiler that runs; `wanted` may have arguments, as CXX has them (`ccache g++`)."""
     for name, *arguments in filter(None, [_words(wanted)]) if wanted else (["g++"], ["clang++"]):
-        path = shutil.which(name)
+        path = _which(name)
         text = _ask([path, *arguments, "--version"]) if path else None
         if path and text:
             kind = "clang" if "clang" in text.lower() else "gcc"
@@ -172,11 +179,23 @@ def _cxx(wanted: str | None) -> Compiler | None:
 
 
 def _words(command: str) -> list[str]:
-    """A command as a shell reads it; empty where a quotation mark is missing."""
+    """A command as a shell reads it, its programs by paths that hold in any folder; empty where a quotation mark is missing."""
     try:
-        return shlex.split(command)
+        words = shlex.split(command)
     except ValueError:
         return []
+    programs = len(list(takewhile(_no_option, words)))
+    return [str(Path(word).absolute()) if "/" in word else word for word in words[:programs]] + words[programs:]
+
+
+def _no_option(word: str) -> bool:
+    return not word.startswith("-")
+
+
+def _which(name: str) -> str | None:
+    """Where a program is, from whatever folder it is called."""
+    path = shutil.which(name)
+    return str(Path(path).absolute()) if path else None
 
 
 def _zig(cpu: str) -> Compiler | None:
@@ -194,7 +213,7 @@ def _nvcc(cuda_home: Path | None) -> Compiler | None:
     # As text: before Python 3.12 `which` gives a path back as it came, and commands are joined as text.
     places = [str(cuda_home / "bin" / "nvcc")] if cuda_home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     for place in places:
-        path = shutil.which(place)
+        path = _which(place)
         text = _ask([path, "--version"]) if path else None
         release = re.search(r"release (\d+)\.(\d+)", text or "")
         if path and text and release:
