@@ -205,6 +205,16 @@ def test_sources_are_inside_the_project(path, toolchain, tmp_path):
         build_project(project, Workshop(toolchain, tmp_path / "work"))
 
 
+@pytest.mark.parametrize("name", ["nosuch-pkg>=1", "onednn"])
+def test_packages_that_no_loader_takes_are_refused(name, toolchain, tmp_path):
+    toml = TOML.replace("[torch]", f'python-depends = ["einops", "{name}"]\n\n[torch]')
+    project = tiny(tmp_path / "tiny", toml=toml, binding="int broken = ;\n")  # to be seen before anything is compiled
+    with pytest.raises(
+        InvalidMetadata, match=f"python-depends: '{name}' is not a package that kernels for the CPU may"
+    ):
+        build_project(project, Workshop(toolchain, tmp_path / "work"))
+
+
 @pytest.mark.parametrize("path", ["tiny.py", "tiny/__init__.py", "tiny/inner/one.py"])
 def test_a_module_of_the_kernels_own_name_is_refused(path, toolchain, tmp_path):
     """The builder's package of that name would be imported for it, again and again."""

@@ -19,6 +19,7 @@ from kernelhub.core.digest import Digest
 from kernelhub.core.metadata import BackendInfo, Metadata, Provenance
 from kernelhub.core.paths import safe_path
 from kernelhub.errors import InvalidMetadata
+from kernelhub.hub.checks import python_packages
 
 # The key of metadata.json under which a build says what it was made from; readers that do not know it keep it.
 BUILT_WITH = "kernelhub"
@@ -76,6 +77,7 @@ def make_variant(
     digest = source_digest(project, recipe)
     files = python_files(project, recipe)
     _check_shadowed(files, recipe.python_name)
+    python_packages(recipe.python_depends_of(target.backend), BY_NAME[target.backend].name)  # as the loader asks
     built_with: dict[str, Any] = {"version": __version__, "sources": digest}
     load = ""
     if target.compiled:

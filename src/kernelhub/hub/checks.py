@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kernelhub.core.archs import covers
 from kernelhub.core.backends import BY_NAME, Backend
-from kernelhub.core.metadata import KERNELS_LEVEL, PYTHON_DEPENDS, Metadata
+from kernelhub.core.metadata import KERNELS_LEVEL, PYTHON_DEPENDS, Metadata, PythonPackage
 from kernelhub.errors import IncompatibleDevice, InvalidMetadata, InvalidReference, MissingDependency
 from kernelhub.hub.probe import current_device, visible_archs
 
@@ -24,19 +24,25 @@ def check_level(metadata: Metadata) -> None:
 
 def check_python_depends(metadata: Metadata) -> None:
     """Raises `MissingDependency` for packages that are not installed, `InvalidMetadata` for names that are not known."""
-    missing = []
-    for name in metadata.python_depends:
-        row = PYTHON_DEPENDS.get(name)
-        if row is None or metadata.backend.type not in row.backends:
-            known = ", ".join(key for key, item in PYTHON_DEPENDS.items() if metadata.backend.type in item.backends)
-            raise InvalidMetadata(
-                f"python-depends: {name!r} is not a package that kernels for {BY_NAME[metadata.backend.type].title} may "
-                f"depend on; known: {known}"
-            )
-        if importlib.util.find_spec(row.module) is None:
-            missing.append(row.package)
+    rows = python_packages(metadata.python_depends, metadata.backend.type)
+    missing = [row.package for row in rows if importlib.util.find_spec(row.module) is None]
     if missing:
         raise MissingDependency(f"{metadata.name} needs {', '.join(missing)}", packages=missing)
+
+
+def python_packages(names: Iterable[str], backend: str) -> list[PythonPackage]:
+    """The packages of these names. Raises `InvalidMetadata` for one that kernels for the backend may not depend on."""
+    found = []
+    for name in names:
+        row = PYTHON_DEPENDS.get(name)
+        if row is None or backend not in row.backends:
+            known = ", ".join(key for key, item in PYTHON_DEPENDS.items() if backend in item.backends)
+            raise InvalidMetadata(
+                f"python-depends: {name!r} is not a package that kernels for {BY_NAME[backend].title} may "
+                f"depend on; known: {known}"
+            )
+        found.append(row)
+    return found
 
 
 def check_archs(metadata: Metadata, backend: Backend) -> Iterator[str]:
