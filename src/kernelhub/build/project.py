@@ -95,8 +95,8 @@ def _remove_stale(project: Path, recipe: Recipe) -> None:
     digest = source_digest(project, recipe)
     for file in sorted((project / "build").glob("*/metadata.json")):
         try:
-            if Metadata.parse(file.read_bytes()).raw[BUILT_WITH]["sources"] != digest:
-                with writing(file.parent):
+            with writing(file.parent):
+                if Metadata.parse(file.read_bytes()).raw[BUILT_WITH]["sources"] != digest:
                     shutil.rmtree(file.parent)
         except (InvalidMetadata, KeyError, TypeError):
             continue  # another tool's

@@ -368,9 +368,7 @@ def _include(table: Table) -> tuple[str, ...]:
                 safe_path(path)
         except InvalidMetadata:
             error = table.error("include", f"expected folders inside the project, got {text!r}")
-            error.hint = (
-                "Put the headers into the project; those of the system are the compiler's to find, as with CXX."
-            )
+            error.hint = "Put the headers into the project. CXX may name folders of the system: CXX='g++ -isystem DIR'."
             raise error from None
     return found
 

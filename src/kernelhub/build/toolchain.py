@@ -179,7 +179,7 @@ def _cxx(wanted: str | None) -> Compiler | None:
 
 
 def _words(command: str) -> list[str]:
-    """A command as a shell reads it, its programs by paths that hold in any folder; empty where a quotation mark is missing."""
+    """The words of a command, its programs by paths that hold in any folder; none where a quotation mark is missing."""
     try:
         words = shlex.split(command)
     except ValueError:

@@ -141,8 +141,9 @@ def _pyproject(path: Path) -> dict[str, Any]:
 def lock_to_package(project: Path, carried: Path | None = None) -> Path | None:
     """The lock that belongs into a project's package; None for a project that names no kernels.
 
-    `carried` is where an unpacked source distribution has it; the project's own comes first. Raises `InvalidReference` where there is none, `InvalidMetadata` where it cannot be read, and `KernelNotFound` where
-    it lacks a kernel that the project names.
+    `carried` is where an unpacked source distribution has it; the project's own comes first. Raises `InvalidReference`
+    where there is none, `InvalidMetadata` where it cannot be read, and `KernelNotFound` where it lacks a kernel that the
+    project names.
     """
     pyproject = project / "pyproject.toml"
     if not pyproject.is_file():

@@ -136,8 +136,8 @@ def _read_source(folder: Path) -> dict[str, bytes]:
 def read_folder(top: Path, *, bytecode: bool = True) -> dict[str, bytes]:
     """The files of a folder, by their paths in it.
 
-    Raises `IntegrityError` for a link, a device or the like, and for a private key. Bytecode is an error too, or passed over where `bytecode`
-    is False (importing a benchmark leaves some behind).
+    Raises `IntegrityError` for a link, a device or the like, and for a private key. Bytecode is an error too, or passed
+    over where `bytecode` is False (importing a benchmark leaves some behind).
     """
     found: dict[str, bytes] = {}
     compiled: list[Violation] = []
