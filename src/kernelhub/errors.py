@@ -196,7 +196,8 @@ class IncompatibleDevice(KernelHubError, RuntimeError):
 class BuildFailed(KernelHubError, RuntimeError):
     """A kernel's sources did not compile. `error` is the first thing the compiler said, `command` repeats it.
 
-    `in_source` says that the compiler named a line: the same sources fail again, where a killed compiler might not.
+    `in_source` says that the compiler named a line: the same sources fail again, where a killed compiler might not, nor one
+    that missed a file.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from build_projects import BINDING, TOML, counting_compiler, tiny
+from kernelfiles import write_files
 
 from kernelhub import Hub, Settings
 from kernelhub.build.assemble import Workshop
@@ -220,6 +221,32 @@ def test_a_build_that_failed_is_not_tried_by_each_new_process(make_hub, tmp_path
     assert str(make_hub(project).load(NAME).variant) == COMPILED
 
 
+def test_a_header_that_is_missing_is_looked_for_again(make_hub, tmp_path):
+    project = tiny(tmp_path / "tiny", binding="#include <not_installed_yet.h>\n" + BINDING, noarch=True)
+    for _ in range(2):
+        with pytest.warns(KernelHubWarning, match="not_installed_yet"):
+            make_hub(project).load(NAME)
+
+
+def test_a_build_that_failed_is_tried_again_after_prune_and_no_folder_of_it_stays(make_hub, tmp_path):
+    project = tiny(tmp_path / "tiny", binding=BINDING + "int broken = missing_name;\n", noarch=True)
+    store, folder = make_hub(project).store, tmp_path / "store" / "build"
+    with pytest.warns(KernelHubWarning, match=f"`kernelhub build {project}` says more"):
+        make_hub(project).load(NAME)
+    (failed,) = folder.glob("*.failed")
+    for name in ("old", "new"):
+        write_files(folder / f"._tiny_cpu_abc.{name}", {"a.o": b"x"})
+    for path in (folder / "._tiny_cpu_abc.old", folder / "._tiny_cpu_abc.old" / "a.o"):
+        os.utime(path, (1e9, 1e9))
+    removed = {path.name for path, _ in store.prune(lambda repo: False)}
+    assert removed == {failed.name, "._tiny_cpu_abc.old"}
+    with pytest.warns(KernelHubWarning, match="missing_name"):
+        make_hub(project).load(NAME)
+    (project / "torch-ext" / "binding.cpp").write_text(BINDING)
+    make_hub(project).load(NAME)
+    assert list(folder.glob("*.failed")) == []
+
+
 def test_a_compiler_that_could_not_run_is_tried_again(make_hub, tmp_path):
     killed = tmp_path / "g++"
     killed.write_text('#!/bin/sh\ncase "$*" in *--version*|*-print*) exec g++ "$@";; esac\nkill -9 $$\n')
@@ -332,7 +359,7 @@ def command(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.P
         text=True,
         env={**known, "KERNELHUB_CACHE": str(tmp_path / "store"), "KERNELHUB_OFFLINE": "1", **environment},
         # A background job's children inherit that SIGINT is ignored; whoever presses Ctrl-C has a foreground job.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
     )
 
 
@@ -352,7 +379,8 @@ def test_a_command_says_what_it_builds_where_nobody_sees_a_bar_and_the_library_l
     assert [record.getMessage().split()[0] for record in caplog.records] == ["building", "built"]
 
 
-def test_ctrl_c_while_it_builds_ends_the_compilers_and_says_one_line(make_hub, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_it_builds_ends_the_compilers_and_ctrl_c_says_one_line(make_hub, tmp_path, number):
     project, begun, never = tiny(tmp_path / "tiny"), tmp_path / "begun", tmp_path / "never"
     for pipe in (begun, never):
         os.mkfifo(pipe)
@@ -365,16 +393,17 @@ def test_ctrl_c_while_it_builds_ends_the_compilers_and_says_one_line(make_hub, t
         with os.fdopen(os.open(begun, os.O_RDONLY | os.O_NONBLOCK)) as compiler:  # there may be no compiler ever
             select.select([compiler], [], [], 100)
             assert compiler.readline() == "compiling\n"
-            ran.send_signal(signal.SIGINT)
+            ran.send_signal(number)
             out, said = ran.communicate(timeout=100)
             ended, _, _ = select.select([compiler], [], [], 60)  # its end of the pipe is closed, by whatever ended it
     finally:
         ran.kill()
     assert ended
-    assert (ran.returncode, out) == (130, "")
-    building, interrupted = said.splitlines()
+    assert (ran.returncode, out) == (128 + number, "")
+    building, *interrupted = said.splitlines()
     assert building == f"kernelhub: building acme/tiny {COMPILED}"
-    assert interrupted.startswith("interrupted; the store and the hub hold nothing that is half done")
+    nothing_left = "interrupted; the store and the hub hold nothing that is half done"
+    assert [line.startswith(nothing_left) for line in interrupted] == ([True] if number == signal.SIGINT else [])
     left = list((tmp_path / "store").rglob("*"))
     assert [path for path in left if path.suffix in (".py", ".cpp", ".o", ".so") or path.name.startswith(".")] == []
     assert make_hub(project, cxx="g++").load(NAME).module.VALUE == 1

@@ -23,6 +23,8 @@ _STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
 _COMPILER = re.compile(
     r"^(?P<where>[^\s:][^:]*?)(?::(?P<line>\d+)(?::\d+)?|\((?P<nvcc>\d+)\)):?\s(?:fatal |catastrophic )?error:? (?P<text>.+)$"
 )
+# What may be installed tomorrow.
+_MISSING = re.compile(r"No such file|file not found|cannot open source file")
 _LINKER = re.compile(r"(undefined reference to .*|undefined symbol: .*|cannot find -l\S+.*|multiple definition of .*)")
 _DRIVER = re.compile(r"^(?:\S+: (?:fatal )?error: |nvcc fatal\s*: )(.+)$")
 
@@ -67,8 +69,10 @@ def compile_plan(
     """The shared library that a plan makes. It is built in a folder of its own below `folder`.
 
     The folder goes when it is done. After a failure it stays as `<folder>/<ident>.failed`, so that the command that
-    failed can be run again; it replaces the one before. Raises `BuildFailed`.
+    failed can be run again; the next try for the same kernel and backend removes it. Raises `BuildFailed`.
     """
+    for before in folder.glob(f"{plan.ident.rpartition('_')[0]}_*.failed"):
+        shutil.rmtree(before, ignore_errors=True)
     work = folder / f".{plan.ident}.{uuid.uuid4().hex[:8]}"
     try:
         _write(plan, work)
@@ -175,6 +179,6 @@ def _error(failure: Failure, folder: Path) -> BuildFailed:
         error=failure.text,
         command=command,
         log=failure.log,
-        in_source=any(map(_COMPILER.match, failure.log.splitlines())),
+        in_source=any(map(_COMPILER.match, failure.log.splitlines())) and not _MISSING.search(failure.text),
         hint="\n  ".join(filter(None, (hint, f"To repeat it: {command}"))),
     )

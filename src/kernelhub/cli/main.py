@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -117,6 +118,10 @@ def run(arguments: list[str] | None = None) -> int:
 
 def main() -> None:
     """The console script."""
+    for name in ("SIGTERM", "SIGHUP"):  # compilers end with it, and folders that they write to go
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     show_steps()
     show_warnings()
     sys.exit(run())

@@ -13,6 +13,7 @@ sources and other pins, on the same path.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -269,9 +270,11 @@ class Steps:
                     raise
                 if error.in_source:
                     self.resolver.remember_failed(place, variant, error)
+                own = isinstance(found.source, ProjectSource) and found.source.origin is Origin.FOLDER
+                command = f"kernelhub build {shlex.quote(found.source.name)}" if own else f"kernelhub get {ref}"
                 self.warn(
                     f"{found.repo}: {variant} does not compile: {error.error}\n"
-                    f"  {other} serves instead. `KERNELHUB_BUILD=always kernelhub get {ref}` says more.",
+                    f"  {other} serves instead. `{'' if own else 'KERNELHUB_BUILD=always '}{command}` says more.",
                     KernelHubWarning,
                 )
         raise AssertionError("there is at least one variant")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -71,6 +72,10 @@ _LEFT_BEHIND = (
     "kernels/*/revocations/.*",
     "revocations/.*",
 )
+
+
+# The keys of sources whose variants are made here: their listings say nothing that cannot be had again.
+_MADE_HERE = ("embedded", "projects")
 
 
 @dataclass(frozen=True)
@@ -367,11 +372,25 @@ class Store:
                     if folder.is_dir():  # another process may prune too
                         rename_aside(folder)
                     _record(folder).unlink(missing_ok=True)
+        for hub in _MADE_HERE:  # what did not compile is tried again
+            for path in inside(self.root, f"kernels/{hub}/*--*/*/listing.json"):
+                path.unlink(missing_ok=True)
+        for left in inside(self.root, "build/*"):
+            if left.name.endswith(".failed") or (left.name.startswith(".") and self._is_old(left)):
+                yield left, remove(left)
         for pattern in _LEFT_BEHIND:
             for left in inside(self.root, pattern):
                 with locked_unless_busy(self.root, target_of(left)) as is_left:
                     if is_left:
                         yield left, remove(left)
+
+    def _is_old(self, work: Path) -> bool:
+        """Whether a compiler's folder was left a day ago; one at work writes into it."""
+        try:
+            newest = max(path.lstat().st_mtime for path in (work, *work.rglob("*")))
+        except OSError:  # it goes just now
+            return False
+        return time.time() - newest > 86_400.0
 
     def _folders(self) -> Iterator[tuple[Path, RepoId]]:
         """The folders of every commit, variants and source trees, with the repository they are of."""
