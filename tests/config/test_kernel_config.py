@@ -21,7 +21,9 @@ from kernelhub import (
     kernel_report,
     register_kernel_mapping,
     unkernelize,
+    use_kernel_forward_from_hub,
 )
+from kernelhub.errors import KernelHubWarning
 
 NORM = "kernelhub/norm:RMSNorm"
 V1 = LayerRepository("kernelhub/norm", layer_name="RMSNorm", version=1)
@@ -259,6 +261,12 @@ def test_a_drive_letter_is_no_layer(model: nn.Module) -> None:
     config = KernelConfig({"RMSNorm": r"C:\kernels\norm:RMSNorm"}, use_local_kernel=True)
     (repository,) = config.create_compatible_mapping(model)["RMSNorm"]["cpu"].values()
     assert repository == LocalLayerRepository(Path(r"C:\kernels\norm"), layer_name="RMSNorm")
+
+
+def test_a_kernel_for_other_devices_is_named_where_there_is_none_for_the_layer_s() -> None:
+    model = nn.Sequential(use_kernel_forward_from_hub("Elsewhere")(type("Elsewhere", (nn.Linear,), {}))(4, 4)).eval()
+    with pytest.warns(KernelHubWarning, match=r"no kernel is registered for Elsewhere on cpu \(only cuda\)$"):
+        KernelConfig({"Elsewhere": {"cuda": "org/repo:Layer"}}).apply(model)
 
 
 def test_update_kernel_adds_devices_and_modes(model: nn.Module) -> None:

@@ -155,7 +155,9 @@ class KernelConfig:
         wanted = _mode(model, compile) if mode is None else (mode | Mode.TORCH_COMPILE if compile else mode)
         serving(wanted)
         self.sanitize_kernel_mapping(model)
-        mapping = self._create(model, wanted)
+        self._create(model, wanted)
+        # Those for other devices too: where there is none for a layer's, the reason says for which there are.
+        mapping = _nested(self._read().kernels, _devices(model), wanted, others=True)
         with use_kernel_mapping(mapping, inherit_mapping=self.inherit_mapping):
             return kernelize(model, mode=wanted, **kernelize_options)
 
@@ -340,7 +342,8 @@ def _devices(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(device_type(device) for device in all_devices if device.type != "meta"))
 
 
-def _nested(kernels: list[Kernel], devices: list[str], mode: Mode) -> dict[str, Any]:
+def _nested(kernels: list[Kernel], devices: list[str], mode: Mode, *, others: bool = False) -> dict[str, Any]:
+    """The kernels by name, device and mode, for these devices; with `others` those written for other devices too."""
     nested: dict[Any, dict[str, dict[Mode, Any]]] = {}
     for kernel in kernels:
         if kernel.device is None and not devices:
@@ -350,7 +353,7 @@ def _nested(kernels: list[Kernel], devices: list[str], mode: Mode) -> dict[str, 
             )
         wanted = devices if kernel.device is None else [kernel.device]
         for device in wanted:
-            if device in devices or not devices:
+            if others or device in devices or not devices:
                 named = kernel.repositories if kernel.others else kernel.repository
                 nested.setdefault(kernel.name, {}).setdefault(device, {})[kernel.mode or mode] = named
     return nested
