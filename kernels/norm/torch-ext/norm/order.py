@@ -22,20 +22,20 @@ def other_order(x: Tensor, *others: Tensor | None) -> tuple[int, ...] | None:
     """
     if x.is_contiguous() or type(x) not in _PLAIN or any(y is not None and y.shape != x.shape for y in others):
         return None
-    strides = x.stride()
-    counted = [dim for dim in range(x.dim()) if x.shape[dim] > 1 and strides[dim] > 0]
-    lie: list[int] = []
-    for dim in counted:  # Dynamo sorts no strides that it does not know
-        place = len(lie)
-        while place > 0 and strides[lie[place - 1]] < strides[dim]:
-            place -= 1
-        lie.insert(place, dim)
-    if lie == counted:
-        return None
-    order = list(range(x.dim()))
-    for place, dim in zip(counted, lie, strict=True):
-        order[place] = dim
-    return tuple(order)
+    strides, sizes = x.stride(), x.shape
+    found = [*reversed(range(x.dim()))]
+    for dim in range(1, x.dim()):  # as PyTorch's iterator sorts: what is expanded says nothing of its place
+        at = dim
+        for before in reversed(range(dim)):
+            left, right = found[before], found[at]
+            if strides[left] == 0 or strides[right] == 0:
+                continue
+            if strides[left] < strides[right]:
+                break
+            if strides[left] > strides[right] or sizes[left] > sizes[right]:
+                found[before], found[at], at = right, left, before
+    order = tuple(reversed(found))
+    return None if order == tuple(range(x.dim())) else order
 
 
 def in_order(order: tuple[int, ...], by_rows: bool, compute: Callable[..., Any], *operands: Tensor | None) -> Any:
