@@ -374,8 +374,8 @@ def test_an_install_that_is_interrupted_at_its_last_step_is_whole(bundle, make_h
     assert [(str(repo), ref) for repo, ref, _ in installed(store)] == [("org/base", "v1"), ("org/top", "v1")]
 
 
-@pytest.mark.parametrize("end", ["install", "prune"])
-def test_what_a_killed_install_left_is_ended_by_the_next_one_and_by_prune(bundle, make_hub, kernelhub, end):
+@pytest.mark.parametrize("end", ["install", "prune", "load", "list"])
+def test_what_a_killed_install_left_is_ended_by_whoever_comes_next(bundle, make_hub, kernelhub, end):
     store = make_hub().store
     install(bundle, store)
     folder = store.root / "bundles"
@@ -386,6 +386,10 @@ def test_what_a_killed_install_left_is_ended_by_the_next_one_and_by_prune(bundle
     write_files(staging, {"blobs/sha256/half": b"x" * 1000})
     if end == "install":
         install(bundle, store)
+    elif end == "load":
+        assert make_hub(offline=True).load(KernelRef(BASE, Version(1)), trust_remote_code=True).module.VALUE == 1
+    elif end == "list":
+        assert len(installed(store)) == 2
     else:
         assert "1000 B" in kernelhub("cache", "prune", store="inside")[1]
     assert ref.read_text().strip() == commit

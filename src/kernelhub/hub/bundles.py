@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from kernelhub.core.lockfile import LockedKernel, LockFile
 from kernelhub.core.manifest import Manifest, ManifestDocument, RefFile
 from kernelhub.core.refs import RepoId
-from kernelhub.errors import IntegrityError, InvalidMetadata, InvalidReference, context
+from kernelhub.errors import IntegrityError, InvalidMetadata, InvalidReference, StoreError, context
 from kernelhub.hub.addresses import BUNDLES
 from kernelhub.hub.files import LocalFiles
 from kernelhub.hub.sources.base import BENCHMARKS, SOURCE, UNAVAILABLE, Progress
@@ -107,6 +107,7 @@ def _check_kernel(source: BundleSource, kernel: LockedKernel, commit: str, progr
 
 def installed(store: Store) -> list[tuple[RepoId, str, str]]:
     """What bundles brought: repository, version or revision, commit."""
+    settle(store)
     folder = store.root / BUNDLES
     source = BundleSource(str(folder), str)
     repos = [repo_named("/".join(path.parts[-3:-1])) for path in sorted(folder.glob("*/*/commits/"))]
@@ -164,13 +165,21 @@ def changing(store: Store) -> Iterator[Path]:
         yield folder
 
 
+def settle(store: Store) -> None:
+    """End what a killed process had begun, before anybody reads half of it. A store that cannot be written stays as it is."""
+    if (store.root / BUNDLES / _REFS).exists():
+        with suppress(StoreError), changing(store):
+            pass
+
+
 def tidy(store: Store) -> int:
     """Remove what killed processes left of bundles; the bytes freed."""
     left = (path.stat().st_size for path in (store.root / BUNDLES).glob(f"{STAGING}*/**/*") if path.is_file())
     freed = sum(left)
-    if freed or (store.root / BUNDLES / _REFS).exists():
+    if freed:
         with changing(store):
             pass
+    settle(store)
     return freed
 
 

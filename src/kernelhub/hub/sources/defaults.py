@@ -12,6 +12,7 @@ from kernelhub.hub.sources.base import Source
 from kernelhub.hub.sources.deferred import Deferred
 from kernelhub.hub.sources.local import local_source
 from kernelhub.hub.sources.project import Building, ProjectSource
+from kernelhub.hub.store import Store
 from kernelhub.hub.telemetry import UserAgent, user_agent
 from kernelhub.settings import Settings
 
@@ -33,8 +34,10 @@ def default_sources(settings: Settings, agent: UserAgent = None) -> list[Source]
         return LayoutSource(url, header)
 
     def bundle(folder: Path, *, claims: bool) -> Source:
+        from kernelhub.hub.bundles import settle
         from kernelhub.hub.sources.bundle import BundleSource
 
+        settle(Store(settings.cache_folder))
         return BundleSource(str(folder), header, claims=claims)
 
     def hugging_face() -> Source:
