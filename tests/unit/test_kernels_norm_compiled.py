@@ -265,6 +265,18 @@ def test_compiled_the_results_lie_as_the_models_own(norm: ModuleType, layer: str
             assert got.stride() == expected.stride() == x.stride()
 
 
+def test_compiled_sizes_that_only_the_data_tell_are_taken(norm: ModuleType) -> None:
+    torch._dynamo.reset()
+    weight, x, mask = torch.randn(8), torch.randn(6, 8), torch.tensor([1, 0, 1, 1, 0, 1]).bool()
+
+    def chosen(x: Tensor, mask: Tensor) -> Tensor:
+        return norm.rms_norm(x[mask].view(-1, 2, 8).transpose(0, 1), weight)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(chosen, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, mask), chosen(x, mask))
+
+
 @pytest.mark.parametrize("layer", ALL)
 def test_no_gradient_is_lost_and_expanded_ones_are_read_right(norm: ModuleType, layer: str) -> None:
     original, kernelized = pair(norm, layer, 96, torch.float32)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 __all__ = ["in_order", "other_order"]
 
@@ -20,7 +21,14 @@ def other_order(x: Tensor, *others: Tensor | None) -> tuple[int, ...] | None:
 
     None too for subclasses, and where one of the others has another shape.
     """
-    if x.is_contiguous() or type(x) not in _PLAIN or any(y is not None and y.shape != x.shape for y in others):
+    if type(x) not in _PLAIN or any(y is not None and y.shape != x.shape for y in others):
+        return None
+    sure: Callable[[Any], bool] = bool
+    if is_dynamo_compiling():  # of sizes that only the data tell nothing is sure
+        from torch.fx.experimental import symbolic_shapes
+
+        sure = getattr(symbolic_shapes, "guard_or_false", bool)
+    elif x.is_contiguous():
         return None
     strides, sizes = x.stride(), x.shape
     found = [*reversed(range(x.dim()))]
@@ -28,12 +36,13 @@ def other_order(x: Tensor, *others: Tensor | None) -> tuple[int, ...] | None:
         at = dim
         for before in reversed(range(dim)):
             left, right = found[before], found[at]
-            if strides[left] == 0 or strides[right] == 0:
+            if sure(strides[left] == 0) or sure(strides[right] == 0):
                 continue
-            if strides[left] < strides[right]:
-                break
-            if strides[left] > strides[right] or sizes[left] > sizes[right]:
+            same = sure(strides[left] == strides[right])
+            if sure(strides[left] > strides[right]) or (same and sure(sizes[left] > sizes[right])):
                 found[before], found[at], at = right, left, before
+            elif not same:
+                break
     order = tuple(reversed(found))
     return None if order == tuple(range(x.dim())) else order
 
