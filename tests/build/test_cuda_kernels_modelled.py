@@ -541,7 +541,7 @@ def test_mistakes_show(programs: Programs, kernel: str, source: str, old: str, n
 
 def test_a_sum_in_the_half_that_is_read_shows(sanitizing: Programs) -> None:
     program = sanitizing.planted(
-        "norm", "turn ^= KIND == LAYER ? 0 : 1;\n    each([&](int k,", "each([&](int k,", "rms_backward", sanitize=True
+        "norm", "turn ^= 1;\n    });\n    each([&](int k,", "});\n    each([&](int k,", "rms_backward", sanitize=True
     )
     done = run(program, "any bfloat16 41 512 1 normal rms_backward")
     assert done.returncode == RACE, done.stderr[:8000]

@@ -11,17 +11,6 @@ __device__ __forceinline__ float doubled_argument(float x) {
   return 1.5957691216057308f * fmaf(0.044715f * x * x, x, x);
 }
 
-// e**x and a / b: in 16 bits by what the GPU has instructions for, a tenth as long, whose error of 2**-21 or so decides how
-// one of 4,000 values is rounded.
-template <typename T>
-__device__ __forceinline__ float exponential(float x) {
-  return sizeof(T) == 4 ? expf(x) : __expf(x);
-}
-template <typename T>
-__device__ __forceinline__ float over(float a, float b) {
-  return sizeof(T) == 4 ? a / b : __fdividef(a, b);
-}
-
 // Rounded to T where models' own code rounds in between, which only that of the quick GELU does.
 template <typename T, int FUNCTION>
 __device__ __forceinline__ float value(float x) {

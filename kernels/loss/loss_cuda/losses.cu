@@ -27,18 +27,6 @@ __device__ __forceinline__ Gradient gradient_of(const LossArgs& args, float most
   return of;
 }
 
-// e**x for a row's elements: 16-bit ones by the GPU's own 2**x, whose results below the least normal number are 0.
-template <typename T>
-__device__ __forceinline__ float exponential(float x) {
-  if constexpr (sizeof(T) == 4) {
-    return expf(x);
-  } else {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
-    return y;
-  }
-}
-
 // The largest element; NaNs are passed over, they show in the sum.
 template <typename T, int V>
 __device__ __forceinline__ float most_of(const Pack<T, V>& x) {

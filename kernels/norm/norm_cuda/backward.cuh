@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 
 #include "launch.h"
 #include "math.cuh"
@@ -22,10 +23,11 @@ struct Found {
 };
 
 // One pack of a row, widened: x as it is normalised (with the gate in it, where that comes first), g, and what the weight
-// is multiplied with to give g (grad, or grad times the gate).
+// is multiplied with to give g (grad, or grad times the gate); and the gate.
 template <int V>
 struct Part {
   float x[V], g[V], by[V];
+  Gated gate[V];
 };
 
 template <typename T, int V, Kind KIND>
@@ -41,10 +43,11 @@ __device__ __forceinline__ Part<V> part(
     unpack(gate, z);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
+      of.gate[v] = gate_of<T>(args.gate, z[v]);
       if (args.gate == SILU_FIRST) {
-        of.x[v] *= gate_value(SILU, z[v]);
+        of.x[v] *= of.gate[v].value;
       } else {
-        of.by[v] *= gate_value(args.gate, z[v]);
+        of.by[v] *= of.gate[v].value;
       }
     }
   }
@@ -55,63 +58,58 @@ __device__ __forceinline__ Part<V> part(
   return of;
 }
 
+// What is added up over a row: the squares of x and g * x; for a layer norm, about a mean, x, its squares, g and g * x.
+template <Kind KIND>
+constexpr int ROW_SUMS = KIND == LAYER ? 4 : 2;
+
 template <Kind KIND, int V>
-__device__ __forceinline__ void add_first(const Part<V>& of, float (&sums)[2]) {
+__device__ __forceinline__ void add(const Part<V>& of, float mean, float (&sums)[ROW_SUMS<KIND>]) {
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    sums[0] += KIND == LAYER ? of.x[v] : of.x[v] * of.x[v];
-    sums[1] += KIND == LAYER ? of.g[v] : of.g[v] * of.x[v];
-  }
-}
-template <int V>
-__device__ __forceinline__ void add_second(const Part<V>& of, float mean, float (&sums)[2]) {
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const float away = of.x[v] - mean;
-    sums[0] += away * away;
-    sums[1] += of.g[v] * away;
-  }
-}
-
-// One sum where the others are two: a row's place in shared memory depends on how many there are, and other rows may be at theirs.
-template <int V>
-__device__ __forceinline__ void add_third(const Part<V>& of, float mean, float (&sums)[2]) {
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    sums[0] += of.x[v] - mean;
+    if constexpr (KIND == LAYER) {
+      const float x = of.x[v] - mean;
+      sums[0] += x;
+      sums[1] = fmaf(x, x, sums[1]);
+      sums[2] += of.g[v];
+      sums[3] = fmaf(of.g[v], x, sums[3]);
+    } else {
+      sums[0] += of.x[v] * of.x[v];
+      sums[1] += of.g[v] * of.x[v];
+    }
   }
 }
 
-// From the sums over the row; a layer norm asks for the second sums, which need the first. Where the mean is more than FAR times
-// the deviation, which is seldom, its own rounding shows beside that: it is the mean of the differences, the third sum, and is
-// taken back, as in the forward.
-template <Kind KIND, typename Second, typename Third>
-__device__ __forceinline__ Found find(
-    const BackwardArgs& args, const float (&first)[2], const Second& second, const Third& third) {
-  constexpr float FAR = 8.0f;
+// From the sums over the row, for which `about` asks: about zero, and of a layer norm about the mean once more in float32, or
+// where the mean is more than FAR times the deviation. In 16 bits that is seldom; nearer by, the differences of the sums about
+// zero have lost at most FAR**2 of their precision (see `layer_rows`). The mean's own rounding, which shows where it is far, is
+// the mean of the differences, and is taken back.
+template <typename T, Kind KIND, typename About>
+__device__ __forceinline__ Found find(const BackwardArgs& args, const About& about) {
   Found found{};
+  float sums[ROW_SUMS<KIND>] = {};
+  about(0.0f, sums);
   if constexpr (KIND == LAYER) {
-    found.mean = first[0] * args.inverse;
-    float sums[2] = {};
-    second(found.mean, sums);
-    float variance = sums[0] * args.inverse;
-    const bool far = found.mean * found.mean > FAR * FAR * variance;
+    constexpr float FAR = 8.0f;
+    float off = sums[0] * args.inverse, variance = fmaf(-off, off, sums[1] * args.inverse);
+    found.mean = off;
+    // also where the squares are not finite
+    const bool far = sizeof(T) == 4 || !(off * off <= FAR * FAR * variance && variance <= FLT_MAX);
     if (__any_sync(0xffffffffu, far)) { // a warp may have several rows: each goes by its own
-      float away[2] = {};
-      third(found.mean, away);
+      float again[4] = {};
+      about(found.mean, again);
       if (far) {
-        const float off = away[0] * args.inverse;
+        off = again[0] * args.inverse;
         found.mean += off;
-        sums[1] -= off * first[1];
-        variance = fmaxf(fmaf(-off, off, variance), 0.0f);
+        variance = fmaxf(fmaf(-off, off, again[1] * args.inverse), 0.0f);
+        sums[3] = again[3];
       }
     }
     found.scale = rsqrtf(variance + args.eps);
-    found.back = sums[1] * found.scale * args.inverse;
-    found.constant = first[1] * args.inverse;
+    found.back = fmaf(-off, sums[2], sums[3]) * found.scale * args.inverse;
+    found.constant = sums[2] * args.inverse;
   } else {
-    found.scale = rsqrtf(first[0] * args.inverse + args.eps);
-    found.back = first[1] * found.scale * args.inverse;
+    found.scale = rsqrtf(sums[0] * args.inverse + args.eps);
+    found.back = sums[1] * found.scale * args.inverse;
   }
   return found;
 }
@@ -136,21 +134,20 @@ __device__ __forceinline__ void finish(
     }
   }
   if constexpr (KIND == GATED) {
-    float z[V], gate_grad[V], a[V], b[V];
-    unpack(other, z);
+    float gate_grad[V], a[V], b[V];
     if (args.gate == SILU_FIRST) {
       unpack(x, a);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        gate_grad[v] = to[v] * a[v] * gate_slope(SILU, z[v]);
-        to[v] *= gate_value(SILU, z[v]);
+        gate_grad[v] = to[v] * a[v] * of.gate[v].slope;
+        to[v] *= of.gate[v].value;
       }
     } else {
       unpack(grad, a);
       unpack(weight, b);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        gate_grad[v] = a[v] * (of.x[v] * found.scale) * (b[v] + args.offset) * gate_slope(args.gate, z[v]);
+        gate_grad[v] = a[v] * (of.x[v] * found.scale) * (b[v] + args.offset) * of.gate[v].slope;
       }
     }
     store<T, V>(args.gate_grad, at, gate_grad);
@@ -159,6 +156,7 @@ __device__ __forceinline__ void finish(
 }
 
 constexpr int BACKWARD_THREADS = 512;
+constexpr int SUMS_BYTES = 2 * SHARED<4> * sizeof(float); // of shared memory, at most
 
 template <Kind KIND>
 constexpr int ARRAYS = KIND == ADD || KIND == GATED ? 3 : 2; // what is read of each row: x, grad, the other operand
@@ -170,7 +168,7 @@ constexpr int ARRAYS = KIND == ADD || KIND == GATED ? 3 : 2; // what is read of 
 template <typename T, int V, int EACH, Kind KIND, int STAGES>
 __global__ void __launch_bounds__(BACKWARD_THREADS) backward_rows(const __grid_constant__ BackwardArgs args) {
   constexpr int SUMS = KIND == LAYER ? 2 : 1;
-  __shared__ __align__(16) float shared[2][SHARED<2>];
+  __shared__ __align__(16) float shared[2][SHARED<ROW_SUMS<KIND>>];
   extern __shared__ uint4 ring[];
   wait_for_input();
   const Team<15> team;
@@ -231,20 +229,11 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_rows(const __grid_c
         }
       }
     };
-    float totals[2] = {};
-    each([&](int, int, const Part<V>& of, const auto&...) { add_first<KIND>(of, totals); });
-    team.sum(totals, shared[turn]);
-    const auto second = [&](float mean, float (&sums)[2]) {
-      each([&](int, int, const Part<V>& of, const auto&...) { add_second(of, mean, sums); });
-      team.sum(sums, shared[turn ^ 1]);
-    };
-    const auto third = [&](float mean, float (&sums)[2]) {
-      each([&](int, int, const Part<V>& of, const auto&...) { add_third(of, mean, sums); });
+    const Found found = find<T, KIND>(args, [&](float mean, auto& sums) {
+      each([&](int, int, const Part<V>& of, const auto&...) { add<KIND>(of, mean, sums); });
       team.sum(sums, shared[turn]);
       turn ^= 1;
-    };
-    const Found found = find<KIND>(args, totals, second, third);
-    turn ^= KIND == LAYER ? 0 : 1;
+    });
     each([&](int k, int i, const Part<V>& of, const Pack<T, V>& grad, const Pack<T, V>& x, const Pack<T, V>& other) {
       finish<T, V, KIND>(args, row * count + i, found, of, grad, x, other, weight[k]);
 #pragma unroll
@@ -296,7 +285,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_rows(const __grid_c
 // Rows of any length and alignment: the input's gradient, and the statistics for `backward_columns`.
 template <typename T, int V, Kind KIND>
 __global__ void __launch_bounds__(1024) backward_long_rows(const __grid_constant__ BackwardArgs args) {
-  __shared__ __align__(16) float shared[2][SHARED<2>];
+  __shared__ __align__(16) float shared[2][SHARED<ROW_SUMS<KIND>>];
   wait_for_input();
   const Team<15> team;
   const int64_t count = args.n / V;
@@ -320,20 +309,11 @@ __global__ void __launch_bounds__(1024) backward_long_rows(const __grid_constant
         use(i, part<T, V, KIND>(args, grad, x, other, weight), grad, x, other, weight);
       }
     };
-    float totals[2] = {};
-    each([&](int64_t, const Part<V>& of, const auto&...) { add_first<KIND>(of, totals); });
-    team.sum(totals, shared[turn]);
-    const auto second = [&](float mean, float (&sums)[2]) {
-      each([&](int64_t, const Part<V>& of, const auto&...) { add_second(of, mean, sums); });
-      team.sum(sums, shared[turn ^ 1]);
-    };
-    const auto third = [&](float mean, float (&sums)[2]) {
-      each([&](int64_t, const Part<V>& of, const auto&...) { add_third(of, mean, sums); });
+    const Found found = find<T, KIND>(args, [&](float mean, auto& sums) {
+      each([&](int64_t, const Part<V>& of, const auto&...) { add<KIND>(of, mean, sums); });
       team.sum(sums, shared[turn]);
       turn ^= 1;
-    };
-    const Found found = find<KIND>(args, totals, second, third);
-    turn ^= KIND == LAYER ? 0 : 1;
+    });
     each([&](int64_t i, const Part<V>& of, const auto&... packs) {
       finish<T, V, KIND>(args, row * count + i, found, of, packs...);
     });
@@ -398,7 +378,7 @@ cudaError_t run_rows(const BackwardArgs& args, const BackwardPlan& plan, const D
   const auto kernel = backward_rows<T, WIDE<T>, EACH, KIND, STAGES>;
   const uint64_t bit = uint64_t{1} << device.index;
   if ((allowed.load(std::memory_order_relaxed) & bit) == 0) {
-    const int most = std::min(device.shared - 1024, ring_bytes(KIND, EACH, STAGES) * BACKWARD_THREADS); // 1 KB is the sums' own
+    const int most = std::min(device.shared - SUMS_BYTES, ring_bytes(KIND, EACH, STAGES) * BACKWARD_THREADS);
     if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) {
       return error;
     }

@@ -21,7 +21,7 @@ struct Team {
   // running.
   template <int K>
   __device__ __forceinline__ void sum(float (&of)[K], float* shared) const {
-    static_assert(K == 1 || K == 2);
+    static_assert(K == 1 || K == 2 || K == 4);
     if (LEAST <= 32 && across <= 32) {
 #pragma unroll
       for (int offset = 16; offset > 0; offset >>= 1) {
@@ -53,21 +53,31 @@ struct Team {
   template <int PLACES, int K>
   __device__ __forceinline__ void by_warps(float (&of)[K], float* shared) const {
     const unsigned within = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    // Of two sums one half of the warp adds up the first, the other the second: 6 shuffles, not 10.
-    constexpr unsigned HALF = 32 / K;
-    const unsigned mine = within / HALF, place = warp + within % HALF * warps;
-    float total = of[0];
-    if constexpr (K == 2) {
-      const float kept = mine == 0 ? of[0] : of[1], given = mine == 0 ? of[1] : of[0];
-      total = kept + __shfl_xor_sync(0xffffffffu, given, 16);
+    // Each of K groups of a warp's threads adds up a sum of its own: of two by 5 shuffles, not 10, of four by 6, not 20.
+    constexpr unsigned GROUP = 32 / K;
+    const unsigned mine = within / GROUP, place = warp + within % GROUP * warps;
+    float left[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      left[k] = of[k];
     }
 #pragma unroll
-    for (int offset = HALF / 2; offset > 0; offset >>= 1) {
+    for (int sums = K / 2, offset = 16; sums > 0; sums /= 2, offset /= 2) {
+      const bool upper = (within & offset) != 0;
+#pragma unroll
+      for (int k = 0; k < sums; ++k) {
+        const float kept = upper ? left[k + sums] : left[k], given = upper ? left[k] : left[k + sums];
+        left[k] = kept + __shfl_xor_sync(0xffffffffu, given, offset);
+      }
+    }
+    float total = left[0];
+#pragma unroll
+    for (int offset = GROUP / 2; offset > 0; offset >>= 1) {
       total += __shfl_xor_sync(0xffffffffu, total, offset);
     }
     float* const row = shared + threadIdx.y * (K * PLACES);
     if (place < PLACES) {
-      row[mine * PLACES + place] = within % HALF == 0 ? total : 0.0f;
+      row[mine * PLACES + place] = within % GROUP == 0 ? total : 0.0f;
     }
     wait();
     if constexpr (PLACES <= 16) { // at once by every thread: sooner there than by shuffles

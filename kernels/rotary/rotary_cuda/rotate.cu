@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(IN_ORDER, RESIDENT / IN_ORDER) rotate_in_order
   const bool turns = i < args.turned, low = i < half; // what is not turned reads on, itself and the first of cos and sin
   const int across = !turns ? 0 : low ? half : -half, here = !turns ? 0 : args.paired && !low ? i - half : i;
   const Pack<T, V> other = load<T, V>(from, across);
-  const Pack<T, V> cos = load<T, V>(args.cos, batch * args.cos_batch + token * args.cos_token + here);
-  const Pack<T, V> sin = load<T, V>(
+  const Pack<T, V> cos = load_hinted<T, V, false>(args.cos, batch * args.cos_batch + token * args.cos_token + here);
+  const Pack<T, V> sin = load_hinted<T, V, false>(
       args.sin, batch * args.sin_batch + token * args.sin_token + (args.crossed ? here + across : here));
   const uint32_t sign = low ? args.low_sign : args.high_sign;
   Pack<T, V> y;
