@@ -139,6 +139,18 @@ def test_norms(triton: dict[str, ModuleType], pytorch: dict[str, ModuleType], na
         assert_as_near(triton["norm"], pytorch["norm"], name, operands)
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_without_an_eps_the_places_of_rows_that_there_are_not_add_nothing(
+    triton: dict[str, ModuleType], name: str
+) -> None:
+    """A program's tile is of more rows than there are, and nothing over nothing is not a number."""
+    x, weight, bias = (of.requires_grad_() for of in norm_operands("layer_norm", 5, 7, torch.float32))
+    rows = [weight, bias] if name == "layer_norm" else [weight]
+    y = getattr(triton["norm"], name)(x, *rows, 0.0)
+    for grad in torch.autograd.grad(y.sum(), [x, *rows]):
+        assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["rms_norm", "rms_norm_gated", "add_rms_norm", "layer_norm"])
 def test_long_rows_in_steps(
     triton: dict[str, ModuleType], pytorch: dict[str, ModuleType], name: str, monkeypatch: pytest.MonkeyPatch

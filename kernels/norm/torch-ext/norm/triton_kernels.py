@@ -271,12 +271,51 @@ def _gradients(
     return to, gate_grad
 
 
+@triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _add_four(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _layer_sums(x, g, inside, n, T: tl.constexpr):
+    """Of rows: mean, variance, the sum of g * (x - mean), and the mean of g, all from sums about zero.
+
+    In float32, or where a mean is more than 8 times the deviation, from sums about that mean: nearer by, those about zero have
+    lost at most 64 times their rounding, which 16 bits do not show. What the mean's own rounding was is taken back then.
+    """
+    sums, squares, gs, products = tl.reduce((x, x * x, g, g * x), 1, _add_four)
+    sums, squares, gs, products = sums[:, None] / n, squares[:, None] / n, gs[:, None], products[:, None]
+    mean, variance, product = sums, squares - sums * sums, products - sums * gs
+    near = (mean * mean <= 64.0 * variance) & (variance <= 3.4e38)  # not where the squares are infinite
+    if T == tl.float32:
+        near = near & False
+    if tl.min(near.to(tl.int32)) == 0:
+        away = tl.where(inside, x - mean, 0.0)
+        sums, squares, products = tl.reduce((away, away * away, g * away), 1, _add_three)
+        sums, squares, products = sums[:, None] / n, squares[:, None] / n, products[:, None]
+        variance = tl.where(near, variance, tl.maximum(squares - sums * sums, 0.0))
+        product = tl.where(near, product, products - sums * gs)
+        mean = tl.where(near, mean, mean + sums)
+    return mean, variance, product, gs / n
+
+
 @triton.jit(do_not_specialize=["rows"])
 def backward_rows(
     grad_ptr, x_ptr, other_ptr, weight_ptr, x_grad_ptr, gate_grad_ptr, weight_sums_ptr, bias_sums_ptr,
     rows, n, grad_stride, x_stride, other_stride, eps,
     FORM: tl.constexpr, KIND: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr,
     NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs that go through rows, BLOCK_R at a time, and each write a row of their sums for weight and bias."""
     T: tl.constexpr = x_grad_ptr.dtype.element_ty
@@ -286,27 +325,28 @@ def backward_rows(
         w = _factor(tl.load(weight_ptr + column, mask=column < n, other=0.0), FORM)
     weight_sums = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     bias_sums = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         inside = (row < rows) & (column < n)
-        x_at = x_ptr + row * x_stride + column
-        x = tl.load(x_at, mask=inside, other=0.0)
+        x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
         grad = tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0)
         other = x
         if KIND == _ADD or KIND == _GATED:
             other = tl.load(other_ptr + row * other_stride + column, mask=inside, other=0.0)
         of, by = _part(grad, x, other, KIND, GATE, T)
         g = by * w
+        constant = 0.0
         if KIND == _LAYER:
-            of, variance = _away(of, x_at, inside, n)
+            mean, variance, product, constant = _layer_sums(of, g, inside, n, T)
+            of = of - mean
         else:
-            variance = tl.sum(of * of, 1)[:, None] / n
-        scale = tl.rsqrt(variance + tl.cast(eps, tl.float32))
+            squares, products = tl.reduce((of * of, g * of), 1, _add_two)
+            variance, product = squares[:, None] / n, products[:, None]
+        # Of a row that there is not, which without an eps would be infinitely many times zero.
+        scale = tl.where(row < rows, tl.rsqrt(variance + tl.cast(eps, tl.float32)), 0.0)
         h = of * scale
-        to = g - h * (tl.sum(g * h, 1)[:, None] / n)
-        if KIND == _LAYER:
-            to = to - tl.sum(g, 1)[:, None] / n
-        to, gate_grad = _gradients(to * scale, x, grad, other, h, w, KIND, GATE, T)
+        to = (g - constant - h * (product * scale / n)) * scale
+        to, gate_grad = _gradients(to, x, grad, other, h, w, KIND, GATE, T)
         at = row * n + column
         tl.store(x_grad_ptr + at, to.to(T), mask=inside)
         if KIND == _GATED:

@@ -6,6 +6,7 @@ How many rows a program has and how many warps is fixed by the length of a row, 
 # Without postponed annotations: PyTorch reads the ops' schemas from them.
 # ruff: noqa: ARG005  (what the ops are given and what decides on the shapes is not the same)
 
+import functools
 from typing import Any
 
 import torch
@@ -21,10 +22,14 @@ _ADD, _GATED, _LAYER = 1, 2, 3
 _ZERO_CENTERED = 2
 
 # Elements of a row that one program has in registers; longer ones are read twice, in steps of _STEP.
-_LONGEST, _LONGEST_BACKWARD, _STEP = 32768, 16384, 4096
+# Of a gated norm's backward, in whose registers two rows more are, 14336 take 5.1 ms as a whole (4096 rows) and 0.3 in steps.
+_LONGEST, _LONGEST_BACKWARD, _LONGEST_GATED, _STEP = 32768, 16384, 8192, 4096
 # The most warps of a program: a row of 16384 takes 67 us with 16 or 8 on an H200 (4096 rows), 90 with 32. Backwards, where a
 # thread has more to hold, rows above 8192 take 170 us with 8 and 175 with 16, a layer norm's 278 and 322.
 _WARPS, _WARPS_BACKWARD = 16, 8
+# Bytes of shared memory for a backward's rows to come, which any GPU since compute capability 8.0 has.
+_AHEAD = 96 << 10
+_SHORT = 256
 
 
 def _block(n: int) -> int:
@@ -36,6 +41,26 @@ def _tile(n: int) -> dict[str, int]:
     block = _block(n)
     rows = max(1, 1024 // block)
     return {"BLOCK_R": rows, "BLOCK_N": block, "num_warps": min(max(rows * block // 512, 4), _WARPS)}
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":  # Triton's interpreter
+        return 8
+    return getattr(torch.get_device_module(device).get_device_properties(device), "multi_processor_count", 128)
+
+
+def _stages(x: Tensor, tile: dict[str, int], arrays: int) -> int:
+    """How many tiles of a backward are on their way at once, those to come in shared memory; of two no use was seen.
+
+    By what an H200 was fastest with: 8192 x 4096 takes 58 us with 4, 69 with 1, but 4096 x 16384 198 and 164. Short rows are
+    slower with any (262144 x 128: 106 with 3, 64 with 1).
+    """
+    block, elements = tile["BLOCK_N"], tile["BLOCK_R"] * tile["BLOCK_N"]
+    if block <= _SHORT or elements > 8192 or torch.version.cuda is None:
+        return 1
+    room = _AHEAD // (arrays * elements * x.element_size())
+    return 1 if room < 2 else min(1 + room, 4 if 1024 < elements <= 4096 else 3)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, Any]:
@@ -110,17 +135,20 @@ def _backward(
     other, other_stride = (x, x_stride) if other is None else _rows(other)
     weights = x if weight is None else weight.contiguous()
     options = {"KIND": kind, "GATE": gate}
-    tile = _tile(min(n, 1024) if n > _LONGEST_BACKWARD else n)
+    longest = min(_LONGEST_BACKWARD, _LONGEST_GATED) if kind == _GATED else _LONGEST_BACKWARD
+    tile = _tile(min(n, 1024) if n > longest else n)
     if tile["BLOCK_N"] > 8192:
         tile["num_warps"] = _WARPS_BACKWARD
     # Programs that are on the GPU at the same time; each adds up its rows, in their order, and PyTorch the programs.
-    parts = torch.sym_min(_cdiv(rows, tile["BLOCK_R"]), 512 if n <= 2048 else 64 if n > _LONGEST_BACKWARD else 256)
+    computes = kind in (_GATED, _LAYER)  # enough for few programs to keep a multiprocessor busy
+    each = (4 if computes and n <= _SHORT else 8) if n <= 1024 else 2 if n <= 2048 else 1
+    parts = torch.sym_min(_cdiv(rows, tile["BLOCK_R"]), 64 if n > longest else each * _multiprocessors(device))
     weight_sums, bias_sums = (
         torch.empty((parts if needed else 0, n), dtype=torch.float32, device=device)
         for needed in (needs_weight, needs_bias)
     )
     needs = {"NEEDS_WEIGHT": needs_weight, "NEEDS_BIAS": needs_bias}
-    if n > _LONGEST_BACKWARD:
+    if n > longest:
         found = torch.empty((rows, 2), dtype=torch.float32, device=device)
         launch(
             kernels.backward_long_rows, rows, x, grad, x, other, weights, x_grad, gate_grad, found,
@@ -136,7 +164,7 @@ def _backward(
         launch(
             kernels.backward_rows, parts, x, grad, x, other, weights, x_grad, gate_grad, weight_sums, bias_sums,
             rows, n, grad_stride, x_stride, other_stride, eps,
-            FORM=form, WEIGHT=weight is not None, **options, **needs, **tile,
+            FORM=form, WEIGHT=weight is not None, STAGES=_stages(x, tile, 2 if kind in (0, _LAYER) else 3), **options, **needs, **tile,
         )  # fmt: skip
     weight_grad, bias_grad = (
         sums.sum(0).to(dtype) if needed else torch.empty(0, dtype=dtype, device=device)
