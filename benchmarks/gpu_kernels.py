@@ -183,12 +183,15 @@ def eager_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rms_norm(peers: Peers, norm: Kernels, rows: int, width: int) -> dict[str, Way]:
-    x, w = randn(rows, width), randn(width)
+def operands(rows: int, width: int, weights: int) -> list[Tensor]:
+    return [randn(rows, width), *(randn(width) for _ in range(weights))]
+
+
+def rms_norm(peers: Peers, norm: Kernels, x: Tensor, w: Tensor) -> dict[str, Way]:
     compiled = torch.compile(eager_rms)
     ways: dict[str, Way] = {
         "eager": lambda: eager_rms(x, w, 1e-6),
-        "F": lambda: F.rms_norm(x, (width,), w, 1e-6),
+        "F": lambda: F.rms_norm(x, w.shape, w, 1e-6),
         "compile": lambda: compiled(x, w, 1e-6),
         "ours": lambda: norm.compiled.rms_norm(x, w, 1e-6),
         "triton": lambda: norm.noarch.rms_norm(x, w, 1e-6),
@@ -200,24 +203,28 @@ def rms_norm(peers: Peers, norm: Kernels, rows: int, width: int) -> dict[str, Wa
     return ways
 
 
-def rms_backward(peers: Peers, norm: Kernels, rows: int, width: int) -> dict[str, Way]:
-    x, w, grad = randn(rows, width).requires_grad_(), randn(width).requires_grad_(), randn(rows, width)
-    compiled = torch.compile(eager_rms)
-    ways = {
-        "eager": lambda: eager_rms(x, w, 1e-6),
-        "F": lambda: F.rms_norm(x, (width,), w, 1e-6),
-        "compile": lambda: compiled(x, w, 1e-6),
-        "ours": lambda: norm.compiled.rms_norm(x, w, 1e-6),
-        "triton": lambda: norm.noarch.rms_norm(x, w, 1e-6),
+def layer_norm(peers: Peers, norm: Kernels, x: Tensor, w: Tensor, b: Tensor) -> dict[str, Way]:
+    compiled = torch.compile(lambda x, w, b: F.layer_norm(x, w.shape, w, b))
+    ways: dict[str, Way] = {
+        "F": lambda: F.layer_norm(x, w.shape, w, b),
+        "compile": lambda: compiled(x, w, b),
+        "ours": lambda: norm.compiled.layer_norm(x, w, b),
+        "triton": lambda: norm.noarch.layer_norm(x, w, b),
     }
     if peers.liger:
-        ways["liger"] = lambda: peers.liger.LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False)
-    if peers.quack:
-        ways["quack"] = lambda: peers.quack.rmsnorm(x, w, eps=1e-6)
-    return {name: backward_of(way, (x, w), grad) for name, way in ways.items()}
+        ways["liger"] = lambda: peers.liger.LigerLayerNormFunction.apply(x, w, b, 1e-5)
+    if peers.quack and not x.requires_grad:  # it has no backward
+        wide = w.float(), b.float()  # which it wants weights to be
+        ways["quack"] = lambda: peers.quack.layernorm_fwd(x, *wide, eps=1e-5)
+    return ways
 
 
-def backward_of(way: Callable[[], Tensor], of: tuple[Tensor, ...], grad: Tensor) -> Way:
+def backward(forward: Callable[..., dict[str, Way]], rows: int, width: int, weights: int) -> dict[str, Way]:
+    of, grad = [x.requires_grad_() for x in operands(rows, width, weights)], randn(rows, width)
+    return {name: backward_of(way, of, grad) for name, way in forward(*of).items()}
+
+
+def backward_of(way: Callable[[], Tensor], of: list[Tensor], grad: Tensor) -> Way:
     """The backward of a forward that the first call does: on the stream of all that is measured, where autograd will run it."""
     kept: list[Tensor] = []
 
@@ -245,23 +252,6 @@ def product(peers: Peers, activation: Kernels, function: str, rows: int, width: 
     if peers.liger:
         theirs = {"silu": "LigerSiLUMulFunction", "gelu_tanh": "LigerGELUMulFunction"}[function]
         ways["liger"] = lambda: getattr(peers.liger, theirs).apply(a, b)
-    return ways
-
-
-def layer_norm(peers: Peers, norm: Kernels, rows: int, width: int) -> dict[str, Way]:
-    x, w, b = randn(rows, width), randn(width), randn(width)
-    compiled = torch.compile(lambda x: F.layer_norm(x, (width,), w, b))
-    ways: dict[str, Way] = {
-        "F": lambda: F.layer_norm(x, (width,), w, b),
-        "compile": lambda: compiled(x),
-        "ours": lambda: norm.compiled.layer_norm(x, w, b),
-        "triton": lambda: norm.noarch.layer_norm(x, w, b),
-    }
-    if peers.liger:
-        ways["liger"] = lambda: peers.liger.LigerLayerNormFunction.apply(x, w, b, 1e-5)
-    if peers.quack:
-        wide = w.float(), b.float()  # which it wants weights to be
-        ways["quack"] = lambda: peers.quack.layernorm_fwd(x, *wide, eps=1e-5)
     return ways
 
 
@@ -303,11 +293,12 @@ class Operation:
 
 def operations(peers: Peers, folder: Path) -> Iterator[Operation]:
     norm, activation, turned = (kernel(name, folder) for name in ("norm", "activation", "rotary"))
+    rms, layer = (partial(forward, peers, norm) for forward in (rms_norm, layer_norm))
     for rows, width in RMS_SHAPES:
-        make = partial(rms_norm, peers, norm, rows, width)
+        make = partial(lambda *shape: rms(*operands(*shape)), rows, width, 1)
         yield Operation("RMSNorm", f"{rows} x {width}", 4 * rows * width, make, host_us if rows <= 64 else None)
     for rows, width in BACKWARD_SHAPES:
-        make = partial(rms_backward, peers, norm, rows, width)
+        make = partial(backward, rms, rows, width, 1)
         yield Operation("RMSNorm backward", f"{rows} x {width}", 6 * rows * width, make, uncaptured_us)
     for function, rows in (("silu", 1), ("silu", 8192), ("gelu_tanh", 8192)):
         make = partial(product, peers, activation, function, rows, 14336)
@@ -315,8 +306,11 @@ def operations(peers: Peers, folder: Path) -> Iterator[Operation]:
     size = 4 * 4096 * 40 * 128 * 4
     yield Operation("rotary", "4 x (32 + 8) x 4096 x 128", size, partial(rotary, peers, turned, 4, 32, 8, 4096))
     for rows, width in LAYER_SHAPES:
-        make = partial(layer_norm, peers, norm, rows, width)
+        make = partial(lambda *shape: layer(*operands(*shape)), rows, width, 2)
         yield Operation("LayerNorm", f"{rows} x {width}", 4 * rows * width, make)
+    for rows, width in BACKWARD_SHAPES:
+        make = partial(backward, layer, rows, width, 2)
+        yield Operation("LayerNorm backward", f"{rows} x {width}", 6 * rows * width, make, uncaptured_us)
 
 
 def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float) -> list[dict[str, Any]]:
