@@ -4,7 +4,7 @@
 
 Of each the **device** time, the median over replays of a CUDA graph of many calls, divided by the calls; where a processor
 decides, also the **host** time, what 200 calls without waiting take it, each (small shapes), or the time of an **uncaptured** call
-(backward). The ways of a row take turns, so that what slows the machine down for a while slows all of them; times that a
+(backward), alone, with the device idle before it, and **in a row** with others, of which none is waited for. The ways of a row take turns, so that what slows the machine down for a while slows all of them; times that a
 processor decides are taken in three visits, since one that others share is slow for seconds. The share is the fewest bytes
 that the operation must move, over its device time, over the bandwidth of a copy measured in the same run; above 100 % data lies
 in the cache, or more is read than written. Peers that are not installed, or do not run here, are left out and the reason is printed; where one of ours fails, the
@@ -45,6 +45,7 @@ BACKWARD_SHAPES = ((8192, 4096), (16384, 8192))
 LAYER_SHAPES = ((8192, 4096), (16384, 8192))
 REPLAY_US = 3000.0  # of one graph, about
 REPLAYS, TURNS, VISITS = 15, 5, 3
+IN_A_ROW = 20  # calls
 
 
 # Ours compiled, ours in Triton (what a machine without a compiler runs), and the others.
@@ -135,8 +136,8 @@ def host_us(way: Way) -> float:
     return (time.perf_counter() - start) / 200 * 1e6
 
 
-def uncaptured_us(way: Way) -> float:
-    """Device time between two events around a call as it is; where the processor is slower, its time."""
+def uncaptured_us(way: Callable[[], object]) -> float:
+    """Device time between two events around a call as it is, which begins when the processor has got there."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.stream(stream()):
         start.record()
@@ -144,6 +145,16 @@ def uncaptured_us(way: Way) -> float:
         stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) * 1e3
+
+
+def uncaptured_in_a_row_us(way: Way) -> float:
+    """Of a call, where several are made and none is waited for: of device and processor, the time of the slower one."""
+
+    def several() -> None:
+        for _ in range(IN_A_ROW):
+            way()
+
+    return uncaptured_us(several) / IN_A_ROW
 
 
 def copy_bandwidth() -> float:
@@ -288,7 +299,7 @@ class Operation:
     shape: str
     bytes: int  # that must be moved
     make: Callable[[], dict[str, Way]]
-    timer: Callable[[Way], float] | None = None  # of what a processor decides; its name is the row's key
+    timers: tuple[Callable[[Way], float], ...] = ()  # of what a processor decides; their names are the row's keys
 
 
 def operations(peers: Peers, folder: Path) -> Iterator[Operation]:
@@ -296,13 +307,17 @@ def operations(peers: Peers, folder: Path) -> Iterator[Operation]:
     rms, layer = (partial(forward, peers, norm) for forward in (rms_norm, layer_norm))
     for rows, width in RMS_SHAPES:
         make = partial(lambda *shape: rms(*operands(*shape)), rows, width, 1)
-        yield Operation("RMSNorm", f"{rows} x {width}", 4 * rows * width, make, host_us if rows <= 64 else None)
+        yield Operation("RMSNorm", f"{rows} x {width}", 4 * rows * width, make, (host_us,) if rows <= 64 else ())
     for rows, width in BACKWARD_SHAPES:
         make = partial(backward, rms, rows, width, 1)
-        yield Operation("RMSNorm backward", f"{rows} x {width}", 6 * rows * width, make, uncaptured_us)
+        yield Operation(
+            "RMSNorm backward", f"{rows} x {width}", 6 * rows * width, make, (uncaptured_us, uncaptured_in_a_row_us)
+        )
     for function, rows in (("silu", 1), ("silu", 8192), ("gelu_tanh", 8192)):
         make = partial(product, peers, activation, function, rows, 14336)
-        yield Operation(f"{function}(a) * b", f"{rows} x 14336", 6 * rows * 14336, make, host_us if rows == 1 else None)
+        yield Operation(
+            f"{function}(a) * b", f"{rows} x 14336", 6 * rows * 14336, make, (host_us,) if rows == 1 else ()
+        )
     size = 4 * 4096 * 40 * 128 * 4
     yield Operation("rotary", "4 x (32 + 8) x 4096 x 128", size, partial(rotary, peers, turned, 4, 32, 8, 4096))
     for rows, width in LAYER_SHAPES:
@@ -310,7 +325,9 @@ def operations(peers: Peers, folder: Path) -> Iterator[Operation]:
         yield Operation("LayerNorm", f"{rows} x {width}", 4 * rows * width, make)
     for rows, width in BACKWARD_SHAPES:
         make = partial(backward, layer, rows, width, 2)
-        yield Operation("LayerNorm backward", f"{rows} x {width}", 6 * rows * width, make, uncaptured_us)
+        yield Operation(
+            "LayerNorm backward", f"{rows} x {width}", 6 * rows * width, make, (uncaptured_us, uncaptured_in_a_row_us)
+        )
 
 
 def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float) -> list[dict[str, Any]]:
@@ -324,13 +341,14 @@ def measure_operations(peers: Peers, folder: Path, only: str | None, copy: float
         show(row)
         gc.collect()
         torch.cuda.empty_cache()
-    timed = [(operation, row) for operation, row in zip(chosen, found, strict=True) if operation.timer]
+    timed = [(operation, row) for operation, row in zip(chosen, found, strict=True) if operation.timers]
     visits = [[measure_again(operation, list(row["device_us"])) for operation, row in timed] for _ in range(VISITS)]
     for (operation, row), *times in zip(timed, *visits, strict=True):
-        row[operation.timer.__name__] = {
-            way: statistics.median(us for visit in times for us in visit[way]) for way in row["device_us"]
-        }
-        show_again(row, operation.timer.__name__)
+        for what in (timer.__name__ for timer in operation.timers):
+            row[what] = {
+                way: statistics.median(us for visit in times for us in visit[what][way]) for way in row["device_us"]
+            }
+            show_again(row, what)
     return found
 
 
@@ -363,8 +381,8 @@ def best_peer_over_ours(times: dict[str, float]) -> float:
     return min(us for way, us in times.items() if way not in OURS) / times["ours"]
 
 
-def measure_again(operation: Operation, names: list[str]) -> dict[str, list[float]]:
-    """Of those ways, by the operation's timer; compiled anew, as what was compiled before is another row's by now."""
+def measure_again(operation: Operation, names: list[str]) -> dict[str, dict[str, list[float]]]:
+    """Of those ways, by each of the operation's timers; compiled anew, as what was compiled before is another row's by now."""
     torch._dynamo.reset()
     with torch.no_grad():
         made = operation.make()
@@ -372,10 +390,12 @@ def measure_again(operation: Operation, names: list[str]) -> dict[str, list[floa
         for way in ways.values():
             for _ in range(5):
                 way()
-        found: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(REPLAYS // VISITS):
-            for name, way in ways.items():
-                found[name].append(operation.timer(way))
+        found: dict[str, dict[str, list[float]]] = {}
+        for timer in operation.timers:
+            times = found[timer.__name__] = {name: [] for name in ways}
+            for _ in range(REPLAYS // VISITS):
+                for name, way in ways.items():
+                    times[name].append(timer(way))
     return found
 
 
@@ -388,7 +408,10 @@ def show(row: dict[str, Any]) -> None:
 def show_again(row: dict[str, Any], what: str) -> None:
     cells = "; ".join(f"{way} {us:.1f} us" for way, us in row[what].items())
     ratio = f"best peer / ours {best_peer_over_ours(row[what]):.2f}"
-    print(f"{row['operation']:18} {row['shape']:26} {what.removesuffix('_us')}: {cells}  {ratio}", flush=True)
+    print(
+        f"{row['operation']:18} {row['shape']:26} {what.removesuffix('_us').replace('_', ' ')}: {cells}  {ratio}",
+        flush=True,
+    )
 
 
 def versions() -> dict[str, str]:
